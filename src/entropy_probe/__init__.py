@@ -1,0 +1,24 @@
+"""entropy-probe: what will the next optimizer step do to a language model policy's entropy, how sure are we, what did it do?"""
+
+from entropy_probe.adam_preconditioner import AdamState, state_of_optimizer
+from entropy_probe.errors import InputError
+from entropy_probe.probe import ProbeResult, Settings, probe, probe_checkpoint
+from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdamState",
+    "InputError",
+    "ProbeResult",
+    "Rollout",
+    "RolloutBatch",
+    "Settings",
+    "group_rollouts",
+    "probe",
+    "probe_checkpoint",
+    "read_batch",
+    "read_rollouts",
+    "state_of_optimizer",
+    "write_rollouts",
+]

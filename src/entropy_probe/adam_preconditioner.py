@@ -1,0 +1,220 @@
+"""Adam's elementwise preconditioner P = 1 / (√v̂ + ε), v̂ = v / (1 − β₂^t), by parameter name.
+
+The step that Adam takes along an ascent direction Ȳ is Δθ = η P Ȳ, so every dot product of the probe is X P Y:
+``sqrt`` gives P^½ for both sides, X̃ = P^½ X and Ỹ = P^½ Y. (P on both sides would give X P² Y.)
+With amsgrad the running maximum of v takes v's place. Source: guide section 3; Kingma & Ba (2015); torch.optim.AdamW, whose
+ε stands outside the square root.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.errors import InputError
+
+
+@dataclass(frozen=True)
+class AdamMoments:
+    """Adam's state for one parameter, as torch.optim keeps it.
+
+    ``step`` is t, the number of updates taken; ``max_exp_avg_sq`` is amsgrad's running maximum of v, or None.
+    """
+
+    step: int
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AdamGroup:
+    """Settings of one parameter group, and the parameters' names in the optimizer's order.
+
+    ``decoupled_weight_decay`` tells AdamW (true) from Adam with L2 (false).
+    """
+
+    names: tuple[str, ...]
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+    decoupled_weight_decay: bool
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """The whole optimizer: its groups, and the moments of every trainable parameter by name."""
+
+    groups: tuple[AdamGroup, ...]
+    moments: Mapping[str, AdamMoments]
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """The distinct learning rates of non-empty groups, in the order of the groups."""
+        return tuple(dict.fromkeys(group.learning_rate for group in self.groups if group.names))
+
+    def with_learning_rate(self, learning_rate: float) -> AdamState:
+        """The same state with one learning rate for every group.
+
+        Raises:
+            InputError: not finite, or below 0.
+        """
+        if not (math.isfinite(learning_rate) and learning_rate >= 0):
+            raise InputError(f"learning rate is {learning_rate}; expected a finite number, 0 or above")
+        return AdamState(tuple(replace(group, learning_rate=learning_rate) for group in self.groups), self.moments)
+
+    def group_of(self) -> dict[str, AdamGroup]:
+        """The group of each parameter, by name."""
+        return {name: group for group in self.groups for name in group.names}
+
+
+def preconditioner(moments: AdamMoments, group: AdamGroup) -> Tensor:
+    """P of one parameter in float64, the shape of v.
+
+    Raises:
+        ValueError: t = 0, where v̂ is 0/0 and P undefined.
+    """
+    if moments.step < 1:
+        raise ValueError(f"Adam has taken {moments.step} steps; its preconditioner is defined from the first step on")
+    second_moment = moments.exp_avg_sq if moments.max_exp_avg_sq is None else moments.max_exp_avg_sq
+    bias_correction = 1.0 - group.beta2**moments.step
+    return 1.0 / ((second_moment.double() / bias_correction).sqrt() + group.eps)
+
+
+def preconditioners(state: AdamState) -> dict[str, Tensor]:
+    """P of every parameter, by name, float64."""
+    groups = state.group_of()
+    return {name: preconditioner(moments, groups[name]) for name, moments in state.moments.items()}
+
+
+@dataclass(frozen=True)
+class PreconditionerTest:
+    """A test dot of two fixed random vectors over all parameters, without P and with it."""
+
+    plain_dot: float
+    preconditioned_dot: float
+
+
+def validate_preconditioner(state: AdamState, shapes: Mapping[str, torch.Size], *, seed: int = 0) -> PreconditionerTest:
+    """The guide's validator (section 3D): every trainable parameter has a usable v, and a dot product through P is finite.
+
+    Args:
+        state: the optimizer's state by name.
+        shapes: the shape of every trainable parameter, by name.
+        seed: of the two test vectors; the global random state is not touched.
+
+    Raises:
+        InputError: names the first parameter whose state is missing, mis-shaped, NaN, infinite or negative, or at t = 0.
+    """
+    groups = state.group_of()
+    generator = torch.Generator().manual_seed(seed)
+    plain = weighted = 0.0
+    for name, shape in shapes.items():
+        problem = moments_problem(state.moments.get(name) if name in groups else None, shape)
+        if problem is not None:
+            raise InputError(f"parameter {name}: {problem}")
+        p = preconditioner(state.moments[name], groups[name]).cpu()
+        left = torch.randn(shape, generator=generator, dtype=torch.float64)
+        right = torch.randn(shape, generator=generator, dtype=torch.float64)
+        plain += float((left * right).sum())
+        dot = float((left * p * right).sum())
+        if not math.isfinite(dot):
+            raise InputError(
+                f"parameter {name}: a dot product through 1/(√v̂ + ε) is {dot}; v holds zeros and ε is {groups[name].eps}"
+            )
+        weighted += dot
+    return PreconditionerTest(plain, weighted)
+
+
+def moments_problem(moments: AdamMoments | None, shape: torch.Size) -> str | None:
+    """What is wrong with one parameter's Adam state, in words, or None."""
+    if moments is None:
+        return (
+            "no Adam state (exp_avg_sq): it never received a gradient, or the optimizer did not train it; "
+            "freeze it, or train a step that reaches it"
+        )
+    for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        moment: Tensor | None = getattr(moments, field)
+        if moment is None:
+            continue
+        if moment.shape != shape:
+            return (
+                f"{field} has shape {tuple(moment.shape)}, the parameter {tuple(shape)}; "
+                "is this the optimizer state of another model?"
+            )
+        for what, bad in (("NaN", moment.isnan()), ("an infinite value", moment.isinf())):
+            if bool(bad.any()):
+                return f"{field} holds {what}; the optimizer state is damaged"
+        if field != "exp_avg" and bool((moment < 0).any()):
+            return f"{field} holds a negative value, which a mean of squares cannot; the optimizer state is damaged"
+    if moments.step < 1:
+        return f"Adam's step is {moments.step}; the preconditioner needs at least one step"
+    return None
+
+
+def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
+    """The state of a live Adam or AdamW, mapped to the model's names by parameter identity (guide section 3C).
+
+    A trainable parameter without state is left out; :func:`validate_preconditioner` names it.
+
+    Raises:
+        InputError: the optimizer is not Adam or AdamW, or holds a trainable parameter that the model does not.
+    """
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        raise InputError(f"the optimizer is {type(optimizer).__name__}; the probe needs torch.optim.Adam or AdamW")
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups: list[AdamGroup] = []
+    moments: dict[str, AdamMoments] = {}
+    for group in optimizer.param_groups:
+        members = []
+        for p in group["params"]:
+            if not p.requires_grad:
+                continue
+            if id(p) not in names:
+                raise InputError(
+                    f"the optimizer trains a parameter of shape {tuple(p.shape)} that the model does not have"
+                )
+            members.append(names[id(p)])
+            entry = optimizer.state.get(p, {})
+            if "exp_avg_sq" in entry:
+                moments[names[id(p)]] = moments_from_entry(entry)
+        groups.append(group_from_settings(group, members))
+    return AdamState(tuple(groups), moments)
+
+
+def moments_from_entry(entry: Mapping[str, Any]) -> AdamMoments:
+    """One parameter's entry of ``optimizer.state``; its step may be an int or a tensor."""
+    return AdamMoments(int(entry["step"]), entry["exp_avg"], entry["exp_avg_sq"], entry.get("max_exp_avg_sq"))
+
+
+def group_from_settings(group: Mapping[str, Any], names: Sequence[str]) -> AdamGroup:
+    """One of ``optimizer.param_groups``, with its parameters' names.
+
+    Raises:
+        InputError: a setting that Adam has is missing.
+    """
+    missing = [key for key in ("lr", "betas", "eps") if key not in group]
+    if missing:
+        raise InputError(f"a parameter group has no {', '.join(missing)}; expected the groups of Adam or AdamW")
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    return AdamGroup(
+        names=tuple(names),
+        learning_rate=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=float(group["eps"]),
+        weight_decay=float(group.get("weight_decay", 0.0)),
+        amsgrad=bool(group.get("amsgrad", False)),
+        maximize=bool(group.get("maximize", False)),
+        # Written by torch from 2.7 on; the Trainer's default has always been AdamW.
+        decoupled_weight_decay=bool(group.get("decoupled_weight_decay", True)),
+    )

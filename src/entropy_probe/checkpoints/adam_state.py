@@ -1,0 +1,140 @@
+"""``optimizer.pt``: Adam's moments, mapped from the optimizer's indices to parameter names.
+
+The file is a state_dict of torch.optim.Adam or AdamW: ``{"state": {index: {...}}, "param_groups": [...]}``. It is read with
+``weights_only=True``; nothing pickled is ever executed.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.adam_preconditioner import AdamState, group_from_settings, moments_from_entry
+from entropy_probe.checkpoints.decay_rules import RULES
+from entropy_probe.errors import InputError
+
+FOREIGN_STATES = (
+    ("momentum_buffer", "SGD or Muon, which keep no second moment"),
+    ("exp_avg_sq_row", "Adafactor, whose second moment is factored"),
+    ("state1", "a bitsandbytes 8-bit optimizer"),
+    ("prodigy_d", "Prodigy"),
+    ("exp_inf", "Adamax, whose second moment is a maximum"),
+    ("square_avg", "RMSprop or Adadelta"),
+    ("sum", "Adagrad"),
+)
+
+
+@dataclass(frozen=True)
+class OptimizerMapping:
+    """How indices became names: the rule, and the other accepted rules that would have mapped some index elsewhere."""
+
+    rule: str
+    rivals: tuple[str, ...]
+
+
+def load_adam_state(path: Path, model: nn.Module) -> tuple[AdamState, OptimizerMapping]:
+    """Read an optimizer state file and map it onto the model's trainable parameters.
+
+    A parameter without an entry is left out of ``AdamState.moments``; ``validate_preconditioner`` names it.
+
+    Raises:
+        InputError: no file, not loadable without executing a pickle, another optimizer's state, or no rule fits.
+    """
+    saved = _read(path)
+    state, saved_groups = saved["state"], saved["param_groups"]
+    _refuse_foreign(state, path)
+    named, mapping = _map_names(state, saved_groups, model, path)
+    groups = tuple(group_from_settings(group, names) for group, names in zip(saved_groups, named, strict=True))
+    moments = {}
+    for group, names in zip(saved_groups, named, strict=True):
+        for index, name in zip(group["params"], names, strict=True):
+            entry = state.get(index, {})
+            missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entry]
+            if entry and missing:
+                raise InputError(f"{path}: parameter {name} has {sorted(entry)} but no {', '.join(missing)}")
+            if entry:
+                moments[name] = moments_from_entry(entry)
+    return AdamState(groups, moments), mapping
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist; the probe needs Adam's state (a Trainer leaves it out with save_only_model=True)"
+        )
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(
+            f"{path} cannot be read with weights_only=True ({reason}); expected torch.save of an optimizer's state_dict"
+        ) from error
+    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+        found = sorted(map(str, saved))[:5] if isinstance(saved, dict) else type(saved).__name__
+        raise InputError(
+            f"{path} holds {found}; expected the keys 'state' and 'param_groups' of an optimizer's state_dict"
+        )
+    return saved
+
+
+def _refuse_foreign(state: Mapping[Any, Any], path: Path) -> None:
+    if not state:
+        raise InputError(f"{path} holds no state for any parameter: the optimizer has not taken a step")
+    entries = [entry for entry in state.values() if isinstance(entry, Mapping)]
+    if any("exp_avg_sq" in entry for entry in entries):
+        return
+    keys = sorted({str(key) for entry in entries for key in entry})
+    for key, optimizer in FOREIGN_STATES:
+        if key in keys:
+            raise InputError(f"{path} holds the state of {optimizer} ({key}); the probe needs Adam's exp_avg_sq")
+    raise InputError(f"{path} holds {keys or 'empty entries'} for its parameters; the probe needs Adam's exp_avg_sq")
+
+
+def _map_names(
+    state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], model: nn.Module, path: Path
+) -> tuple[list[list[str]], OptimizerMapping]:
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    if all("param_names" in group for group in groups):
+        named = [list(group["param_names"]) for group in groups]
+        if {name for names in named for name in names} == set(shapes):
+            return named, OptimizerMapping("param_names stored in the file", ())
+    accepted: list[tuple[str, list[list[str]]]] = []
+    refusals: list[str] = []
+    for rule in RULES:
+        named = rule.groups(model)
+        why_not = _misfit(state, groups, named, shapes)
+        if why_not is None:
+            accepted.append((rule.name, named))
+        elif why_not not in refusals:
+            refusals.append(why_not)
+    if not accepted:
+        raise InputError(
+            f"{path} does not fit this model under any known decay rule: {'; '.join(refusals)}. Is it the optimizer of "
+            "another model, of other trainable parameters, or of another framework?"
+        )
+    rule_name, named = accepted[0]
+    rivals = tuple(name for name, other in accepted[1:] if other != named)
+    return named, OptimizerMapping(rule_name, rivals)
+
+
+def _misfit(
+    state: Mapping[Any, Any],
+    groups: Sequence[Mapping[str, Any]],
+    named: Sequence[Sequence[str]],
+    shapes: Mapping[str, torch.Size],
+) -> str | None:
+    found, expected = [len(group["params"]) for group in groups], [len(names) for names in named]
+    if found != expected:
+        return f"group sizes {found} in the file, {expected} in the model"
+    for group, names in zip(groups, named, strict=True):
+        for index, name in zip(group["params"], names, strict=True):
+            moment = state.get(index, {}).get("exp_avg_sq")
+            if isinstance(moment, Tensor) and moment.shape != shapes[name]:
+                return f"exp_avg_sq at index {index} has shape {tuple(moment.shape)}, {name} {tuple(shapes[name])}"
+    return None

@@ -1,0 +1,231 @@
+"""Hugging Face Trainer and TRL checkpoint folders: ``checkpoint-N`` with full weights or a PEFT adapter.
+
+Weights are read from safetensors only (one file or shards), without network access and without remote code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, validate_preconditioner
+from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
+from entropy_probe.errors import InputError
+
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A causal language model read from a folder.
+
+    ``kind`` is "full" or "lora" (any PEFT adapter); ``base`` is the base model's folder for an adapter, else None.
+    ``context_length`` is None where the architecture sets no limit.
+    """
+
+    path: Path
+    kind: str
+    base: Path | None
+    model: nn.Module
+    architecture: str
+    vocabulary: int
+    context_length: int | None
+
+    @property
+    def tokenizer_folders(self) -> tuple[Path, ...]:
+        """Where a tokenizer may be, first choice first."""
+        return (self.path,) if self.base is None else (self.path, self.base)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with the Adam state that belongs to it, mapped by name and validated."""
+
+    folder: ModelFolder
+    adam: AdamState
+    mapping: OptimizerMapping
+    preconditioner_test: PreconditionerTest
+    stored_learning_rates: tuple[float, ...]
+    trainer_step: int | None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.folder.model
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    base: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    learning_rate: float | None = None,
+    seed: int = 0,
+) -> Checkpoint:
+    """Read weights and Adam state; ``learning_rate`` replaces the stored one in every group.
+
+    Raises:
+        InputError: anything missing, damaged or of another kind, in one line.
+    """
+    # The small file first: a missing optimizer should not cost the loading of a large model.
+    optimizer = path / "optimizer.pt"
+    if path.is_dir() and not optimizer.is_file():
+        raise InputError(
+            f"{path} has no optimizer.pt; the probe needs Adam's state (a Trainer leaves it out with save_only_model=True)"
+        )
+    folder = load_model(path, base=base, dtype=dtype, device=device)
+    adam, mapping = load_adam_state(optimizer, folder.model)
+    stored = adam.learning_rates
+    if learning_rate is not None:
+        adam = adam.with_learning_rate(learning_rate)
+    shapes = {name: p.shape for name, p in folder.model.named_parameters() if p.requires_grad}
+    test = validate_preconditioner(adam, shapes, seed=seed)
+    return Checkpoint(folder, adam, mapping, test, stored, _trainer_step(path))
+
+
+def load_model(
+    path: Path,
+    *,
+    base: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trainable: bool = True,
+) -> ModelFolder:
+    """Read the weights of a folder, full or adapter over base, in ``dtype``.
+
+    Raises:
+        InputError: no such folder, no safetensors, damaged or incomplete weights, or an adapter without its base.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder; expected a checkpoint folder such as checkpoint-100")
+    if (path / "adapter_config.json").is_file():
+        base = _base_folder(path, base)
+        model = _load_adapter(path, _load_full(base, dtype), dtype, trainable)
+        kind = "lora"
+    elif base is not None:
+        raise InputError(f"{path} holds no adapter_config.json, so --base has nothing to be the base of; drop it")
+    else:
+        model = _load_full(path, dtype)
+        kind = "full"
+    config = model.config.get_text_config()
+    return ModelFolder(
+        path=path,
+        kind=kind,
+        base=base,
+        model=model.to(device),
+        architecture=str(config.model_type),
+        vocabulary=int(model.get_input_embeddings().weight.shape[0]),
+        context_length=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def _load_full(path: Path, dtype: torch.dtype) -> Any:
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} has no config.json; expected a Hugging Face checkpoint folder")
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(file.name for file in path.glob("*.bin"))
+        found = f"only {', '.join(pickles)}, which would have to be unpickled" if pickles else "no weights"
+        raise InputError(f"{path} holds {found}; expected model.safetensors or its shards")
+    kernels = {}
+    if dtype is torch.float64 and int(transformers.__version__.split(".")[0]) >= 5:
+        # The fused expert kernels that version 5 chooses take no float64.
+        kernels["experts_implementation"] = "eager"
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **kernels,
+        )
+    except LOAD_ERRORS as error:
+        raise InputError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
+        if loading.get(problem):
+            names = sorted(map(str, loading[problem]))
+            raise InputError(
+                f"{path}: the weights do not fit the model, {problem.replace('_', ' ')}: {', '.join(names[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; the file is truncated or of another model"
+            )
+    # from_pretrained leaves buffers (rotary tables) in float32.
+    return model.to(dtype)
+
+
+def _base_folder(path: Path, base: Path | None) -> Path:
+    if base is not None:
+        if not base.is_dir():
+            raise InputError(f"--base {base} is not a folder; expected the base model's folder")
+        return base
+    named = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if isinstance(named, str) and named:
+        for candidate in (path / named, Path(named)):
+            if candidate.is_dir():
+                return candidate
+    raise InputError(
+        f"{path} is an adapter over {named!r}, which is not a folder here; give the base model's folder with --base"
+    )
+
+
+def _load_adapter(path: Path, model: Any, dtype: torch.dtype, trainable: bool) -> Any:
+    weights = path / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"{path} has no adapter_model.safetensors; pickled adapters are not loaded")
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise InputError(f"{path} is a PEFT adapter; install it with: pip install 'entropy-probe[lora]'") from error
+    try:
+        with safe_open(weights, framework="pt") as file:
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        adapted = PeftModel.from_pretrained(
+            model, path, is_trainable=trainable, autocast_adapter_dtype=False, local_files_only=True
+        )
+    except (*LOAD_ERRORS, TypeError) as error:
+        raise InputError(f"{path}: the adapter cannot be loaded: {_first_line(error)}") from error
+    expected = {
+        key: tuple(value.shape)
+        for key, value in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+    }
+    for key, shape in expected.items():
+        if stored.get(key) != shape:
+            raise InputError(
+                f"{path}: adapter weight {key} is {stored.get(key, 'missing')}, expected shape {shape}; "
+                "the file is truncated or of another base"
+            )
+    return adapted.to(dtype)
+
+
+def _trainer_step(path: Path) -> int | None:
+    file = path / "trainer_state.json"
+    if not file.is_file():
+        return None
+    step = _read_json(file).get("global_step")
+    return step if isinstance(step, int) else None
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON ({error}); the file is damaged") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,228 @@
+"""``entropy-probe demo | run | sample | inspect``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from entropy_probe.checkpoints import load_model
+from entropy_probe.cli.bar import TerminalProgress
+from entropy_probe.cli.inspection import print_inspection
+from entropy_probe.cli.options import Autocast, Device, DType
+from entropy_probe.demo import demo_files
+from entropy_probe.errors import InputError
+from entropy_probe.files import check_writable
+from entropy_probe.policy import Policy
+from entropy_probe.probe import ProbeResult, Settings, probe_checkpoint
+from entropy_probe.report.files import check_report_folder, write_json, write_report_folder
+from entropy_probe.report.text import print_report
+from entropy_probe.rollouts import write_rollouts
+from entropy_probe.sampling import (
+    SamplingSettings,
+    end_tokens,
+    load_reward,
+    load_tokenizer,
+    read_prompts,
+    sample_rollouts,
+)
+from entropy_probe.scores import AdvantageRule, LengthWeight
+from entropy_probe.units import Mode
+
+app = typer.Typer(
+    name="entropy-probe",
+    help="What will the next optimizer step do to my policy's entropy, how sure are we, and what did it do?",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Newer versions of typer carry their own copy of click; this reaches the class of either one.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+INTERRUPTED = 130
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Trainer or TRL checkpoint.")
+]
+BaseOption = Annotated[Path | None, typer.Option(help="Folder of the base model, for an adapter checkpoint.")]
+DTypeOption = Annotated[DType, typer.Option(help="Weights and arithmetic.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Write report.json, kernel.npy and two plots there.")
+]
+
+
+@app.command()
+def demo(json_file: JsonOption = None, out: OutOption = None, dtype: DTypeOption = DType.FLOAT32) -> None:
+    """Probe the bundled checkpoint of a real GRPO run, end to end."""
+    files = demo_files()
+    console = Console()
+    console.print(f"A real GRPO checkpoint of a small Llama that adds two-digit numbers: {files.checkpoint.name}\n")
+    _check_outputs(json_file, out)
+    result = probe_checkpoint(
+        files.checkpoint,
+        files.rollouts,
+        Settings(
+            dtype=dtype.torch_dtype,
+            length_weight=LengthWeight.DR_GRPO,
+            max_completion_length=files.max_completion_length,
+        ),
+        progress=TerminalProgress(),
+    )
+    _show(result, console, json_file, out)
+
+
+@app.command()
+def run(
+    checkpoint: CheckpointArgument,
+    rollouts: Annotated[Path, typer.Option(metavar="FILE", help="Rollouts, .jsonl or .parquet, one row a response.")],
+    mode: Annotated[Mode, typer.Option(help="exact: a prompt is a unit; block: a run of prompts; auto: by memory.")] = (
+        Mode.AUTO
+    ),
+    blocks: Annotated[int | None, typer.Option(metavar="M", help="Number of blocks; implies --mode block.")] = None,
+    dtype: DTypeOption = DType.FLOAT32,
+    autocast: Annotated[Autocast | None, typer.Option(help="Mixed precision over float32 weights.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the stored one.")] = None,
+    advantage: Annotated[
+        AdvantageRule | None, typer.Option(help="Default: given where the rows have it, else dr_grpo.")
+    ] = None,
+    length_weight: Annotated[
+        LengthWeight, typer.Option(help="How the training loss weighs lengths.")
+    ] = LengthWeight.GUIDE,
+    max_completion_length: Annotated[
+        int | None, typer.Option(min=1, metavar="L", help="Constant of --length-weight dr_grpo.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of rows that declare none; else 1.")] = None,
+    microbatch: Annotated[int, typer.Option(min=1, help="Responses in one forward.")] = 32,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="What the probe may use; default: what is free.")
+    ] = None,
+    base: BaseOption = None,
+    device: DeviceOption = Device.AUTO,
+    seed: Annotated[int, typer.Option(help="Of the preconditioner's test vectors.")] = 0,
+    json_file: JsonOption = None,
+    out: OutOption = None,
+) -> None:
+    """Predict the entropy change of the next step from a checkpoint and rollouts, and realise it."""
+    _check_outputs(json_file, out)
+    settings = Settings(
+        mode=mode,
+        blocks=blocks,
+        learning_rate=learning_rate,
+        advantage=advantage,
+        length_weight=length_weight,
+        max_completion_length=max_completion_length,
+        dtype=dtype.torch_dtype,
+        autocast=None if autocast is None else autocast.torch_dtype,
+        microbatch_size=microbatch,
+        memory_bytes=None if memory is None else memory * 1e9,
+        seed=seed,
+    )
+    result = probe_checkpoint(
+        checkpoint,
+        rollouts,
+        settings,
+        base=base,
+        temperature=temperature,
+        device=device.torch_device,
+        progress=TerminalProgress(),
+    )
+    _show(result, Console(), json_file, out)
+
+
+@app.command()
+def sample(
+    checkpoint: CheckpointArgument,
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="JSON Lines with prompt or prompt_ids.")],
+    reward: Annotated[str, typer.Option(metavar="MODULE:FUNCTION", help="f(prompt, response, row) -> float.")],
+    responses: Annotated[int, typer.Option(metavar="G", min=2, help="Responses a prompt.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Rollouts to write, .jsonl or .parquet.")],
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a response.")] = 256,
+    eos_id: Annotated[
+        list[int] | None,
+        typer.Option(help="Token that ends a response; repeatable. Default: the model's and tokenizer's."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Responses generated at a time.")] = 64,
+    base: BaseOption = None,
+    dtype: DTypeOption = DType.FLOAT32,
+    device: DeviceOption = Device.AUTO,
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+) -> None:
+    """Sample rollouts from a checkpoint's whole distribution, with exact token ids."""
+    if out.suffix not in {".jsonl", ".parquet"}:
+        raise InputError(f"--out {out} ends in {out.suffix!r}; rollouts are written as .jsonl or .parquet")
+    check_writable(out)
+    score = load_reward(reward)
+    folder = load_model(checkpoint, base=base, dtype=dtype.torch_dtype, device=device.torch_device, trainable=False)
+    tokenizer = load_tokenizer(folder.tokenizer_folders)
+    settings = SamplingSettings(
+        responses=responses,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        eos_ids=tuple(eos_id) if eos_id else end_tokens(folder.model, tokenizer),
+        batch_size=batch,
+    )
+    found = sample_rollouts(
+        Policy(folder.model, temperature),
+        read_prompts(prompts, tokenizer),
+        settings,
+        score,
+        tokenizer,
+        TerminalProgress(),
+    )
+    write_rollouts(found, out)
+    Console().print(f"{len(found)} responses written to {out}")
+
+
+@app.command()
+def inspect(checkpoint: CheckpointArgument, base: BaseOption = None) -> None:
+    """Say what a checkpoint holds and lacks, and map Adam's state parameter by parameter."""
+    if not print_inspection(checkpoint, base, Console()):
+        raise InputError(f"{checkpoint} cannot be probed as it is; the table above says what is missing")
+
+
+def _check_outputs(json_file: Path | None, out: Path | None) -> None:
+    if json_file is not None:
+        check_writable(json_file)
+    if out is not None:
+        check_report_folder(out)
+
+
+def _show(result: ProbeResult, console: Console, json_file: Path | None, out: Path | None) -> None:
+    print_report(result.report, console)
+    if json_file is not None:
+        write_json(result.report, json_file)
+        console.print(f"report written to {json_file}")
+    if out is not None:
+        write_report_folder(result.report, result.kernel, out)
+        console.print(f"report, kernel and plots written to {out}")
+
+
+def main() -> NoReturn:
+    """Run the command line: 0, or 2 with one line on stderr for bad input, 130 when interrupted."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        code = typer.main.get_command(app).main(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except USAGE_ERROR as error:
+        where = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+        _fail(f"{error.format_message()}{where}")
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        sys.stderr.write("interrupted; nothing half-written\n")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"entropy-probe: {' '.join(message.split())}\n")
+    sys.exit(2)

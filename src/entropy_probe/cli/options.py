@@ -1,0 +1,62 @@
+"""Choices of the command line and the torch objects that they name."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+
+from entropy_probe.errors import InputError
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class DType(StrEnum):
+    """Type of weights and arithmetic."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch type."""
+        return TORCH_DTYPES[self.value]
+
+
+class Autocast(StrEnum):
+    """Type of mixed-precision arithmetic."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch type."""
+        return TORCH_DTYPES[self.value]
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The torch device.
+
+        Raises:
+            InputError: cuda was asked for and is not there.
+        """
+        if self is Device.CUDA and not torch.cuda.is_available():
+            raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+        if self is Device.AUTO:
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.value)

@@ -1,0 +1,8 @@
+"""The one exception that means: the input is at fault, and this line says how."""
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: what was found, what was expected, what to do.
+
+    The command line prints the message alone and exits with 2; anything else that is raised is a fault of ours (exit 1).
+    """

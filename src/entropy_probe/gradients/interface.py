@@ -1,0 +1,52 @@
+"""What a gradient backend returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from entropy_probe.u_statistics import UnitDots
+
+
+class Storage(StrEnum):
+    """``stored``: all unit vectors are held and one product gives the U × U matrix. ``streamed``: two passes, no matrix."""
+
+    STORED = "stored"
+    STREAMED = "streamed"
+
+
+@dataclass(frozen=True)
+class UnitGradients:
+    """Dots of unit sums XS_u, YS_u, and the mean update direction.
+
+    Attributes:
+        dots: by learning rate, the dots over the parameters that have it; their sum is the dots over all parameters.
+        ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
+            that some response reaches are there.
+        untouched: trainable parameters that no response reaches (autograd gives None for them).
+    """
+
+    dots: Mapping[float, UnitDots]
+    ascent: Mapping[str, Tensor]
+    untouched: tuple[str, ...]
+
+    @property
+    def total(self) -> UnitDots:
+        """The dots over all parameters."""
+        parts = iter(self.dots.values())
+        total = next(parts)
+        for part in parts:
+            total = total + part
+        return total
+
+    @property
+    def step_weighted(self) -> UnitDots:
+        """Σ over learning rates η · dots: the inner product in which δH₁ = −U_cross."""
+        parts = [dots.scaled(rate) for rate, dots in self.dots.items()]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total

@@ -1,0 +1,266 @@
+"""The slow, obvious backend: one unit at a time, two autograd.grad calls a microbatch.
+
+For each unit, L_X = Σ c_i S_i and L_Y = Σ a_i S_i over its responses, coefficients detached; their gradients times P^½ are XS_u
+and YS_u. Every faster backend is compared with this one in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.errors import InputError
+from entropy_probe.gradients.interface import Storage, UnitGradients
+from entropy_probe.policy import Policy
+from entropy_probe.progress import Progress, Silent
+from entropy_probe.rollouts import Rollout, RolloutBatch
+from entropy_probe.scores import probe_loss
+from entropy_probe.u_statistics import UnitDots
+from entropy_probe.units import Units
+
+CHUNK = 1 << 20
+"""Parameters a product is taken over at a time, in float64: 8 MiB a unit."""
+
+
+def unit_gradients(
+    policy: Policy,
+    batch: RolloutBatch,
+    units: Units,
+    entropy_coefficients: Tensor,
+    advantage_coefficients: Tensor,
+    preconditioners: Mapping[str, Tensor],
+    learning_rates: Mapping[str, float],
+    *,
+    storage: Storage = Storage.STORED,
+    progress: Progress | None = None,
+) -> UnitGradients:
+    """XS_u and YS_u for every unit, and their dots under P.
+
+    Args:
+        policy: the model at θ; trainable parameters are those that require grad.
+        batch: the rollouts, flat order as in ``batch.responses``.
+        units: a partition of its prompts.
+        entropy_coefficients: c_i, [N].
+        advantage_coefficients: a_i, [N].
+        preconditioners: P by parameter name.
+        learning_rates: η by parameter name; dots are kept apart by it.
+        storage: keep all vectors (and get the kernel), or stream them in two passes.
+        progress: told of every unit.
+
+    Raises:
+        InputError: no trainable parameter receives a gradient.
+    """
+    progress = progress if progress is not None else Silent()
+    parameters = policy.trainable()
+    segments = _segments(parameters, learning_rates)
+    dtype = torch.promote_types(policy.dtype, torch.float32)
+    roots = {name: p.sqrt().to(policy.device, dtype) for name, p in preconditioners.items()}
+    responses = batch.responses
+    starts = _starts(batch.group_sizes)
+    spans = [slice(starts[unit.start], starts[unit.stop]) for unit in units.ranges]
+    prompts = len(batch.groups)
+    sizes = units.sizes
+
+    ascent_sum: dict[str, Tensor] = {}
+    reached: set[str] = set()
+
+    def vectors(span: slice, *, first_pass: bool) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
+        x_grads, y_grads = _two_gradients(
+            policy, parameters, responses[span], entropy_coefficients[span], advantage_coefficients[span], dtype
+        )
+        if first_pass:
+            reached.update(x_grads, y_grads)
+            for name, grad in y_grads.items():
+                # Sums over units are kept in float64: they are subtracted from and compared with dots of float64.
+                total = ascent_sum.setdefault(name, torch.zeros_like(grad, dtype=torch.float64))
+                total += grad
+        return _flat(x_grads, roots, segments, parameters), _flat(y_grads, roots, segments, parameters)
+
+    def track(description: str) -> Iterable[slice]:
+        return progress.track(spans, description, len(spans))
+
+    if storage is Storage.STORED:
+        dots = _stored(lambda: (vectors(s, first_pass=True) for s in track("unit gradients")), segments, sizes)
+    else:
+        dots = _streamed(
+            lambda: (vectors(s, first_pass=True) for s in track("unit gradients, first pass")),
+            lambda: (vectors(s, first_pass=False) for s in track("unit gradients, second pass")),
+            segments,
+            sizes,
+        )
+    if not reached:
+        raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
+    return UnitGradients(
+        dots=dots,
+        ascent={name: total / prompts for name, total in ascent_sum.items()},
+        untouched=tuple(name for name in parameters if name not in reached),
+    )
+
+
+def loss_gradient(
+    policy: Policy, responses: Sequence[Rollout], coefficients: Tensor, *, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """∇ Σ_i coefficients_i S_i over all responses, by parameter name, float64; parameters not reached are left out."""
+    progress = progress if progress is not None else Silent()
+    parameters = policy.trainable()
+    totals: dict[str, Tensor] = {}
+    parts = list(policy.microbatches(len(responses)))
+    with policy.arithmetic(), torch.enable_grad():
+        for part in progress.track(parts, "linear prediction", len(parts)):
+            loss = probe_loss(policy.forward_scores(responses[part]), coefficients[part])
+            _add(
+                totals,
+                torch.autograd.grad(loss, list(parameters.values()), allow_unused=True),
+                parameters,
+                torch.float64,
+            )
+    return totals
+
+
+def _two_gradients(
+    policy: Policy,
+    parameters: Mapping[str, nn.Parameter],
+    responses: Sequence[Rollout],
+    entropy_coefficients: Tensor,
+    advantage_coefficients: Tensor,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    x_grads: dict[str, Tensor] = {}
+    y_grads: dict[str, Tensor] = {}
+    tensors = list(parameters.values())
+    with policy.arithmetic(), torch.enable_grad():
+        for part in policy.microbatches(len(responses)):
+            scores = policy.forward_scores(responses[part])
+            loss_x = probe_loss(scores, entropy_coefficients[part])
+            loss_y = probe_loss(scores, advantage_coefficients[part])
+            _add(x_grads, torch.autograd.grad(loss_x, tensors, retain_graph=True, allow_unused=True), parameters, dtype)
+            _add(y_grads, torch.autograd.grad(loss_y, tensors, allow_unused=True), parameters, dtype)
+    return x_grads, y_grads
+
+
+def _add(
+    totals: dict[str, Tensor],
+    grads: Iterable[Tensor | None],
+    parameters: Mapping[str, nn.Parameter],
+    dtype: torch.dtype,
+) -> None:
+    for name, grad in zip(parameters, grads, strict=True):
+        if grad is None:
+            continue
+        if name in totals:
+            totals[name] += grad
+        else:
+            # A copy: autograd may hand the same tensor to two parameters.
+            totals[name] = grad.to(dtype, copy=True)
+
+
+def _segments(parameters: Mapping[str, nn.Parameter], learning_rates: Mapping[str, float]) -> dict[float, list[str]]:
+    segments: dict[float, list[str]] = {}
+    for name in parameters:
+        segments.setdefault(learning_rates[name], []).append(name)
+    return segments
+
+
+def _flat(
+    grads: Mapping[str, Tensor],
+    roots: Mapping[str, Tensor],
+    segments: Mapping[float, Sequence[str]],
+    parameters: Mapping[str, nn.Parameter],
+) -> dict[float, Tensor]:
+    """P^½ g laid end to end, one vector a learning rate; zeros where autograd gave None."""
+    return {
+        rate: torch.cat(
+            [
+                (grads[name] * roots[name]).flatten() if name in grads else torch.zeros_like(roots[name]).flatten()
+                for name in names
+            ]
+        )
+        for rate, names in segments.items()
+    }
+
+
+PassOfVectors = Callable[[], Iterable[tuple[dict[float, Tensor], dict[float, Tensor]]]]
+
+
+def _stored(
+    one_pass: PassOfVectors, segments: Mapping[float, Sequence[str]], sizes: Sequence[int]
+) -> dict[float, UnitDots]:
+    xs: dict[float, list[Tensor]] = {rate: [] for rate in segments}
+    ys: dict[float, list[Tensor]] = {rate: [] for rate in segments}
+    sums = _Sums(segments)
+    for x, y in one_pass():
+        sums.add(x, y)
+        for rate in segments:
+            xs[rate].append(x[rate])
+            ys[rate].append(y[rate])
+    return {
+        rate: UnitDots.from_kernel(_product(xs[rate], ys[rate]).cpu().numpy(), sizes, sums.dot(rate))
+        for rate in segments
+    }
+
+
+def _streamed(
+    first_pass: PassOfVectors, second_pass: PassOfVectors, segments: Mapping[float, Sequence[str]], sizes: Sequence[int]
+) -> dict[float, UnitDots]:
+    sums = _Sums(segments)
+    diagonal: dict[float, list[float]] = {rate: [] for rate in segments}
+    x_dot_sum: dict[float, list[float]] = {rate: [] for rate in segments}
+    y_dot_sum: dict[float, list[float]] = {rate: [] for rate in segments}
+    for x, y in first_pass():
+        sums.add(x, y)
+        for rate in segments:
+            diagonal[rate].append(_dot(x[rate], y[rate]))
+    for x, y in second_pass():
+        for rate in segments:
+            x_dot_sum[rate].append(_dot(x[rate], sums.y[rate]))
+            y_dot_sum[rate].append(_dot(y[rate], sums.x[rate]))
+    return {
+        rate: UnitDots.streamed(sizes, x_dot_sum[rate], y_dot_sum[rate], diagonal[rate], sums.dot(rate))
+        for rate in segments
+    }
+
+
+class _Sums:
+    """ΣXS and ΣYS in float64, apart from the unit vectors: the self-test's second road."""
+
+    def __init__(self, segments: Mapping[float, Sequence[str]]) -> None:
+        self.x: dict[float, Tensor] = {}
+        self.y: dict[float, Tensor] = {}
+        self._segments = segments
+
+    def add(self, x: Mapping[float, Tensor], y: Mapping[float, Tensor]) -> None:
+        for rate in self._segments:
+            for sums, part in ((self.x, x[rate]), (self.y, y[rate])):
+                if rate in sums:
+                    sums[rate] += part
+                else:
+                    sums[rate] = part.to(torch.float64, copy=True)
+
+    def dot(self, rate: float) -> float:
+        return _dot(self.x[rate], self.y[rate])
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    total = 0.0
+    for start in range(0, len(left), CHUNK):
+        part = slice(start, start + CHUNK)
+        total += float(torch.dot(left[part].double(), right[part].double()))
+    return total
+
+
+def _product(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """K_uw = XS_u · YS_w in float64, over chunks of parameters."""
+    kernel = torch.zeros((len(xs), len(ys)), dtype=torch.float64, device=xs[0].device)
+    for start in range(0, len(xs[0]), CHUNK):
+        part = slice(start, start + CHUNK)
+        kernel += torch.stack([x[part].double() for x in xs]) @ torch.stack([y[part].double() for y in ys]).T
+    return kernel
+
+
+def _starts(group_sizes: Sequence[int]) -> list[int]:
+    starts = [0]
+    for size in group_sizes:
+        starts.append(starts[-1] + size)
+    return starts

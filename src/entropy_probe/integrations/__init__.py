@@ -1,0 +1,1 @@
+"""Recorders for training libraries; each is imported only by those who use it."""

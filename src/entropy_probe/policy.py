@@ -1,0 +1,151 @@
+"""The policy: fresh teacher-forced log-probs S of given responses under a causal language model.
+
+S = Σ_t log softmax(logits_t / τ)[y_t] over response tokens, first EOS included, in nats. Dropout is inactive (it would make S
+differ from the sampler's and from pass to pass), padding is on the right, and log-softmax runs in float32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from entropy_probe.errors import InputError
+from entropy_probe.float64_mode import Float64Mode
+from entropy_probe.rollouts import Rollout, RolloutBatch
+
+
+@dataclass(frozen=True)
+class PaddedResponses:
+    """Sequences padded on the right.
+
+    ``input_ids`` and ``attention_mask`` are [n, L]; ``rows``, ``positions`` and ``targets`` hold, for each response token, its
+    sequence, the position whose logits predict it, and its id: [tokens].
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    positions: Tensor
+    targets: Tensor
+
+
+def pad_right(responses: Sequence[Rollout], device: torch.device) -> PaddedResponses:
+    """Prompt and response ids side by side, padded with masked zeros on the right."""
+    length = max(len(r.prompt_ids) + len(r.response_ids) for r in responses)
+    input_ids = torch.zeros((len(responses), length), dtype=torch.long)
+    attention_mask = torch.zeros((len(responses), length), dtype=torch.long)
+    rows: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    for row, response in enumerate(responses):
+        ids = (*response.prompt_ids, *response.response_ids)
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        first = len(response.prompt_ids) - 1
+        rows.extend([row] * len(response.response_ids))
+        positions.extend(range(first, first + len(response.response_ids)))
+        targets.extend(response.response_ids)
+    return PaddedResponses(
+        input_ids.to(device),
+        attention_mask.to(device),
+        torch.tensor(rows, device=device),
+        torch.tensor(positions, device=device),
+        torch.tensor(targets, device=device),
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel or DataParallel, whose hooks would all-reduce the probe's gradients."""
+    while isinstance(model, DistributedDataParallel | DataParallel):
+        model = model.module
+    return model
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model at a temperature, with how its forwards are run.
+
+    ``microbatch_size`` responses go through one forward; it changes memory and rounding, nothing else. ``autocast`` is the
+    type of mixed-precision arithmetic over float32 weights, or None.
+    """
+
+    model: nn.Module
+    temperature: float = 1.0
+    microbatch_size: int = 32
+    autocast: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.model.parameters()).dtype
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, tied ones once, in the order of ``named_parameters``."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def microbatches(self, count: int) -> Iterator[slice]:
+        """Consecutive slices of at most ``microbatch_size`` out of ``count``."""
+        for start in range(0, count, self.microbatch_size):
+            yield slice(start, min(start + self.microbatch_size, count))
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Run forwards with dropout inactive, in the policy's arithmetic; training flags come back on every exit."""
+        flags = [(module, module.training) for module in self.model.modules()]
+        with ExitStack() as stack:
+            if self.dtype == torch.float64:
+                stack.enter_context(Float64Mode())
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
+            try:
+                self.model.eval()
+                yield
+            finally:
+                for module, training in flags:
+                    module.training = training
+
+    def forward_scores(self, responses: Sequence[Rollout]) -> Tensor:
+        """S of each response by one forward, [n], with the graph if gradients are enabled. Call it under ``arithmetic``."""
+        batch = pad_right(responses, self.device)
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        logits = output.logits[batch.rows, batch.positions]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        log_probs = torch.log_softmax(wide / self.temperature, dim=-1)
+        chosen = log_probs.gather(1, batch.targets[:, None])[:, 0]
+        return torch.zeros(len(responses), dtype=chosen.dtype, device=chosen.device).index_add(0, batch.rows, chosen)
+
+    def scores(self, responses: Sequence[Rollout]) -> Tensor:
+        """S of every response without gradients, float64 [N] on the CPU."""
+        with torch.no_grad(), self.arithmetic():
+            parts = [self.forward_scores(responses[part]).double().cpu() for part in self.microbatches(len(responses))]
+        return torch.cat(parts)
+
+
+def check_fits(batch: RolloutBatch, vocabulary: int, context_length: int | None) -> None:
+    """Refuse rollouts that the model cannot score.
+
+    Raises:
+        InputError: a token id outside the vocabulary, or a sequence past the context length; the prompt is named.
+    """
+    for response in batch.responses:
+        ids = (*response.prompt_ids, *response.response_ids)
+        if max(ids) >= vocabulary:
+            raise InputError(
+                f"prompt_id {response.prompt_id!r} holds token id {max(ids)}, but the model's vocabulary has {vocabulary}; "
+                "were these rollouts made with another tokenizer?"
+            )
+        if context_length is not None and len(ids) > context_length:
+            raise InputError(
+                f"prompt_id {response.prompt_id!r} with its response has {len(ids)} tokens; "
+                f"the model's context holds {context_length}"
+            )

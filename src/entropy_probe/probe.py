@@ -1,0 +1,327 @@
+"""The probe: what will the next step do to the entropy, how sure are we, and what did it do?
+
+:func:`probe` reads as the method does: fresh scores, coefficients, unit gradients under Adam's geometry, the U-statistic, then
+the realised step. Source: guide section 6.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from entropy_probe import diagnostics
+from entropy_probe.adam_preconditioner import AdamState, preconditioners, validate_preconditioner
+from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
+from entropy_probe.checkpoints import load_checkpoint
+from entropy_probe.errors import InputError
+from entropy_probe.gradients import loss_gradient, make_plan, unit_gradients
+from entropy_probe.importance_sampling import FloatArray, linear_weights
+from entropy_probe.policy import Policy, check_fits, unwrap
+from entropy_probe.progress import Progress, Silent
+from entropy_probe.realized import RealizedChange, realize_optimizer_step, realize_preconditioned_step
+from entropy_probe.report import Report
+from entropy_probe.rollouts import RolloutBatch, read_batch
+from entropy_probe.scores import (
+    AdvantageRule,
+    LengthWeight,
+    advantages_from_rewards,
+    entropy_coefficients,
+    length_weights,
+)
+from entropy_probe.u_statistics import cross_statistics
+from entropy_probe.units import Mode
+from entropy_probe.virtual_step import at_least_float32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to probe.
+
+    Attributes:
+        mode: EXACT, BLOCK, or by memory.
+        blocks: number of blocks; implies BLOCK.
+        learning_rate: replaces the stored one; None keeps it.
+        advantage: None takes the rollouts' own if they have any, else dr_grpo.
+        length_weight: of the training loss.
+        max_completion_length: Dr. GRPO's constant; None takes the rollouts' own.
+        dtype: of weights and arithmetic, where a checkpoint is loaded.
+        autocast: mixed precision over float32 weights, for the gradients only.
+        microbatch_size: responses in one forward.
+        memory_bytes: what the probe may use; None takes what is free.
+        seed: of the validator's test vectors.
+    """
+
+    mode: Mode = Mode.AUTO
+    blocks: int | None = None
+    learning_rate: float | None = None
+    advantage: AdvantageRule | None = None
+    length_weight: LengthWeight = LengthWeight.GUIDE
+    max_completion_length: int | None = None
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    microbatch_size: int = 32
+    memory_bytes: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot be meant."""
+        if self.microbatch_size < 1:
+            raise InputError(f"microbatch size is {self.microbatch_size}; expected at least 1")
+        if self.memory_bytes is not None and not self.memory_bytes > 0:
+            raise InputError(f"memory is {self.memory_bytes} bytes; expected more than 0")
+        if self.autocast is not None and self.dtype is not torch.float32:
+            raise InputError("--autocast goes with --dtype float32: mixed precision is over float32 weights")
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The report, and K_uw = XS_u · YS_w over all parameters (None where vectors were streamed)."""
+
+    report: Report
+    kernel: FloatArray | None
+
+
+def probe_checkpoint(
+    checkpoint: Path,
+    rollouts: Path,
+    settings: Settings = Settings(),
+    *,
+    base: Path | None = None,
+    temperature: float | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> ProbeResult:
+    """Load a checkpoint folder and a rollouts file, and probe.
+
+    Raises:
+        InputError: anything that is wrong with either, in one line.
+    """
+    clock = Clock()
+    with clock.stage("load"):
+        batch = read_batch(rollouts, temperature)
+        loaded = load_checkpoint(
+            checkpoint,
+            base=base,
+            dtype=settings.dtype,
+            device=device,
+            learning_rate=settings.learning_rate,
+            seed=settings.seed,
+        )
+        check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
+    facts = describe_checkpoint(loaded)
+    return _probe(loaded.model, loaded.adam, batch, settings, facts, loaded.mapping.rivals, clock, progress)
+
+
+def probe(
+    model: nn.Module,
+    adam: AdamState,
+    batch: RolloutBatch,
+    settings: Settings = Settings(),
+    *,
+    progress: Progress | None = None,
+) -> ProbeResult:
+    """Probe a live model; it is left as it was, gradients, flags and random state included.
+
+    Args:
+        model: a causal language model (``model(input_ids=, attention_mask=, use_cache=).logits``), DDP-wrapped or not.
+        adam: its optimizer's state (:func:`entropy_probe.adam_preconditioner.state_of_optimizer`).
+        batch: rollouts (:func:`entropy_probe.rollouts.group_rollouts`).
+        settings: see :class:`Settings`; ``dtype`` is the model's own and ``learning_rate`` overrides the optimizer's.
+        progress: told of long work.
+
+    Raises:
+        InputError: the optimizer's state or the rollouts do not do.
+    """
+    model = unwrap(model)
+    if settings.learning_rate is not None:
+        adam = adam.with_learning_rate(settings.learning_rate)
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    test = validate_preconditioner(adam, shapes, seed=settings.seed)
+    settings = replace(settings, dtype=next(model.parameters()).dtype)
+    return _probe(model, adam, batch, settings, describe_model(model, adam, test), (), Clock(), progress)
+
+
+def _probe(
+    model: nn.Module,
+    adam: AdamState,
+    batch: RolloutBatch,
+    settings: Settings,
+    facts: Mapping[str, object],
+    rivals: tuple[str, ...],
+    clock: Clock,
+    progress: Progress | None,
+) -> ProbeResult:
+    progress = progress if progress is not None else Silent()
+    policy = Policy(model, batch.temperature, settings.microbatch_size, settings.autocast)
+    trainable = policy.trainable()
+    p = preconditioners(adam)
+    rates = {name: group.learning_rate for name, group in adam.group_of().items()}
+
+    with clock.stage("scores"):
+        scores = finite_scores(policy, batch)
+    advantages, rule = resolve_advantages(batch, settings.advantage)
+    x_coefficients = entropy_coefficients(scores, batch.group_sizes)
+    y_coefficients = advantages * resolve_length_weights(batch, settings)
+
+    plan = make_plan(
+        settings.mode,
+        settings.blocks,
+        prompts=len(batch.groups),
+        parameters=sum(parameter.numel() for parameter in trainable.values()),
+        bytes_per_value=8 if policy.dtype == torch.float64 else 4,
+        memory_bytes=settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device),
+    )
+    with clock.stage("gradients"):
+        gradients = unit_gradients(
+            policy, batch, plan.units, x_coefficients, y_coefficients, p, rates, storage=plan.storage, progress=progress
+        )
+    statistics = cross_statistics(gradients.total)
+    step_statistics = cross_statistics(gradients.step_weighted)
+
+    with clock.stage("realized"):
+        realized = realize(policy, batch, scores, gradients.ascent, p, rates, adam, progress)
+
+    warnings = [
+        *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
+        *diagnostics.interval_warnings(statistics),
+        *diagnostics.advantage_warnings(advantages, batch.group_sizes),
+        *diagnostics.on_policy_warnings(batch, scores),
+        *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, rivals),
+        *diagnostics.realized_warnings(realized),
+    ]
+    report = assemble_report(
+        statistics=statistics,
+        step_statistics=step_statistics,
+        plan=plan,
+        batch=batch,
+        scores=scores,
+        adam=adam,
+        realized=realized,
+        warnings=warnings,
+        config={
+            "mode": settings.mode,
+            "blocks": settings.blocks,
+            "estimator": "score",
+            "advantage": rule,
+            "length_weight": settings.length_weight,
+            "max_completion_length": settings.max_completion_length,
+            "learning_rate": settings.learning_rate,
+            "temperature": batch.temperature,
+            "dtype": _name(settings.dtype),
+            "autocast": None if settings.autocast is None else _name(settings.autocast),
+            "microbatch_size": settings.microbatch_size,
+            "memory_bytes": settings.memory_bytes,
+            "device": str(policy.device),
+            "seed": settings.seed,
+        },
+        checkpoint=facts,
+        timing=clock.seconds(),
+    )
+    return ProbeResult(report, gradients.total.kernel)
+
+
+def realize(
+    policy: Policy,
+    batch: RolloutBatch,
+    scores: Tensor,
+    ascent: Mapping[str, Tensor],
+    p: Mapping[str, Tensor],
+    rates: Mapping[str, float],
+    adam: AdamState,
+    progress: Progress,
+) -> list[RealizedChange]:
+    """The preconditioned step, then the optimizer's own, each with its linear term, in float32 or better."""
+    exact_policy = replace(policy, autocast=None)
+    same_arithmetic = policy.autocast is None and torch.finfo(policy.dtype).bits >= 32
+    with at_least_float32(policy.model):
+        before = (scores if same_arithmetic else finite_scores(exact_policy, batch)).numpy()
+        weights = torch.from_numpy(linear_weights(before, batch.group_sizes))
+        linear = loss_gradient(exact_policy, batch.responses, weights, progress=progress)
+        return [
+            realize_preconditioned_step(exact_policy, batch, before, linear, ascent, p, rates, progress=progress),
+            realize_optimizer_step(exact_policy, batch, before, linear, ascent, adam, progress=progress),
+        ]
+
+
+def finite_scores(policy: Policy, batch: RolloutBatch) -> Tensor:
+    """Fresh S of every response, float64 [N].
+
+    Raises:
+        InputError: a response that the model gives probability zero, or NaN; its prompt is named.
+    """
+    scores = policy.scores(batch.responses)
+    for response, score in zip(batch.responses, scores.tolist(), strict=True):
+        if not -float("inf") < score < float("inf"):
+            raise InputError(
+                f"prompt_id {response.prompt_id!r}: a response has log-probability {score} under this checkpoint; "
+                "the weights are damaged, or it was sampled from another model"
+            )
+    return scores
+
+
+def resolve_advantages(batch: RolloutBatch, rule: AdvantageRule | None) -> tuple[Tensor, AdvantageRule]:
+    """A_ng, float64 [N], and the rule that gave them: the rollouts' own where there are any, else dr_grpo.
+
+    Raises:
+        InputError: ``given`` was asked for and the rows have none.
+    """
+    given = [response.advantage for response in batch.responses if response.advantage is not None]
+    if rule is None:
+        rule = AdvantageRule.GIVEN if given else AdvantageRule.DR_GRPO
+    if rule is not AdvantageRule.GIVEN:
+        rewards = torch.tensor([response.reward for response in batch.responses], dtype=torch.float64)
+        return advantages_from_rewards(rewards, batch.group_sizes, rule), rule
+    if not given:
+        raise InputError("the rollouts hold no advantage column; give one, or --advantage dr_grpo, grpo or rloo")
+    return torch.tensor(given, dtype=torch.float64), rule
+
+
+def resolve_length_weights(batch: RolloutBatch, settings: Settings) -> Tensor:
+    """w_ng of the training loss, with the window's constants from the rollouts where the settings give none."""
+    first = batch.responses[0]
+    micro_batches = [r.micro_batch for r in batch.responses if r.micro_batch is not None]
+    return length_weights(
+        [len(response.response_ids) for response in batch.responses],
+        batch.group_sizes,
+        settings.length_weight,
+        max_completion_length=settings.max_completion_length or first.max_completion_length,
+        window_tokens=first.window_tokens,
+        micro_batches=micro_batches or None,
+    )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free where the vectors will live."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds by stage."""
+
+    started: float = field(default_factory=time.perf_counter)
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block."""
+        start = time.perf_counter()
+        yield
+        self.stages[name] = time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Every stage so far, and the total since the clock was made."""
+        return {**self.stages, "total": time.perf_counter() - self.started}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

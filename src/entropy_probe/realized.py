@@ -1,0 +1,135 @@
+"""The realised entropy change: take the step, score the same responses again, compare with the linear prediction.
+
+Two steps are realised, each beside its own prediction: the preconditioned-gradient step that δH₁ describes, virtually on the
+live model, and the optimizer's real step on a clone. The numerical floor says below which size a ΔH is rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.adam_step import preconditioned_step, take_adamw_step
+from entropy_probe.importance_sampling import EntropyChange, FloatArray, entropy_change
+from entropy_probe.policy import Policy
+from entropy_probe.progress import Progress, Silent
+from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.virtual_step import virtual_step
+
+FLOOR_FACTORS = tuple(np.geomspace(1e-8, 1e-6, 8).tolist())
+"""Factors ε of the step at which the numerical floor is read."""
+
+
+@dataclass(frozen=True)
+class RealizedChange:
+    """One realised step: ΔH on common samples, its linear prediction and its numerical floor, nats per response.
+
+    ``noise_floor`` is max |ΔH(ε Δθ) − ε predicted| over eight ε from 1e-8 to 1e-6: rounding, since the true difference is of
+    order ε². ``step_norm`` is ‖Δθ‖.
+    """
+
+    step: str
+    method: str
+    change: EntropyChange
+    predicted: float
+    noise_floor: float
+    step_norm: float
+
+
+def realize_preconditioned_step(
+    policy: Policy,
+    batch: RolloutBatch,
+    scores: FloatArray,
+    linear: Mapping[str, Tensor],
+    ascent: Mapping[str, Tensor],
+    preconditioners: Mapping[str, Tensor],
+    learning_rates: Mapping[str, float],
+    *,
+    progress: Progress | None = None,
+) -> RealizedChange:
+    """Δθ = η P Ȳ as a virtual step on the live model, which is itself again afterwards, bit for bit.
+
+    Args:
+        policy: the model at θ, weights in float32 or better.
+        batch: the rollouts whose tokens are scored again.
+        scores: S at θ by this very policy, [N].
+        linear: ∇ Σ p_i S_i by name (:func:`entropy_probe.importance_sampling.linear_weights`).
+        ascent: Ȳ by name.
+        preconditioners: P by name.
+        learning_rates: η by name.
+        progress: told of every forward over the batch.
+    """
+    deltas = preconditioned_step(ascent, preconditioners, learning_rates)
+
+    def moved(scale: float) -> FloatArray:
+        with virtual_step(policy.model, deltas, scale):
+            return _scores(policy, batch)
+
+    return _realize("preconditioned", "virtual", moved(1.0), moved, batch, scores, linear, deltas, progress)
+
+
+def realize_optimizer_step(
+    policy: Policy,
+    batch: RolloutBatch,
+    scores: FloatArray,
+    linear: Mapping[str, Tensor],
+    ascent: Mapping[str, Tensor],
+    state: AdamState,
+    *,
+    progress: Progress | None = None,
+) -> RealizedChange:
+    """A real ``torch.optim`` step (momentum, fresh gradient, weight decay; no clipping) on a clone of the model."""
+    clone = Policy(copy.deepcopy(policy.model), policy.temperature, policy.microbatch_size, policy.autocast)
+    take_adamw_step(clone.model, state, ascent)
+    before = dict(policy.model.named_parameters())
+    deltas = {
+        name: after.data.double() - before[name].data.double()
+        for name, after in clone.model.named_parameters()
+        if after.requires_grad
+    }
+
+    def moved(scale: float) -> FloatArray:
+        with virtual_step(policy.model, deltas, scale):
+            return _scores(policy, batch)
+
+    return _realize("adamw", "clone", _scores(clone, batch), moved, batch, scores, linear, deltas, progress)
+
+
+def _realize(
+    step: str,
+    method: str,
+    scores_after: FloatArray,
+    moved: Callable[[float], FloatArray],
+    batch: RolloutBatch,
+    scores: FloatArray,
+    linear: Mapping[str, Tensor],
+    deltas: Mapping[str, Tensor],
+    progress: Progress | None,
+) -> RealizedChange:
+    progress = progress if progress is not None else Silent()
+    predicted = directional_derivative(linear, deltas)
+    floor = 0.0
+    for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step} step", len(FLOOR_FACTORS)):
+        tiny = entropy_change(scores, moved(factor), batch.group_sizes)
+        floor = max(floor, abs(tiny.delta_h - factor * predicted))
+    norm = float(torch.sqrt(sum((delta.double() ** 2).sum() for delta in deltas.values()) + torch.tensor(0.0)))
+    change = entropy_change(scores, scores_after, batch.group_sizes)
+    return RealizedChange(step, method, change, predicted, floor, norm)
+
+
+def directional_derivative(gradient: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> float:
+    """Σ over parameters of ∇ · Δθ in float64; a parameter that either side lacks contributes nothing."""
+    return sum(
+        float((gradient[name].double() * delta.double()).sum()) for name, delta in deltas.items() if name in gradient
+    )
+
+
+def _scores(policy: Policy, batch: RolloutBatch) -> FloatArray:
+    found: FloatArray = policy.scores(batch.responses).numpy()
+    return found

@@ -1,0 +1,22 @@
+"""What the probe found: the records of schema 1, their terminal form, plots and files."""
+
+from entropy_probe.report.files import write_json, write_report_folder
+from entropy_probe.report.schema import (
+    EntropySection,
+    Evidence,
+    FirstOrder,
+    RealizedRow,
+    Report,
+    UnitsSection,
+)
+
+__all__ = [
+    "EntropySection",
+    "Evidence",
+    "FirstOrder",
+    "RealizedRow",
+    "Report",
+    "UnitsSection",
+    "write_json",
+    "write_report_folder",
+]

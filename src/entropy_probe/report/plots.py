@@ -1,0 +1,89 @@
+"""Two plots: predicted against realised with error bars, and row means by prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from entropy_probe.report.schema import Report
+
+PREDICTED, REALIZED, NEUTRAL = "#3b6fb5", "#c8553d", "#777777"
+
+
+def plot_predicted_and_realized(report: Report, path: Path) -> None:
+    """δH₁ with its 95 % interval, then each realised ΔH (± 1.96 SE) beside that row's own linear prediction."""
+    figure, axes = _figure(7.0, 1.6 + 0.7 * (1 + len(report.realized)))
+    labels = ["δH₁, first order"]
+    first = report.first_order
+    _interval(axes, 0, first.delta_h1, first.delta_h1_ci95, PREDICTED, "first-order prediction δH₁")
+    for place, row in enumerate(report.realized, start=1):
+        ends = [row.delta_h - 1.96 * row.se, row.delta_h + 1.96 * row.se]
+        _interval(axes, place, row.delta_h, ends, REALIZED, "realised ΔH" if place == 1 else None)
+        axes.plot(
+            [row.predicted], [place], "|", color=PREDICTED, markersize=16, markeredgewidth=2,
+            label="that estimator's own linear term" if place == 1 else None,
+        )  # fmt: skip
+        labels.append(f"{row.step} step,\n{row.batch} batch")
+    axes.axvline(0.0, color=NEUTRAL, linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_xlabel("entropy change, nats per response (95 % intervals)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_row_means(report: Report, path: Path) -> None:
+    """r_u by unit, sorted, with its halves x_u and y_u and U_cross: which prompts drive the change."""
+    first = report.first_order
+    order = sorted(range(len(first.row_means)), key=lambda u: first.row_means[u])
+    places = range(len(order))
+    figure, axes = _figure(max(6.0, min(16.0, 2.0 + 0.22 * len(order))), 4.2)
+    axes.bar(places, [first.row_means[u] for u in order], color=PREDICTED, alpha=0.7, label="row mean r")
+    axes.plot(
+        places,
+        [first.row_x[u] for u in order],
+        "x",
+        color=REALIZED,
+        markersize=5,
+        label="x: answers to the others' update",
+    )
+    axes.plot(
+        places,
+        [first.row_y[u] for u in order],
+        ".",
+        color="black",
+        markersize=5,
+        label="y: its update moves the others",
+    )
+    axes.axhline(first.u_cross, color=NEUTRAL, linestyle="--", linewidth=1, label="U_cross")
+    axes.axhline(0.0, color="black", linewidth=0.6)
+    if len(order) <= 64:
+        axes.set_xticks(places, [_short(first.unit_ids[u]) for u in order], rotation=90, fontsize=7)
+    axes.set_xlabel("prompt" if report.units.mode == "exact" else "block")
+    axes.set_ylabel("nats per unit of learning rate\n(positive: lowers entropy)")
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _interval(axes: Axes, place: int, centre: float, ends: list[float] | None, colour: str, label: str | None) -> None:
+    errors = None if ends is None else [[max(0.0, centre - ends[0])], [max(0.0, ends[1] - centre)]]
+    axes.errorbar([centre], [place], xerr=errors, fmt="o", color=colour, capsize=4, label=label)
+
+
+def _short(unit_id: object) -> str:
+    text = f"{unit_id[0]}…{unit_id[-1]}" if isinstance(unit_id, list) else str(unit_id)
+    return text if len(text) <= 14 else text[:13] + "…"
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # No creation date or software tag: the same report gives the same file.
+    figure.savefig(path, dpi=150, format="png", metadata={"Software": None})

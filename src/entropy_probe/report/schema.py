@@ -1,0 +1,141 @@
+"""report.json, schema 1: plain records. Every number is finite, or null with its reason in the section's ``null_reasons``.
+
+Entropies and their changes are in nats per response. Later versions of schema 1 only add keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A warning: a short code, what was seen with its figures, and what to do."""
+
+    code: str
+    seen: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """The prediction δH₁ = −η U_cross and its uncertainty.
+
+    Standard errors are of U_cross; ``delta_h1_se`` and ``delta_h1_ci95`` are of δH₁ and belong together (``interval_method``).
+    ``learning_rate`` is a list where parameter groups differ. ``unit_ids`` are prompt ids, lists of them for blocks.
+    ``row_means``, ``row_x`` and ``row_y`` are r_u, x_u and y_u, one a unit.
+    """
+
+    estimator: str
+    u_cross: float
+    delta_h1: float
+    learning_rate: float | list[float]
+    bars_dot: float
+    diag_sum: float
+    row_means: list[float]
+    unit_ids: list[Any]
+    row_x: list[float]
+    row_y: list[float]
+    se_plugin: float | None
+    se_jackknife: float | None
+    se_this_step: float | None
+    se_plugin_guide: float | None
+    zeta1_plugin: float | None
+    zeta1_jackknife: float | None
+    delta_h1_se: float | None
+    delta_h1_ci95: list[float] | None
+    interval_method: str | None
+    self_test_residual: float
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UnitsSection:
+    """What was paired: ``sizes`` are prompts a unit; ``tokens`` response tokens. ``reason`` says why this mode."""
+
+    mode: str
+    count: int
+    sizes: list[int]
+    prompts: int
+    responses: int
+    tokens: int
+    storage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EntropySection:
+    """Ĥ(θ) with its standard error clustered by prompt; per token is Σ over responses divided by the mean length."""
+
+    per_response: float
+    se: float
+    per_token: float
+    mean_length: float
+
+
+@dataclass(frozen=True)
+class RealizedRow:
+    """One realised step beside its own linear prediction; see :mod:`entropy_probe.realized`."""
+
+    step: str
+    batch: str
+    method: str
+    estimator: str
+    delta_h: float
+    se: float
+    predicted: float
+    entropy_before: float
+    entropy_after: float
+    ess: float
+    ess_fraction: float
+    pareto_k: float | None
+    delta_h_psis: float | None
+    noise_floor: float
+    step_norm: float
+    note: str
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole of report.json. ``headline`` is the sentence that a person reads first."""
+
+    headline: str
+    first_order: FirstOrder
+    units: UnitsSection
+    entropy: EntropySection
+    realized: list[RealizedRow]
+    warnings: list[Evidence]
+    config: Mapping[str, Any]
+    checkpoint: Mapping[str, Any]
+    timing: Mapping[str, float]
+    versions: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object.
+
+        Raises:
+            AssertionError: a number is not finite, or a null has no reason: a fault of ours.
+        """
+        content = {"schema": SCHEMA, **asdict(self)}
+        for record in (content["first_order"], *content["realized"]):
+            for name, value in record.items():
+                assert value is not None or name in record["null_reasons"], f"{name} is null without a reason"
+        _assert_finite(content, "report")
+        return content
+
+
+def _assert_finite(value: Any, where: str) -> None:
+    if isinstance(value, float):
+        assert math.isfinite(value), f"{where} is {value}"
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            _assert_finite(item, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _assert_finite(item, f"{where}[{index}]")

@@ -1,0 +1,135 @@
+"""The report for people: one sentence, then the numbers with their units, then warnings with evidence and advice."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from entropy_probe.report.schema import Report
+
+
+def headline(delta_h1: float, se: float | None, ci95: list[float] | None, entropy: float) -> str:
+    """One sentence a person understands first: what the next step does to the entropy, and how sure that is."""
+    share = f", {100 * abs(delta_h1) / entropy:.2g} %" if entropy > 0 else ""
+    if se is None:
+        return (
+            f"To first order the next step changes entropy by {delta_h1:+.3g} nats per response{share}; "
+            "too few units for an error bar."
+        )
+    size = f"{quantity(abs(delta_h1), se)} nats per response{share}"
+    if ci95 is not None and ci95[0] <= 0.0 <= ci95[1]:
+        return (
+            f"This batch does not tell whether the next step raises or lowers entropy: "
+            f"{'+' if delta_h1 >= 0 else '−'}{size} (95 % interval includes zero)."
+        )
+    return f"To first order the next step {'lowers' if delta_h1 < 0 else 'raises'} entropy by {size}."
+
+
+def quantity(value: float, se: float | None) -> str:
+    """``value ± se`` with two digits of the error."""
+    if se is None or se == 0.0:
+        return f"{value:.4g}"
+    exponent = int(f"{se:e}".split("e")[1])
+    if -4 <= exponent <= 3:
+        digits = max(0, 1 - exponent)
+        return f"{value:.{digits}f} ± {se:.{digits}f}"
+    scale = 10.0**exponent
+    return f"({value / scale:.1f} ± {se / scale:.1f})e{exponent}"
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the whole report."""
+    console.print(Text(report.headline, style="bold"))
+    console.print()
+    console.print(_section("First order, before the step", _first_order(report)))
+    console.print(_section("Realised, after a step on the same responses", _realized(report)))
+    console.print(_section("Batch and checkpoint", _facts(report)))
+    for warning in report.warnings:
+        console.print(
+            Text.assemble(("warning: ", "bold yellow"), f"{warning.seen}. ", (warning.advice + ".", "italic"))
+        )
+    if not report.warnings:
+        console.print("no warnings")
+
+
+def _section(title: str, body: RenderableType) -> RenderableType:
+    return Group(Text(title, style="underline"), Padding(body, (0, 0, 1, 2)))
+
+
+def _rows(*rows: tuple[str, str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value, unit in rows:
+        table.add_row(name, value, Text(unit, style="dim"))
+    return table
+
+
+def _number(value: float | None, reasons: dict[str, str], name: str) -> str:
+    return f"{value:.4g}" if value is not None else f"none: {reasons[name]}"
+
+
+def _first_order(report: Report) -> Table:
+    first = report.first_order
+    reasons = dict(first.null_reasons)
+    interval = (
+        f"[{first.delta_h1_ci95[0]:+.4g}, {first.delta_h1_ci95[1]:+.4g}]"
+        if first.delta_h1_ci95 is not None
+        else f"none: {reasons['delta_h1_ci95']}"
+    )
+    return _rows(
+        ("δH₁ = −η U_cross", f"{first.delta_h1:+.4g}", "nats per response"),
+        ("  standard error", _number(first.delta_h1_se, reasons, "delta_h1_se"), "over fresh batches"),
+        ("  95 % interval", interval.replace("[", "\\["), first.interval_method or ""),
+        ("entropy now", quantity(report.entropy.per_response, report.entropy.se), "nats per response"),
+        ("", f"{report.entropy.per_token:.4g}", "nats per token"),
+        ("U_cross", f"{first.u_cross:.4g}", "nats per unit of learning rate"),
+        ("  SE plug-in", _number(first.se_plugin, reasons, "se_plugin"), "from row means"),
+        ("  SE jackknife", _number(first.se_jackknife, reasons, "se_jackknife"), "delete-one"),
+        ("  SE of this step", _number(first.se_this_step, reasons, "se_this_step"), "given this update"),
+        (
+            "  SE, guide's formula",
+            _number(first.se_plugin_guide, reasons, "se_plugin_guide"),
+            "sd of r; kept to compare",
+        ),
+        ("learning rate", _rates(first.learning_rate), ""),
+        ("self-test residual", f"{first.self_test_residual:.1e}", "relative"),
+    )
+
+
+def _rates(rates: float | list[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates) if isinstance(rates, list) else f"{rates:g}"
+
+
+def _realized(report: Report) -> RenderableType:
+    table = Table(box=None, padding=(0, 2), pad_edge=False, header_style="dim")
+    for column in ("step", "batch", "ΔH realised", "its linear term", "ESS / N", "Pareto k̂", "noise floor"):
+        table.add_column(column, justify="left" if column in {"step", "batch"} else "right")
+    for row in report.realized:
+        table.add_row(
+            f"{row.step} ({row.method})",
+            row.batch,
+            f"{'+' if row.delta_h >= 0 else '−'}{quantity(abs(row.delta_h), row.se)}",
+            f"{row.predicted:+.4g}",
+            f"{row.ess_fraction:.3f}",
+            "none" if row.pareto_k is None else f"{row.pareto_k:.2f}",
+            f"{row.noise_floor:.0e}",
+        )
+    notes = [Text(f"{row.step}: {row.note}", style="dim") for row in report.realized]
+    return Group(table, *notes)
+
+
+def _facts(report: Report) -> Table:
+    units, checkpoint = report.units, report.checkpoint
+    return _rows(
+        (
+            "units",
+            f"{units.count} {units.mode}",
+            f"{units.prompts} prompts, {units.responses} responses, {units.tokens} tokens; {units.reason}",
+        ),
+        ("checkpoint", str(checkpoint.get("path", "live model")), f"{checkpoint['parameters']:,} trainable parameters"),
+        ("optimizer", f"step {checkpoint['adam_step']}", str(checkpoint["mapping"])),
+        ("advantages", str(report.config["advantage"]), f"length weight {report.config['length_weight']}"),
+        ("arithmetic", str(report.config["dtype"]), f"temperature {report.config['temperature']:g}"),
+        ("time", f"{report.timing['total']:.1f} s", ""),
+    )

@@ -1,0 +1,264 @@
+"""Sample rollouts from a policy with ``model.generate``: the whole distribution, exact token ids, EOS kept.
+
+generate's defaults (top_k = 50, a checkpoint's generation_config, its processors) would make S the wrong log-prob, so a
+generation config of our own replaces the checkpoint's while sampling. Prompts of one length are batched together, so that
+nothing is padded on the left.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from entropy_probe.errors import InputError
+from entropy_probe.policy import Policy
+from entropy_probe.progress import Progress, Silent
+from entropy_probe.rollouts import PromptId, Rollout, read_rows
+
+Reward = Callable[[str, str, dict[str, Any]], float]
+"""``f(prompt, response, row) -> float``: texts without special tokens, and the prompt's row with all its columns."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as token ids, its text, and the row that it came from."""
+
+    prompt_id: PromptId
+    prompt_ids: tuple[int, ...]
+    text: str
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample: G responses a prompt at temperature τ, at most ``max_new_tokens`` each.
+
+    ``eos_ids`` end a response. ``batch_size`` responses are generated at a time; it changes which random numbers go to which
+    response, so the same seed gives the same rollouts only at the same batch size.
+    """
+
+    responses: int
+    temperature: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+    eos_ids: tuple[int, ...] = ()
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse values that no sampler could honour."""
+        if self.responses < 2:
+            raise InputError(f"{self.responses} responses a prompt; the leave-one-out mean needs at least 2")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; expected a finite number above 0")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
+        if self.batch_size < 1:
+            raise InputError(f"batch size is {self.batch_size}; expected at least 1")
+
+
+def sample_rollouts(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    settings: SamplingSettings,
+    reward: Reward,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> list[Rollout]:
+    """G responses to every prompt, prompt by prompt, with the sampler's log-probs and rewards.
+
+    The global random state is put back afterwards. ``tokenizer`` only decodes text for the reward and for people; without
+    one, texts are empty.
+
+    Raises:
+        InputError: the reward does not return a finite number.
+    """
+    progress = progress if progress is not None else Silent()
+    jobs = list(_jobs(prompts, settings))
+    drawn: dict[int, list[tuple[tuple[int, ...], tuple[float, ...]]]] = {index: [] for index in range(len(prompts))}
+    with torch.random.fork_rng(), torch.no_grad(), policy.arithmetic(), _own_generation_config(policy.model, settings):
+        torch.manual_seed(settings.seed)
+        for indices, copies in progress.track(jobs, "sampling", len(jobs)):
+            for position, sample in enumerate(_generate(policy, [prompts[i] for i in indices], copies, settings)):
+                drawn[indices[position // copies]].append(sample)
+    return [
+        _rollout(prompt, ids, logprobs, settings, reward, tokenizer)
+        for index, prompt in enumerate(prompts)
+        for ids, logprobs in drawn[index]
+    ]
+
+
+def read_prompts(path: Path, tokenizer: Any = None) -> list[Prompt]:
+    """Read JSON Lines (or Parquet) with ``prompt`` (text) or ``prompt_ids``, and optionally ``prompt_id``.
+
+    A text is tokenised with the tokenizer's own special tokens; chat templates are the caller's business. Without
+    ``prompt_id`` the row's number serves.
+
+    Raises:
+        InputError: no rows, a row with neither column, an empty prompt, or text without a tokenizer.
+    """
+    prompts = []
+    for number, (where, row) in enumerate(read_rows(path)):
+        ids, text = row.get("prompt_ids"), row.get("prompt")
+        if ids is None and text is None:
+            raise InputError(f"{where} has neither prompt nor prompt_ids")
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{where}: prompt is a {type(text).__name__}; expected text")
+        if ids is None:
+            if tokenizer is None:
+                raise InputError(f"{where} gives text, but the checkpoint has no tokenizer; give prompt_ids instead")
+            ids = tokenizer(text)["input_ids"]
+        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise InputError(f"{where}: prompt_ids is {ids!r}; expected a list of token ids")
+        if not ids:
+            raise InputError(f"{where} is an empty prompt; the first response token needs a prefix")
+        shown = (
+            text if text is not None else "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
+        )
+        prompts.append(Prompt(row.get("prompt_id", number), tuple(ids), shown, row))
+    if not prompts:
+        raise InputError(f"{path} holds no prompts")
+    if len({prompt.prompt_id for prompt in prompts}) < len(prompts):
+        raise InputError(f"{path} uses a prompt_id twice; give each prompt its own, or none")
+    return prompts
+
+
+def load_tokenizer(folders: Sequence[Path]) -> Any:
+    """The tokenizer of the first folder that has one, or None."""
+    for folder in folders:
+        if (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return None
+
+
+def end_tokens(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
+    """The ids that end a response: those of the model's config, and the tokenizer's."""
+    configured = model.config.get_text_config().eos_token_id
+    ids = list(configured) if isinstance(configured, list | tuple) else [configured]
+    ids.append(None if tokenizer is None else tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(token for token in ids if token is not None))
+
+
+def load_reward(spec: str) -> Reward:
+    """The function named by ``module:function``; modules in the working directory can be imported.
+
+    Raises:
+        InputError: the name has another form, or nothing callable is there.
+    """
+    module_name, _, function_name = spec.partition(":")
+    if not module_name or not function_name:
+        raise InputError(f"--reward is {spec!r}; expected module:function")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"--reward {spec}: cannot import {module_name} ({error})") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    function = vars(module).get(function_name)
+    if not callable(function):
+        raise InputError(f"--reward {spec}: {module_name} has no function {function_name}")
+    reward: Reward = function
+    return reward
+
+
+def _jobs(prompts: Sequence[Prompt], settings: SamplingSettings) -> Iterator[tuple[list[int], int]]:
+    """Batches of prompts of one length with a number of responses each, ``batch_size`` sequences at most."""
+    by_length: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt.prompt_ids), []).append(index)
+    together = max(1, settings.batch_size // settings.responses)
+    for indices in by_length.values():
+        for start in range(0, len(indices), together):
+            remaining = settings.responses
+            while remaining:
+                copies = min(remaining, settings.batch_size)
+                yield indices[start : start + together], copies
+                remaining -= copies
+
+
+@contextmanager
+def _own_generation_config(model: Any, settings: SamplingSettings) -> Iterator[None]:
+    original = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=list(settings.eos_ids) or None,
+        # Only fills the places after a response's end, which are cut off again.
+        pad_token_id=settings.eos_ids[0] if settings.eos_ids else 0,
+        use_cache=True,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = original
+
+
+def _generate(
+    policy: Policy, prompts: Sequence[Prompt], copies: int, settings: SamplingSettings
+) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """(response ids, their log-probs) for ``copies`` responses to each prompt, all of one length."""
+    input_ids = torch.tensor([prompt.prompt_ids for prompt in prompts], device=policy.device)
+    input_ids = input_ids.repeat_interleave(copies, dim=0)
+    model: Any = policy.model
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    responses = output.sequences[:, input_ids.shape[1] :]
+    # Scores are what was sampled from, after every processor: the sampler's own log-probs.
+    logprobs = torch.stack(
+        [
+            torch.log_softmax(score.float() if score.dtype != torch.float64 else score, dim=-1).gather(
+                1, token[:, None]
+            )
+            for score, token in zip(output.scores, responses.T, strict=True)
+        ],
+        dim=1,
+    )[..., 0]
+    for ids, values in zip(responses.tolist(), logprobs.tolist(), strict=True):
+        length = next((t + 1 for t, token in enumerate(ids) if token in settings.eos_ids), len(ids))
+        yield tuple(ids[:length]), tuple(values[:length])
+
+
+def _rollout(
+    prompt: Prompt,
+    ids: tuple[int, ...],
+    logprobs: tuple[float, ...],
+    settings: SamplingSettings,
+    reward: Reward,
+    tokenizer: Any,
+) -> Rollout:
+    text = "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
+    value = reward(prompt.text, text, dict(prompt.row))
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the reward of prompt_id {prompt.prompt_id!r} is {value!r}; expected a number") from error
+    if number != number or abs(number) == float("inf"):
+        raise InputError(f"the reward of prompt_id {prompt.prompt_id!r} is {number}; expected a finite number")
+    return Rollout(
+        prompt_id=prompt.prompt_id,
+        prompt_ids=prompt.prompt_ids,
+        response_ids=ids,
+        reward=number,
+        logprobs=logprobs,
+        temperature=settings.temperature,
+        top_k=0,
+        top_p=1.0,
+        cut=ids[-1] not in settings.eos_ids,
+        prompt=prompt.text or None,
+        response=text or None,
+    )

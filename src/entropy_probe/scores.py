@@ -1,0 +1,156 @@
+"""Coefficients of the two probe losses: what multiplies ∇S_ng in X_n (entropy) and in Y_n (the trainer's update).
+
+S_ng = Σ_t log π_θ(y_t | prefix) is the score of response g to prompt n, in nats. Values lie flat, prompt by prompt:
+``scores`` has shape [N] with N = Σ_n G_n, and ``group_sizes`` holds the G_n. Then
+
+    X_n = Σ_g c_ng ∇S_ng,  c_ng = (S_ng − S̄_n,−g) / G_n          E[X] = −∇H   (score-function identity, E[∇S] = 0)
+    Y_n = Σ_g a_ng ∇S_ng                                          mean over n = minus the gradient of the training loss
+
+The coefficient is a constant of the loss: were it not detached, Σ_g S_g ∇S̄_−g = Σ_g S̄_−g ∇S_g would add a second X.
+Source: guide section 1B; design sections 1 to 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from entropy_probe.errors import InputError
+
+
+class AdvantageRule(StrEnum):
+    """Where advantages come from. ``given``: the rollouts; the others: from rewards, prompt by prompt."""
+
+    GIVEN = "given"
+    DR_GRPO = "dr_grpo"
+    GRPO = "grpo"
+    RLOO = "rloo"
+
+
+class LengthWeight(StrEnum):
+    """How the training loss weighs a response by its length; see :func:`length_weights`."""
+
+    GUIDE = "guide"
+    DR_GRPO = "dr_grpo"
+    GRPO = "grpo"
+    DAPO = "dapo"
+    BNPO = "bnpo"
+
+
+def by_group(values: Tensor, group_sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """``values`` [N] prompt by prompt: tensors of shape [G_n]."""
+    return torch.split(values, list(group_sizes))
+
+
+def group_mean(values: Tensor, group_sizes: Sequence[int]) -> Tensor:
+    """Mean of ``values`` [N] over each prompt's responses, repeated for each response: [N]."""
+    return torch.cat([part.mean().expand(len(part)) for part in by_group(values, group_sizes)])
+
+
+def leave_one_out_mean(values: Tensor, group_sizes: Sequence[int]) -> Tensor:
+    """Mean of the prompt's *other* responses: (G_n mean − value) / (G_n − 1), shape [N].
+
+    Raises:
+        InputError: a prompt with a single response.
+    """
+    if min(group_sizes) < 2:
+        raise InputError("a prompt has one response; the leave-one-out mean needs at least two")
+    counts = repeat_by_group([float(size) for size in group_sizes], group_sizes)
+    return (counts * group_mean(values, group_sizes) - values) / (counts - 1)
+
+
+def repeat_by_group(values: Sequence[float], group_sizes: Sequence[int]) -> Tensor:
+    """One value a prompt, repeated for each of its responses: float64 [N]."""
+    return torch.repeat_interleave(torch.tensor(values, dtype=torch.float64), torch.tensor(list(group_sizes)))
+
+
+def entropy_coefficients(scores: Tensor, group_sizes: Sequence[int]) -> Tensor:
+    """c_ng = (S_ng − S̄_n,−g) / G_n, detached; shape [N], nats.
+
+    The leave-one-out mean is a baseline that is independent of response g, so E[X_n] = −∇H_n exactly, without the
+    1/G shrinkage of the full mean.
+    """
+    detached = scores.detach()
+    return (detached - leave_one_out_mean(detached, group_sizes)) / repeat_by_group(group_sizes, group_sizes)
+
+
+def advantages_from_rewards(rewards: Tensor, group_sizes: Sequence[int], rule: AdvantageRule) -> Tensor:
+    """Advantages A_ng from rewards [N].
+
+    ``dr_grpo``: r − mean (arXiv 2503.20783). ``grpo``: (r − mean) / (std + 1e-4) with the sample standard deviation
+    (arXiv 2402.03300, as TRL computes it). ``rloo``: r − mean of the others (arXiv 2402.14740).
+    """
+    if rule is AdvantageRule.RLOO:
+        return rewards - leave_one_out_mean(rewards, group_sizes)
+    centred = rewards - group_mean(rewards, group_sizes)
+    if rule is AdvantageRule.DR_GRPO:
+        return centred
+    if rule is AdvantageRule.GRPO:
+        deviations = [float(part.std(correction=1)) for part in by_group(rewards, group_sizes)]
+        return centred / (repeat_by_group(deviations, group_sizes) + 1e-4)
+    raise InputError("advantages by the rule 'given' are read from the rollouts, not computed from rewards")
+
+
+def length_weights(
+    lengths: Sequence[int],
+    group_sizes: Sequence[int],
+    rule: LengthWeight,
+    *,
+    max_completion_length: int | None = None,
+    window_tokens: float | None = None,
+    micro_batches: Sequence[int] | None = None,
+) -> Tensor:
+    """w_ng with a_ng = A_ng w_ng and Ȳ = (1/B) Σ_n Σ_g a_ng ∇S_ng; float64 [N].
+
+    ``guide``: 1/(G_n L_n), L_n the prompt's longest response. ``dr_grpo``: 1/(G_n L_max). ``grpo``: 1/(G_n T_ng).
+    ``dapo``: B/ΣT over the accumulation window. ``bnpo``: B/(K ΣT_k) over the response's micro-batch k of K.
+
+    Args:
+        lengths: T_ng, response tokens.
+        group_sizes: G_n.
+        rule: which of the above.
+        max_completion_length: L_max, the trainer's constant (``dr_grpo`` only, required there).
+        window_tokens: ΣT of the window where it is not this batch's (``dapo``).
+        micro_batches: the micro-batch of each response (``bnpo``); one for all if not given.
+
+    Raises:
+        InputError: ``dr_grpo`` without L_max, or an L_max shorter than a response.
+    """
+    tokens = torch.tensor(lengths, dtype=torch.float64)
+    sizes = repeat_by_group(group_sizes, group_sizes)
+    prompts = len(group_sizes)
+    if rule is LengthWeight.GUIDE:
+        longest = [float(part.max()) for part in by_group(tokens, group_sizes)]
+        return 1.0 / (sizes * repeat_by_group(longest, group_sizes))
+    if rule is LengthWeight.GRPO:
+        return 1.0 / (sizes * tokens)
+    if rule is LengthWeight.DAPO:
+        return torch.full_like(tokens, prompts / (window_tokens if window_tokens is not None else float(tokens.sum())))
+    if rule is LengthWeight.BNPO:
+        if micro_batches is None:
+            return torch.full_like(tokens, prompts / float(tokens.sum()))
+        index = torch.unique(torch.tensor(list(micro_batches)), return_inverse=True)[1]
+        sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, tokens)
+        return prompts / (len(sums) * sums[index])
+    if max_completion_length is None:
+        raise InputError(
+            "length weight dr_grpo divides by the trainer's constant; give --max-completion-length (TRL: "
+            "max_completion_length) or the column max_completion_length"
+        )
+    if max_completion_length < max(lengths):
+        raise InputError(
+            f"max_completion_length is {max_completion_length}, but a response has {max(lengths)} tokens; "
+            "expected the trainer's constant, at least as long"
+        )
+    return 1.0 / (sizes * max_completion_length)
+
+
+def probe_loss(scores: Tensor, coefficients: Tensor) -> Tensor:
+    """L = Σ_i coefficient_i S_i, a scalar whose gradient is Σ_i coefficient_i ∇S_i.
+
+    With ``entropy_coefficients`` this is the guide's L_X summed over prompts, with A w its L_Y.
+    """
+    return (coefficients.detach().to(scores) * scores).sum()

@@ -1,0 +1,58 @@
+"""Units: what the U-statistic pairs. EXACT: every prompt alone. BLOCK: contiguous runs of prompts.
+
+Prompts stand in the order of their first row; block sizes differ by at most one, larger ones first. Blocks follow that
+order and not the microbatches, so that results do not depend on memory. Source: guide sections 1C and 1D, design section 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from entropy_probe.errors import InputError
+
+
+class Mode(StrEnum):
+    """How prompts become units; ``auto`` lets the planner choose by memory."""
+
+    AUTO = "auto"
+    EXACT = "exact"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True)
+class Units:
+    """A partition of prompts 0..B−1 into consecutive runs; ``ranges[u]`` are the prompts of unit u."""
+
+    mode: Mode
+    ranges: tuple[range, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """s_u, prompts in each unit."""
+        return tuple(len(prompts) for prompts in self.ranges)
+
+
+def exact_units(prompts: int) -> Units:
+    """One unit a prompt."""
+    return Units(Mode.EXACT, tuple(range(n, n + 1) for n in range(prompts)))
+
+
+def block_units(prompts: int, blocks: int) -> Units:
+    """``blocks`` contiguous runs, sizes differing by at most one, larger ones first.
+
+    Raises:
+        InputError: fewer than two blocks, or more blocks than prompts.
+    """
+    if blocks < 2:
+        raise InputError(f"{blocks} blocks; the cross-unit estimator needs at least 2")
+    if blocks > prompts:
+        raise InputError(f"{blocks} blocks for {prompts} prompts; give at most one block a prompt")
+    small, larger = divmod(prompts, blocks)
+    ranges = []
+    start = 0
+    for block in range(blocks):
+        size = small + (block < larger)
+        ranges.append(range(start, start + size))
+        start += size
+    return Units(Mode.BLOCK, tuple(ranges))

@@ -1,0 +1,60 @@
+"""θ⁺ on the live model: parameters are swapped for moved copies and put back, the very same tensors, on every exit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def virtual_step(model: nn.Module, deltas: Mapping[str, Tensor], scale: float = 1.0) -> Iterator[None]:
+    """Within the block the parameters hold θ + scale Δθ; afterwards θ bit for bit, exceptions included.
+
+    The original storage is never written to: each parameter points to a new tensor and then back.
+
+    Args:
+        model: its parameters must be in float32 or better (see :func:`at_least_float32`).
+        deltas: Δθ by parameter name; parameters not named stay.
+        scale: factor of the step.
+
+    Raises:
+        ValueError: a name that the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(set(deltas) - set(parameters))
+    if unknown:
+        raise ValueError(f"the step names parameters that the model does not have: {', '.join(unknown[:3])}")
+    originals = {name: parameters[name].data for name in deltas}
+    try:
+        for name, delta in deltas.items():
+            theta = originals[name]
+            # The sum is formed in float64 and rounded once.
+            parameters[name].data = (theta.double() + scale * delta.to(theta.device, torch.float64)).to(theta.dtype)
+        yield
+    finally:
+        for name, original in originals.items():
+            parameters[name].data = original
+
+
+@contextmanager
+def at_least_float32(model: nn.Module) -> Iterator[None]:
+    """Within the block floating parameters and buffers below float32 are float32 copies; afterwards the originals.
+
+    A bfloat16 weight does not move by 1e-6 of itself, so a small step would vanish in it.
+    """
+    narrow = [
+        tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
+    ]
+    originals = [tensor.data for tensor in narrow]
+    try:
+        for tensor in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, original in zip(narrow, originals, strict=True):
+            tensor.data = original

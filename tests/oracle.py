@@ -1,0 +1,178 @@
+"""Slow truths, written apart from the package: one response at a time, loops over pairs, torch.optim itself.
+
+Only ``Float64Mode`` is shared, because both sides must run the model in the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.float64_mode import Float64Mode
+from entropy_probe.rollouts import Rollout, RolloutBatch
+
+
+def score_alone(model: Any, row: Rollout, temperature: float) -> Tensor:
+    """S of one response, unpadded, token by token."""
+    ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0] / temperature
+    start = len(row.prompt_ids)
+    total = logits.new_zeros(())
+    for t, token in enumerate(row.response_ids):
+        total = total + torch.log_softmax(logits[start + t - 1], dim=-1)[token]
+    return total
+
+
+@dataclass(frozen=True)
+class Alone:
+    """S [N] and ∇S [N, parameters] of every response by itself."""
+
+    scores: np.ndarray
+    gradients: np.ndarray
+
+
+def one_at_a_time(model: Any, batch: RolloutBatch) -> Alone:
+    """One forward and one backward a response, in eval mode, under the float64 mode where the model is float64."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    scores, gradients = [], []
+    with Float64Mode() if parameters[0].dtype == torch.float64 else nullcontext():
+        for row in batch.responses:
+            score = score_alone(model, row, batch.temperature)
+            grads = torch.autograd.grad(score, parameters, allow_unused=True)
+            flat = [
+                (torch.zeros_like(p) if g is None else g).flatten().double()
+                for p, g in zip(parameters, grads, strict=True)
+            ]
+            scores.append(float(score.detach()))
+            gradients.append(torch.cat(flat).numpy())
+    return Alone(np.array(scores), np.array(gradients))
+
+
+def scores_alone(model: Any, batch: RolloutBatch) -> np.ndarray:
+    """S of every response by itself, without gradients."""
+    model.eval()
+    with torch.no_grad(), Float64Mode() if next(model.parameters()).dtype == torch.float64 else nullcontext():
+        return np.array([float(score_alone(model, row, batch.temperature)) for row in batch.responses])
+
+
+def prompt_vectors(
+    alone: Alone, batch: RolloutBatch, length: Callable[[Sequence[Rollout], Rollout], float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """X_n and Y_n, [B, parameters]: leave-one-out scores; advantages r − mean; lengths the guide's unless given."""
+    xs, ys = [], []
+    i = 0
+    for group in batch.groups:
+        rows, count = group.responses, len(group.responses)
+        longest = max(len(r.response_ids) for r in rows)
+        mean_reward = sum(r.reward for r in rows) / count
+        x = np.zeros(alone.gradients.shape[1])
+        y = np.zeros(alone.gradients.shape[1])
+        for g, row in enumerate(rows):
+            others = [alone.scores[i + h] for h in range(count) if h != g]
+            x += (alone.scores[i + g] - sum(others) / (count - 1)) / count * alone.gradients[i + g]
+            divisor = longest if length is None else length(rows, row)
+            y += (row.reward - mean_reward) / (count * divisor) * alone.gradients[i + g]
+        xs.append(x)
+        ys.append(y)
+        i += count
+    return np.array(xs), np.array(ys)
+
+
+def double_loop(
+    xs: np.ndarray, ys: np.ndarray, sizes: Sequence[int] | None = None
+) -> tuple[float, list[float], list[float]]:
+    """(U_cross, r_u, delete-one U_−u) by looping over ordered pairs of prompts in different units."""
+    sizes = [1] * len(xs) if sizes is None else list(sizes)
+    unit = [u for u, size in enumerate(sizes) for _ in range(size)]
+    prompts = range(len(xs))
+
+    def mean_over(pairs: list[tuple[int, int]]) -> float:
+        return math.fsum(float(xs[n] @ ys[m]) for n, m in pairs) / len(pairs)
+
+    def pairs(keep: set[int]) -> list[tuple[int, int]]:
+        return [
+            (n, m) for n, m in itertools.product(prompts, prompts) if unit[n] != unit[m] and {unit[n], unit[m]} <= keep
+        ]
+
+    everything = set(range(len(sizes)))
+    u_cross = mean_over(pairs(everything))
+    r = []
+    for u in sorted(everything):
+        as_x = mean_over([(n, m) for n, m in pairs(everything) if unit[n] == u])
+        as_y = mean_over([(n, m) for n, m in pairs(everything) if unit[m] == u])
+        r.append(0.5 * (as_x + as_y))
+    left = [mean_over(pairs(everything - {u})) if len(sizes) > 2 else math.nan for u in sorted(everything)]
+    return u_cross, r, left
+
+
+def flat_preconditioner(model: nn.Module, optimizer: torch.optim.Optimizer) -> np.ndarray:
+    """1/(√(v/(1 − β₂^t)) + ε) of a live optimizer, laid out as the model's trainable parameters."""
+    settings = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    parts = []
+    for p in model.parameters():
+        if p.requires_grad:
+            state, group = optimizer.state[p], settings[id(p)]
+            v_hat = state["exp_avg_sq"].double() / (1 - group["betas"][1] ** float(state["step"]))
+            parts.append((1 / (v_hat.sqrt() + group["eps"])).flatten())
+    return torch.cat(parts).numpy()
+
+
+def moved(model: Any, delta: np.ndarray) -> Any:
+    """A clone with Δθ added to its trainable parameters."""
+    clone = copy.deepcopy(model)
+    start = 0
+    with torch.no_grad():
+        for p in clone.parameters():
+            if p.requires_grad:
+                p += torch.from_numpy(delta[start : start + p.numel()]).reshape(p.shape).to(p)
+                start += p.numel()
+    return clone
+
+
+def stepped_by_torch(model: Any, optimizer: torch.optim.AdamW, ascent: np.ndarray) -> Any:
+    """A clone moved by one real AdamW step on the gradient −Ȳ, its state carried over from ``optimizer``."""
+    clone = copy.deepcopy(model)
+    pairs = dict(zip((id(p) for p in model.parameters()), clone.parameters(), strict=True))
+    fresh = torch.optim.AdamW(
+        [{**{k: v for k, v in g.items() if k != "params"}, "params": [pairs[id(p)] for p in g["params"]]}
+         for g in optimizer.param_groups]
+    )  # fmt: skip
+    for p, state in optimizer.state.items():
+        fresh.state[pairs[id(p)]] = {
+            k: v.clone() if k == "step" else v.to(pairs[id(p)], copy=True) for k, v in state.items()
+        }
+    start = 0
+    for p in clone.parameters():
+        if p.requires_grad:
+            p.grad = torch.from_numpy(-ascent[start : start + p.numel()]).reshape(p.shape).to(p)
+            start += p.numel()
+    fresh.step()
+    return clone
+
+
+def snis_change(scores: np.ndarray, scores_after: np.ndarray, group_sizes: Sequence[int]) -> tuple[float, float]:
+    """(ΔH, ESS) by plain sums, without log space."""
+    base = [1 / (len(group_sizes) * size) for size in group_sizes for _ in range(size)]
+    w = [b * math.exp(after - before) for b, before, after in zip(base, scores, scores_after, strict=True)]
+    total = math.fsum(w)
+    after = -math.fsum(wi / total * s for wi, s in zip(w, scores_after, strict=True))
+    before = -math.fsum(b * s for b, s in zip(base, scores, strict=True))
+    return after - before, total**2 / math.fsum(wi**2 for wi in w)
+
+
+def linear_change(alone: Alone, delta: np.ndarray, group_sizes: Sequence[int]) -> float:
+    """−Σ b dS − Σ b (S − S̄) dS with dS_i = g_i · Δθ, response by response."""
+    base = np.array([1 / (len(group_sizes) * size) for size in group_sizes for _ in range(size)])
+    d_scores = alone.gradients @ delta
+    mean = float(base @ alone.scores)
+    return float(-(base @ d_scores) - (base * (alone.scores - mean)) @ d_scores)

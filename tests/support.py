@@ -1,0 +1,160 @@
+"""Small models, checkpoints and rollouts that tests share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+from transformers.trainer_pt_utils import get_parameter_names
+
+from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
+
+VOCABULARY = 23
+EOS = 1
+
+
+def _config(cls: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 2,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+    }
+    return cls(**(common | more))
+
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama-tied": lambda: _config(LlamaConfig, intermediate_size=24, num_key_value_heads=1, tie_word_embeddings=True),
+    "llama-untied": lambda: _config(LlamaConfig, intermediate_size=24, num_key_value_heads=2, tie_word_embeddings=False),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=EOS,
+        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
+    ),
+    "qwen2": lambda: _config(Qwen2Config, intermediate_size=24, num_key_value_heads=1),
+    "opt": lambda: _config(OPTConfig, ffn_dim=24, word_embed_proj_dim=16, dropout=0.1),
+    "gemma2": lambda: _config(Gemma2Config, intermediate_size=24, num_key_value_heads=1, head_dim=8, sliding_window=8),
+    "mixtral": lambda: _config(MixtralConfig, intermediate_size=24, num_key_value_heads=1, num_local_experts=4),
+    "phi": lambda: _config(PhiConfig, intermediate_size=24, num_key_value_heads=2, partial_rotary_factor=0.5),
+}  # fmt: skip
+
+
+def tiny_model(name: str = "llama-tied", *, seed: int = 0, dtype: torch.dtype = torch.float32, std: float = 0.3) -> Any:
+    """A random model of a family, spread wide enough that its log-probs differ."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name]()
+    if "initializer_range" in config.to_dict():
+        config.initializer_range = std
+    kernels = {"experts_implementation": "eager"} if name == "mixtral" else {}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **kernels)
+
+
+def hf_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+    """Decay and no-decay groups as the installed Trainer makes them."""
+    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decaying = get_parameter_names(model, [nn.LayerNorm], patterns)
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for n, p in trainable if n in decaying], "weight_decay": weight_decay},
+        {"params": [p for n, p in trainable if n not in decaying], "weight_decay": 0.0},
+    ]
+
+
+def trained_optimizer(
+    model: Any,
+    *,
+    steps: int = 3,
+    learning_rate: float = 1e-3,
+    seed: int = 1,
+    vocabulary: int = VOCABULARY,
+    **adam: Any,
+) -> torch.optim.AdamW:
+    """AdamW after a few supervised steps on random tokens, so that every parameter has moments."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(hf_groups(model), lr=learning_rate, **adam)
+    training = model.training
+    model.eval()
+    for _ in range(steps):
+        ids = torch.randint(3, vocabulary, (8, 12), generator=generator)
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    model.train(training)
+    return optimizer
+
+
+def save_checkpoint(model: Any, optimizer: torch.optim.Optimizer, path: Path, step: int = 3) -> Path:
+    """A folder as a Trainer leaves it: weights or adapter, optimizer.pt, trainer_state.json."""
+    model.save_pretrained(path)
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+    return path
+
+
+def make_checkpoint(path: Path, name: str = "llama-tied", *, seed: int = 0, **optimizer: Any) -> Path:
+    """A random model of a family, trained for a few steps, on disk."""
+    model = tiny_model(name, seed=seed)
+    return save_checkpoint(model, trained_optimizer(model, **optimizer), path)
+
+
+def lora_model(model: Any, *, rank: int = 2, seed: int = 0) -> Any:
+    """A PEFT model with LoRA on the attention projections, both factors non-zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"]))
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.2)
+    return adapted
+
+
+def random_rollouts(
+    prompts: int = 5,
+    responses: int | Sequence[int] = 3,
+    *,
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+    longest: int = 7,
+    **columns: Any,
+) -> list[Rollout]:
+    """Rows of random tokens with prompts and responses of different lengths and rewards of 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    sizes = [responses] * prompts if isinstance(responses, int) else list(responses)
+    rows = []
+    for n, size in enumerate(sizes):
+        prompt_ids = tuple(draw(3, vocabulary) for _ in range(draw(1, 6)))
+        for _ in range(size):
+            body = tuple(draw(3, vocabulary) for _ in range(draw(0, longest)))
+            rows.append(Rollout(f"p{n}", prompt_ids, (*body, EOS), float(draw(0, 2)), **columns))
+    return rows
+
+
+def random_batch(prompts: int = 5, responses: int | Sequence[int] = 3, **more: Any) -> RolloutBatch:
+    """The same rows, grouped."""
+    return group_rollouts(random_rollouts(prompts, responses, **more))

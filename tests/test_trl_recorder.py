@@ -1,0 +1,390 @@
+"""The recorder's file is the batch: from it alone, the trainer's own gradient is rebuilt."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+pytest.importorskip("datasets")
+
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from entropy_probe.errors import InputError
+from entropy_probe.integrations.trl import RolloutRecorder
+from entropy_probe.rollouts import Rollout, group_rollouts, read_rollouts
+
+SYMBOLS = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz"]
+EOS = 1
+GROUP = 4
+MAX_LENGTH = 5
+TEMPERATURE = 0.8
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
+# One prompt comes three times, so that two groups of a batch share their prompt; lengths differ, so that TRL pads.
+PROMPTS = ["abc", "abc", "abc", "de", "fghij", "k"]
+
+
+def tiny_tokenizer() -> Any:
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(SYMBOLS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def tiny_model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(SYMBOLS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    return LlamaForCausalLM(config)
+
+
+def vowels(completions: Sequence[str], **_: Any) -> list[float | None]:
+    return [float(sum(c in "aeiou" for c in text)) for text in completions]
+
+
+def length(completions: Sequence[str], **_: Any) -> list[float | None]:
+    return [float(len(text)) for text in completions]
+
+
+class KeepGradients(TrainerCallback):  # type: ignore[misc]
+    """The trainer's weights and gradients just before each step, by name."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights.append({name: p.detach().clone() for name, p in trained.items()})
+        self.gradients.append({name: p.grad.detach().clone() for name, p in trained.items()})
+
+
+def make_trainer(
+    folder: Path, lora: bool = False, rewards: Sequence[Callable[..., Any]] = (vowels, length), **options: Any
+) -> Any:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "seed": 3,
+        "max_steps": 3,
+        "per_device_train_batch_size": 12,
+        "gradient_accumulation_steps": 2,
+        "num_generations": GROUP,
+        "max_completion_length": MAX_LENGTH,
+        "temperature": TEMPERATURE,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",
+        "beta": 0.0,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,  # no clipping: .grad is the gradient of the loss
+        "reward_weights": [1.0, 0.5][: len(rewards)],
+        "bf16": False,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    return GRPOTrainer(
+        model=tiny_model(),
+        reward_funcs=list(rewards),
+        args=GRPOConfig(**(settings | options)),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}),
+        processing_class=tiny_tokenizer(),
+        peft_config=LORA if lora else None,
+    )
+
+
+def train(folder: Path, **options: Any) -> tuple[Any, KeepGradients, list[list[Rollout]]]:
+    """Train with the recorder; return the trainer, what the callback saw, and the recorded rows of each step."""
+    trainer = make_trainer(folder, **options)
+    seen = KeepGradients()
+    trainer.add_callback(RolloutRecorder(trainer, folder / "rollouts"))
+    trainer.add_callback(seen)
+    trainer.train()
+    steps = range(1, len(seen.gradients) + 1)
+    assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [f"step-{k:05d}.jsonl" for k in steps]
+    return trainer, seen, [read_rollouts(folder / "rollouts" / f"step-{k:05d}.jsonl") for k in steps]
+
+
+def log_probs(model: Any, rows: Sequence[Rollout]) -> list[torch.Tensor]:
+    """Per-token log-probs of the recorded responses, padded on the right (TRL pads prompts on the left)."""
+    sequences = [row.prompt_ids + row.response_ids for row in rows]
+    width = max(map(len, sequences))
+    ids = torch.tensor([list(s) + [0] * (width - len(s)) for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
+    every = (model(input_ids=ids, attention_mask=mask).logits / TEMPERATURE).log_softmax(-1)
+    taken = every[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    return [
+        taken[i, len(row.prompt_ids) - 1 : len(row.prompt_ids) + len(row.response_ids) - 1]
+        for i, row in enumerate(rows)
+    ]
+
+
+def sequence_weights(rows: Sequence[Rollout], loss_type: str) -> list[float]:
+    """The weight of each response's log-prob in minus the loss of one accumulation window."""
+    micro_tokens: Counter[int] = Counter()
+    for row in rows:
+        assert row.micro_batch is not None
+        micro_tokens[row.micro_batch] += len(row.response_ids)
+    weights = []
+    for row in rows:
+        assert row.advantage is not None
+        assert row.micro_batch is not None
+        assert row.window_tokens is not None
+        assert row.max_completion_length is not None
+        divisor = {
+            "dr_grpo": len(rows) * row.max_completion_length,
+            "grpo": len(rows) * len(row.response_ids),
+            "sapo": len(rows) * len(row.response_ids),
+            "dapo": row.window_tokens,
+            "cispo": row.window_tokens,
+            "bnpo": len(micro_tokens) * micro_tokens[row.micro_batch],
+        }[loss_type]
+        weights.append(row.advantage / divisor)
+    return weights
+
+
+def model_at(weights: dict[str, torch.Tensor]) -> Any:
+    """A model of ours with the trainer's trained weights: TRL replaces the forward of the one it was given."""
+    model = tiny_model()
+    if any("lora" in name for name in weights):
+        model = get_peft_model(model, LORA)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == weights.keys()
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(weights[name])
+    return model
+
+
+def rebuilt_gradient(
+    weights: dict[str, torch.Tensor], rows: Sequence[Rollout], loss_type: str
+) -> dict[str, torch.Tensor]:
+    """The loss's gradient at ``weights``, from the recorded rows alone."""
+    model = model_at(weights)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sums = torch.stack([row_log_probs.sum() for row_log_probs in log_probs(model, rows)])
+    loss = -(torch.tensor(sequence_weights(rows, loss_type)) * sums).sum()
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    return dict(zip(trained, gradients, strict=True))
+
+
+def relative_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert got.keys() == expected.keys()
+    flat = [torch.cat([d[name].flatten().double() for name in expected]) for d in (got, expected)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "dr_grpo"},
+        {"loss_type": "dr_grpo", "lora": True},
+        {"loss_type": "dapo", "scale_rewards": "group"},
+        {"loss_type": "dapo", "lora": True, "scale_rewards": "batch"},
+        {"loss_type": "bnpo"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "sapo"},
+        # Two generations in one optimizer step: the buffer that TRL keeps holds only the last of them.
+        {"loss_type": "dr_grpo", "steps_per_generation": 1},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_the_gradient_of_every_step_is_rebuilt_from_its_file(tmp_path: Path, options: dict[str, Any]) -> None:
+    _, seen, steps = train(tmp_path, **options)
+    assert len(steps) == 3
+    for weights, gradients, rows in zip(seen.weights, seen.gradients, steps, strict=True):
+        rebuilt = rebuilt_gradient(weights, rows, options["loss_type"])
+        # Float32 on two paddings: the sums run in another order.
+        assert relative_error(rebuilt, gradients) < 1e-5
+        # The comparison can fail: the next response's advantage on each row is another gradient.
+        shifted = [Rollout(**(vars(row) | {"advantage": rows[i - 1].advantage})) for i, row in enumerate(rows)]
+        assert relative_error(rebuilt_gradient(weights, shifted, options["loss_type"]), gradients) > 0.1
+
+
+@pytest.mark.parametrize("steps_per_generation", [2, 1])
+def test_groups_keep_their_rows_apart_when_prompts_repeat(tmp_path: Path, steps_per_generation: int) -> None:
+    _, _, steps = train(tmp_path, steps_per_generation=steps_per_generation, eval_strategy="steps", eval_steps=1)
+    for step, rows in enumerate(steps, start=1):
+        assert len(rows) == 24
+        groups = group_rollouts(rows).groups  # also: one prompt under one id
+        assert [group.prompt_id for group in groups] == [f"{step}-{k}" for k in range(len(groups))]
+        assert {len(group.responses) for group in groups} == {GROUP}
+        assert len({group.prompt_ids for group in groups}) < len(groups)
+        for group in groups:
+            mean = sum(row.reward for row in group.responses) / GROUP
+            for row in group.responses:
+                assert row.advantage == pytest.approx(row.reward - mean, abs=1e-5)
+
+
+def test_rows_say_what_was_sampled_and_how(tmp_path: Path) -> None:
+    _, _, steps = train(tmp_path, loss_type="dapo")
+    tokenizer = tiny_tokenizer()
+    rows = [row for step in steps for row in step]
+    for row in rows:
+        text = tokenizer.decode(row.response_ids, skip_special_tokens=True)
+        assert row.reward == vowels([text])[0] + 0.5 * length([text])[0]  # type: ignore[operator]
+        assert row.response == tokenizer.decode(row.response_ids)
+        assert row.prompt in PROMPTS
+        assert list(row.prompt_ids) == tokenizer.encode(row.prompt)
+        assert row.cut == (row.response_ids[-1] != EOS)
+        assert EOS not in row.response_ids[:-1]
+        assert (row.temperature, row.top_k, row.top_p) == (TEMPERATURE, 0, 1.0)
+        assert row.max_completion_length == MAX_LENGTH
+        assert row.extra["loss_type"] == "dapo"
+        assert row.extra["on_policy"] is True
+    assert {row.cut for row in rows} == {True, False}
+    assert {row.micro_batch for row in rows} == {0, 1}
+    for step, step_rows in enumerate(steps, start=1):
+        assert {row.window_tokens for row in step_rows} == {float(sum(len(row.response_ids) for row in step_rows))}
+        assert {row.extra["step"] for row in step_rows} == {step}
+
+
+def test_the_training_is_the_same_with_and_without_the_recorder(tmp_path: Path) -> None:
+    recorded, _, _ = train(tmp_path)
+    plain = make_trainer(tmp_path)
+    plain.train()
+    for with_recorder, without in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(with_recorder, without)
+    assert not {"_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs"} & vars(recorded).keys()
+
+
+def test_off_policy_windows_carry_the_samplers_log_probs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="entropy_probe.integrations.trl"):
+        _, seen, steps = train(tmp_path, steps_per_generation=4, max_steps=2, per_device_train_batch_size=6)
+    assert "several optimizer steps" in caplog.text
+    assert {str(row.prompt_id).split("-")[0] for row in steps[1]} == {"1"}  # sampled for step 1, used in step 2
+    with torch.no_grad():
+        for row, expected in zip(steps[1], log_probs(model_at(seen.weights[0]), steps[1]), strict=True):
+            assert row.extra["on_policy"] is False
+            assert row.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_every_records_the_steps_after_each_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=4)
+    trainer.add_callback(RolloutRecorder(trainer, tmp_path / "rollouts", every=2))
+    trainer.train()
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00003.jsonl"]
+
+
+def test_a_step_with_an_unscorable_row_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def sometimes(completions: Sequence[str], trainer_state: Any, **_: Any) -> list[float | None]:
+        lost = trainer_state.global_step == 1
+        return [None if lost and i == 0 else float(len(text)) for i, text in enumerate(completions)]
+
+    trainer = make_trainer(tmp_path, rewards=[sometimes])
+    trainer.add_callback(RolloutRecorder(trainer, tmp_path / "rollouts"))
+    with caplog.at_level(logging.WARNING, logger="entropy_probe.integrations.trl"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00003.jsonl"]
+    assert "step 2 is not recorded: 1 rows" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def idle_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_trainer(tmp_path_factory.mktemp("idle"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta", 0.04),
+        ("loss_type", "vespo"),
+        ("loss_type", "luspo"),
+        ("args.delta", 0.5),
+        ("_entropy_bonus_enabled", True),
+        ("top_entropy_quantile", 0.2),
+        ("off_policy_mask_threshold", 0.5),
+        ("aux_loss_enabled", True),
+        ("mask_truncated_completions", True),
+        ("tools", [print]),
+        ("args.min_p", 0.1),
+        ("args.repetition_penalty", 1.1),
+        ("args.generation_kwargs", {"typical_p": 0.9}),
+    ],
+)
+def test_a_setting_that_the_rows_cannot_tell_is_refused_by_name(
+    idle_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    owner = idle_trainer.args if name.startswith("args.") else idle_trainer
+    monkeypatch.setattr(owner, name.removeprefix("args."), value)
+    says = {"_entropy_bonus_enabled": "entropy_coef", "aux_loss_enabled": "router_aux_loss_coef"}
+    with pytest.raises(InputError, match=says.get(name, name.removeprefix("args."))) as caught:
+        RolloutRecorder(idle_trainer, tmp_path / "rollouts")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "rollouts").exists()
+
+
+def test_cispo_below_a_ratio_of_one_is_refused(
+    idle_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL caps the ratio itself at epsilon_high, whose default 0.2 scales every on-policy gradient by a fifth."""
+    monkeypatch.setattr(idle_trainer, "loss_type", "cispo")
+    with pytest.raises(InputError, match=r"epsilon_high is 0\.2"):
+        RolloutRecorder(idle_trainer, tmp_path / "rollouts")
+
+
+def test_vllm_correction_and_uneven_dapo_windows_are_refused(
+    idle_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(idle_trainer, "use_vllm", True)
+        patch.setattr(idle_trainer, "vllm_importance_sampling_correction", True)
+        with pytest.raises(InputError, match="vllm_importance_sampling_correction"):
+            RolloutRecorder(idle_trainer, tmp_path / "rollouts")
+    monkeypatch.setattr(idle_trainer, "loss_type", "dapo")
+    monkeypatch.setattr(idle_trainer.args, "steps_per_generation", 3)
+    with pytest.raises(InputError, match=r"steps_per_generation \(3\) is not a multiple"):
+        RolloutRecorder(idle_trainer, tmp_path / "rollouts")
+
+
+@pytest.mark.parametrize("key", ["tool_mask", "pixel_values"])
+def test_a_batch_that_cannot_be_recorded_stops_the_run_before_its_first_step(tmp_path: Path, key: str) -> None:
+    trainer = make_trainer(tmp_path)
+    original = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: original(inputs) | {key: torch.ones(24, MAX_LENGTH)}
+    trainer.add_callback(RolloutRecorder(trainer, tmp_path / "rollouts"))
+    with pytest.raises(InputError, match=key):
+        trainer.train()
+    assert list((tmp_path / "rollouts").iterdir()) == []
+
+
+def test_an_unknown_trl_is_refused_with_what_is_missing(
+    idle_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(GRPOTrainer, "_calculate_rewards")
+    with pytest.raises(InputError, match=r"has no _calculate_rewards.*1\.10 to 1\.16"):
+        RolloutRecorder(idle_trainer, tmp_path / "rollouts")
+
+
+def test_without_trl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "entropy_probe.integrations.trl")
+    with pytest.raises(InputError, match=r"install entropy-probe\[trl\]"):
+        importlib.import_module("entropy_probe.integrations.trl")
