@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ EOS = 1
 GROUP = 4
 MAX_LENGTH = 5
 TEMPERATURE = 0.8
+LOSSES_OF_TWO_PROCESSES = ("dapo", "bnpo")
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
 # One prompt comes three times, so that two groups of a batch share their prompt; lengths differ, so that TRL pads.
 PROMPTS = ["abc", "abc", "abc", "de", "fghij", "k"]
@@ -79,6 +81,7 @@ class KeepGradients(TrainerCallback):  # type: ignore[misc]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name.removeprefix("module."): p for name, p in trained.items()}  # of DistributedDataParallel
         self.weights.append({name: p.detach().clone() for name, p in trained.items()})
         self.gradients.append({name: p.grad.detach().clone() for name, p in trained.items()})
 
@@ -286,6 +289,33 @@ def test_off_policy_windows_carry_the_samplers_log_probs(tmp_path: Path, caplog:
             assert row.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_the_rows_of_two_processes_together_are_the_batch(tmp_path: Path) -> None:
+    """Each rank writes its own rows; the averaged gradient is rebuilt from both files."""
+    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for loss_type in LOSSES_OF_TWO_PROCESSES:
+        saved = torch.load(tmp_path / loss_type / "seen.pt", weights_only=True)
+        for step in (1, 2):
+            files = [tmp_path / loss_type / "rollouts" / f"step-{step:05d}-rank{rank}.jsonl" for rank in (0, 1)]
+            rows = [row for file in files for row in read_rollouts(file)]
+            assert {len(group.responses) for group in group_rollouts(rows).groups} == {GROUP}
+            assert {row.window_tokens for row in rows} == {float(sum(len(row.response_ids) for row in rows))}
+            weights, gradients = saved["weights"][step - 1], saved["gradients"][step - 1]
+            assert relative_error(rebuilt_gradient(weights, rows, loss_type), gradients) < 1e-5
+
+
+def train_one_rank(folder: Path) -> None:
+    for loss_type in LOSSES_OF_TWO_PROCESSES:
+        trainer = make_trainer(folder / loss_type, loss_type=loss_type, per_device_train_batch_size=6, max_steps=2)
+        seen = KeepGradients()
+        trainer.add_callback(RolloutRecorder(trainer, folder / loss_type / "rollouts"))
+        trainer.add_callback(seen)
+        trainer.train()
+        if trainer.accelerator.is_main_process:
+            torch.save({"weights": seen.weights, "gradients": seen.gradients}, folder / loss_type / "seen.pt")
+
+
 def test_every_records_the_steps_after_each_checkpoint(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=4)
     trainer.add_callback(RolloutRecorder(trainer, tmp_path / "rollouts", every=2))
@@ -368,10 +398,17 @@ def test_vllm_correction_and_uneven_dapo_windows_are_refused(
 def test_a_batch_that_cannot_be_recorded_stops_the_run_before_its_first_step(tmp_path: Path, key: str) -> None:
     trainer = make_trainer(tmp_path)
     original = trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: original(inputs) | {key: torch.ones(24, MAX_LENGTH)}
-    trainer.add_callback(RolloutRecorder(trainer, tmp_path / "rollouts"))
+
+    def wrapped(inputs: Any) -> Any:
+        return original(inputs) | {key: torch.ones(24, MAX_LENGTH)}
+
+    trainer._generate_and_score_completions = wrapped
+    recorder = RolloutRecorder(trainer, tmp_path / "rollouts")
+    trainer.add_callback(recorder)
     with pytest.raises(InputError, match=key):
         trainer.train()
+    recorder.on_train_end(None, None, None)
+    assert trainer._generate_and_score_completions is wrapped
     assert list((tmp_path / "rollouts").iterdir()) == []
 
 
@@ -388,3 +425,7 @@ def test_without_trl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "entropy_probe.integrations.trl")
     with pytest.raises(InputError, match=r"install entropy-probe\[trl\]"):
         importlib.import_module("entropy_probe.integrations.trl")
+
+
+if __name__ == "__main__":  # one of two processes, see test_the_rows_of_two_processes_together_are_the_batch
+    train_one_rank(Path(sys.argv[1]))

@@ -61,7 +61,7 @@ def _section(title: str, body: RenderableType) -> RenderableType:
 def _rows(*rows: tuple[str, str, str]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value, unit in rows:
-        table.add_row(name, value, Text(unit, style="dim"))
+        table.add_row(Text(name), Text(value), Text(unit, style="dim"))
     return table
 
 
@@ -80,7 +80,7 @@ def _first_order(report: Report) -> Table:
     return _rows(
         ("δH₁ = −η U_cross", f"{first.delta_h1:+.4g}", "nats per response"),
         ("  standard error", _number(first.delta_h1_se, reasons, "delta_h1_se"), "over fresh batches"),
-        ("  95 % interval", interval.replace("[", "\\["), first.interval_method or ""),
+        ("  95 % interval", interval, first.interval_method or ""),
         ("entropy now", quantity(report.entropy.per_response, report.entropy.se), "nats per response"),
         ("", f"{report.entropy.per_token:.4g}", "nats per token"),
         ("U_cross", f"{first.u_cross:.4g}", "nats per unit of learning rate"),
@@ -102,34 +102,31 @@ def _rates(rates: float | list[float]) -> str:
 
 
 def _realized(report: Report) -> RenderableType:
-    table = Table(box=None, padding=(0, 2), pad_edge=False, header_style="dim")
-    for column in ("step", "batch", "ΔH realised", "its linear term", "ESS / N", "Pareto k̂", "noise floor"):
-        table.add_column(column, justify="left" if column in {"step", "batch"} else "right")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("step (batch)")
+    for column in ("ΔH realised", "linear term", "ESS/N", "k̂", "floor"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in report.realized:
         table.add_row(
-            f"{row.step} ({row.method})",
-            row.batch,
+            f"{row.step} ({row.batch})",
             f"{'+' if row.delta_h >= 0 else '−'}{quantity(abs(row.delta_h), row.se)}",
             f"{row.predicted:+.4g}",
             f"{row.ess_fraction:.3f}",
             "none" if row.pareto_k is None else f"{row.pareto_k:.2f}",
             f"{row.noise_floor:.0e}",
         )
-    notes = [Text(f"{row.step}: {row.note}", style="dim") for row in report.realized]
+    notes = [Text(f"{row.step} ({row.method}): {row.note}", style="dim") for row in report.realized]
     return Group(table, *notes)
 
 
 def _facts(report: Report) -> Table:
     units, checkpoint = report.units, report.checkpoint
     return _rows(
-        (
-            "units",
-            f"{units.count} {units.mode}",
-            f"{units.prompts} prompts, {units.responses} responses, {units.tokens} tokens; {units.reason}",
-        ),
-        ("checkpoint", str(checkpoint.get("path", "live model")), f"{checkpoint['parameters']:,} trainable parameters"),
-        ("optimizer", f"step {checkpoint['adam_step']}", str(checkpoint["mapping"])),
+        ("units", f"{units.count}", units.reason),
+        ("rollouts", f"{units.responses}", f"responses to {units.prompts} prompts, {units.tokens} tokens"),
+        ("trainable", f"{checkpoint['parameters']:,}", f"parameters, {report.config['dtype']}"),
+        ("Adam step", str(checkpoint["adam_step"]), f"names by: {checkpoint['mapping']}"),
         ("advantages", str(report.config["advantage"]), f"length weight {report.config['length_weight']}"),
-        ("arithmetic", str(report.config["dtype"]), f"temperature {report.config['temperature']:g}"),
+        ("temperature", f"{report.config['temperature']:g}", ""),
         ("time", f"{report.timing['total']:.1f} s", ""),
     )

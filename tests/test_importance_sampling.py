@@ -1,0 +1,91 @@
+"""SNIS in log space, ESS, the clustered error and Pareto smoothing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+from arviz_stats.base import array_stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entropy_probe.importance_sampling import entropy_change, entropy_estimate, importance_weights, pareto_smooth
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 5), min_size=2, max_size=6), seed=st.integers(0, 1000))
+def test_delta_h_and_ess_equal_plain_sums(sizes: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = -rng.gamma(2.0, 1.0, size=sum(sizes))
+    after = scores + 0.5 * rng.normal(size=sum(sizes))
+    found = entropy_change(scores, after, sizes)
+    delta_h, ess = oracle.snis_change(scores, after, sizes)
+    assert found.delta_h == pytest.approx(delta_h, abs=1e-12)
+    assert found.weights.ess == pytest.approx(ess, rel=1e-12)
+    assert found.weights.weights.sum() == pytest.approx(1.0)
+
+
+def test_log_space_survives_scores_that_plain_sums_do_not() -> None:
+    scores = np.array([-5000.0, -5001.0, -5002.0, -5003.0])
+    found = entropy_change(scores, scores + np.array([800.0, 801.0, 799.0, 800.0]), [2, 2])
+    assert math.isfinite(found.delta_h)
+    assert found.weights.ess > 1
+    with pytest.raises(OverflowError):
+        oracle.snis_change(scores, scores + 800.0, [2, 2])
+
+
+def test_scores_that_are_not_finite_are_an_error() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        entropy_change(np.array([-1.0, -2.0]), np.array([-1.0, np.nan]), [1, 1])
+
+
+def test_the_clustered_error_is_the_spread_over_fresh_prompts() -> None:
+    """Responses of a prompt share its level, so an error that takes them as independent is far too small."""
+    rng = np.random.default_rng(0)
+    prompts, responses, shift = 40, 8, 0.2
+    deltas, errors, naive, entropies, entropy_errors = [], [], [], [], []
+    for _ in range(1500):
+        level = rng.normal(size=(prompts, 1))
+        scores = -3.0 + level + 0.1 * rng.normal(size=(prompts, responses))
+        after = scores + shift * level * (1.0 + 0.1 * rng.normal(size=(prompts, responses)))
+        found = entropy_change(scores.ravel(), after.ravel(), [responses] * prompts)
+        deltas.append(found.delta_h)
+        errors.append(found.se)
+        naive.append(entropy_change(scores.ravel(), after.ravel(), [1] * (prompts * responses)).se)
+        estimate, error = entropy_estimate(scores.ravel(), [responses] * prompts)
+        entropies.append(estimate)
+        entropy_errors.append(error)
+    assert np.mean(errors) == pytest.approx(np.std(deltas), rel=0.1)
+    assert np.mean(entropy_errors) == pytest.approx(np.std(entropies), rel=0.1)
+    assert np.mean(naive) < 0.6 * np.std(deltas)
+
+
+def test_pareto_shape_is_recovered_and_smoothing_is_arvizs() -> None:
+    rng = np.random.default_rng(1)
+    for shape in (0.3, 0.8):
+        log_weights = np.log1p(rng.pareto(1 / shape, size=4000))
+        k_hat, smoothed, reason = pareto_smooth(log_weights)
+        assert reason is None
+        assert k_hat == pytest.approx(shape, abs=0.15)
+        assert smoothed is not None
+        assert smoothed.sum() == pytest.approx(1.0)
+        expected, _ = array_stats.psislw(-log_weights)
+        np.testing.assert_allclose(smoothed, np.exp(expected) / np.exp(expected).sum(), rtol=1e-10)
+    # The other sign would fit the small weights.
+    assert float(array_stats.psislw(log_weights)[1]) < 0.3
+
+
+def test_too_few_or_equal_weights_give_no_shape_and_a_reason() -> None:
+    assert pareto_smooth(np.zeros(24))[2] == "24 responses; a tail of 5 (25 responses) is the least that can be fitted"
+    assert "equal" in str(pareto_smooth(np.zeros(100))[2])
+    found = importance_weights(np.zeros(100), np.zeros(100), np.full(100, 0.01))
+    assert found.pareto_k is None
+    assert found.ess == pytest.approx(100.0)
+
+
+def test_unequal_groups_weigh_prompts_equally() -> None:
+    scores = np.array([-1.0, -1.0, -1.0, -1.0, -5.0])
+    assert entropy_estimate(scores, [4, 1])[0] == pytest.approx(3.0)
+    assert entropy_change(scores, scores, [4, 1]).delta_h == pytest.approx(0.0, abs=1e-15)

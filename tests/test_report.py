@@ -1,0 +1,227 @@
+"""The report: schema 1, the sentence, warnings with evidence, files that are whole or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import enumerable
+import numpy as np
+import pytest
+import support
+import torch
+from enumerable import EnumerablePolicy
+from rich.console import Console
+
+from entropy_probe import ProbeResult, Settings, probe, state_of_optimizer
+from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState
+from entropy_probe.report import Report, write_report_folder
+from entropy_probe.report.text import headline, print_report, quantity
+from entropy_probe.rollouts import group_rollouts
+
+CONTRACT = {
+    "first_order": {
+        "u_cross", "delta_h1", "learning_rate", "bars_dot", "diag_sum", "row_means", "unit_ids", "row_x", "row_y", "se_plugin",
+        "se_jackknife", "se_this_step", "se_plugin_guide", "zeta1_plugin", "zeta1_jackknife", "delta_h1_ci95",
+        "self_test_residual",
+    },
+    "units": {"mode", "count", "sizes", "responses", "tokens"},
+    "realized": {
+        "step", "batch", "delta_h", "se", "entropy_before", "entropy_after", "ess", "ess_fraction", "pareto_k", "noise_floor",
+        "predicted", "method", "estimator",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result() -> ProbeResult:
+    model = support.tiny_model("llama-tied")
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-4), model)
+    return probe(model, adam, support.random_batch(12, 4))
+
+
+def test_schema_1_holds_every_field_of_the_contract(result: ProbeResult) -> None:
+    content = json.loads(json.dumps(result.report.to_dict(), allow_nan=False))
+    assert content["schema"] == 1
+    assert {"config", "checkpoint", "timing", "versions", "first_order", "units", "realized"} <= set(content)
+    assert set(content["first_order"]) >= CONTRACT["first_order"]
+    assert set(content["units"]) >= CONTRACT["units"]
+    assert [(row["step"], row["batch"], row["method"]) for row in content["realized"]] == [
+        ("preconditioned", "same", "virtual"),
+        ("adamw", "same", "clone"),
+    ]
+    for row in content["realized"]:
+        assert set(row) >= CONTRACT["realized"]
+    assert len(content["first_order"]["row_means"]) == content["units"]["count"] == 12
+
+
+def test_a_number_that_is_not_finite_or_a_null_without_a_reason_is_a_fault(result: ProbeResult) -> None:
+    broken = dataclasses.replace(result.report, timing={"total": float("nan")})
+    with pytest.raises(AssertionError, match=r"timing\.total"):
+        broken.to_dict()
+    first = dataclasses.replace(result.report.first_order, se_plugin=None)
+    with pytest.raises(AssertionError, match="se_plugin is null without a reason"):
+        dataclasses.replace(result.report, first_order=first).to_dict()
+
+
+def test_the_same_seed_gives_the_same_report_apart_from_timing() -> None:
+    reports = []
+    for _ in range(2):
+        model = support.tiny_model("llama-tied")
+        adam = state_of_optimizer(support.trained_optimizer(model), model)
+        content = probe(model, adam, support.random_batch(6, 3)).report.to_dict()
+        content.pop("timing")
+        reports.append(content)
+    assert reports[0] == reports[1]
+
+
+def test_the_interval_and_the_error_are_of_delta_h1(result: ProbeResult) -> None:
+    first = result.report.first_order
+    assert first.delta_h1 == pytest.approx(-1e-4 * first.u_cross, rel=1e-12)
+    assert first.delta_h1_ci95 is not None
+    assert first.delta_h1_ci95[0] < first.delta_h1 < first.delta_h1_ci95[1]
+    assert first.delta_h1_se is not None
+    from scipy import stats
+
+    width = 2 * stats.t.ppf(0.975, 11) * first.delta_h1_se
+    assert first.delta_h1_ci95[1] - first.delta_h1_ci95[0] == pytest.approx(width, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("delta", "se", "interval", "said"),
+    [
+        (-0.031, 0.009, [-0.05, -0.01], "lowers entropy by 0.0310 ± 0.0090 nats per response, 2.1 %"),
+        (0.031, 0.009, [0.01, 0.05], "raises entropy by 0.0310 ± 0.0090 nats per response, 2.1 %"),
+        (-0.003, 0.009, [-0.02, 0.01], "does not tell whether the next step raises or lowers entropy: −0.0030 ± 0.0090"),
+        (-0.003, None, None, "too few units for an error bar"),
+    ],
+)
+def test_the_first_sentence_says_what_happens_and_how_sure_that_is(
+    delta: float, se: float | None, interval: list[float] | None, said: str
+) -> None:
+    assert said in headline(delta, se, interval, 1.48)
+
+
+def test_errors_are_shown_with_two_digits() -> None:
+    assert quantity(0.123456, 0.0123) == "0.123 ± 0.012"
+    assert quantity(-64.27, 211.4) == "-64 ± 211"
+    assert quantity(1.234e-7, 5.6e-9) == "(123.4 ± 5.6)e-9"
+
+
+def test_the_terminal_report_shows_numbers_units_and_warnings(result: ProbeResult, capsys: Any) -> None:
+    print_report(result.report, Console(width=80))
+    shown = capsys.readouterr().out
+    assert shown.startswith(result.report.headline[:40])
+    for word in ("nats per response", "U_cross", "jackknife", "ESS", "learning rate", "floor", "[", "tokens"):
+        assert word in shown, word
+    for warning in result.report.warnings:
+        assert warning.seen[:30] in " ".join(shown.split())
+
+
+def test_out_writes_json_kernel_and_two_plots(result: ProbeResult, tmp_path: Path) -> None:
+    write_report_folder(result.report, result.kernel, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "kernel.npy", "predicted_and_realized.png", "report.json", "row_means.png",
+    ]  # fmt: skip
+    kernel = np.load(tmp_path / "out" / "kernel.npy")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    off_diagonal = kernel.sum() - np.trace(kernel)
+    assert report["first_order"]["u_cross"] == pytest.approx(off_diagonal / (12 * 11), rel=1e-12)
+    for name in ("predicted_and_realized.png", "row_means.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    # A later run without a matrix leaves none behind.
+    write_report_folder(result.report, None, tmp_path / "out")
+    assert not (tmp_path / "out" / "kernel.npy").exists()
+
+
+def test_an_interrupt_while_writing_leaves_no_half_file(
+    result: ProbeResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(report: Report, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("entropy_probe.report.files.plot_row_means", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_report_folder(result.report, result.kernel, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.json").write_text("kept")
+    with pytest.raises(KeyboardInterrupt):
+        write_report_folder(result.report, result.kernel, tmp_path / "old")
+    assert [p.name for p in (tmp_path / "old").iterdir()] == ["report.json"]
+    assert (tmp_path / "old" / "report.json").read_text() == "kept"
+
+
+def warnings_of(batch: Any, **settings: Any) -> dict[str, str]:
+    model = support.tiny_model("llama-tied")
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-5), model)
+    return {w.code: w.seen for w in probe(model, adam, batch, Settings(**settings)).report.warnings}
+
+
+def test_zero_advantage_groups_are_counted_only_when_they_are_most() -> None:
+    rows = support.random_rollouts(6, 3)
+
+    def with_dead(count: int) -> Any:
+        dead = {f"p{n}" for n in range(count)}
+        return group_rollouts(
+            dataclasses.replace(r, reward=1.0 if r.prompt_id in dead else float(i % 2)) for i, r in enumerate(rows)
+        )
+
+    assert "4 of 6" in warnings_of(with_dead(4))["zero_advantage_groups"]
+    assert "zero_advantage_groups" not in warnings_of(with_dead(3))
+
+
+def test_log_probs_of_another_policy_are_said_to_be_off() -> None:
+    model = support.tiny_model("llama-tied")
+    support.trained_optimizer(model, learning_rate=1e-5)
+    from entropy_probe.policy import Policy
+
+    rows = support.random_rollouts(6, 3)
+    scores = Policy(model).scores(rows).tolist()
+
+    def with_gap(gap: float) -> Any:
+        return group_rollouts(
+            dataclasses.replace(r, logprobs=tuple([s / len(r.response_ids) + gap] * len(r.response_ids)))
+            for r, s in zip(rows, scores, strict=True)
+        )
+
+    assert "0.5 a token" in warnings_of(with_gap(0.5))["off_policy"]
+    assert "off_policy" not in warnings_of(with_gap(0.001))
+    assert "off_policy" not in warnings_of(group_rollouts(rows))
+
+
+def test_elements_without_second_moment_that_receive_a_gradient_are_said() -> None:
+    model = support.tiny_model("llama-untied")
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-5, vocabulary=10), model)
+    warnings = {w.code: w.seen for w in probe(model, adam, support.random_batch(4, 3)).report.warnings}
+    assert "model.embed_tokens.weight" in warnings["zero_second_moment"]
+
+
+def strong_signal(seed: int) -> tuple[float, set[str]]:
+    """Rewarding likely responses lowers entropy; 32 prompts x 16 responses sampled from an enumerable policy."""
+    policy = EnumerablePolicy(contexts=32, tokens=3, seed=2)
+    with torch.no_grad():
+        policy.table *= 0.2  # prompts that are alike: what one learns moves the others
+    generator = torch.Generator().manual_seed(seed)
+    responses = enumerable.all_responses(3, 3)
+    rows = []
+    for context in range(32):
+        scores = enumerable.response_scores(policy, context, 3).detach()
+        for k in torch.multinomial(scores.exp(), 16, replacement=True, generator=generator).tolist():
+            rows.append(enumerable.row(policy, context, responses[k], float(scores[k])))
+    names = tuple(n for n, _ in policy.named_parameters())
+    group = AdamGroup(names, 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, True)
+    moments = {
+        n: AdamMoments(10, torch.zeros_like(p), torch.full_like(p, 1e-2)) for n, p in policy.named_parameters()
+    }
+    report = probe(policy, AdamState((group,), moments), group_rollouts(rows)).report
+    return report.first_order.u_cross, {w.code for w in report.warnings}
+
+
+def test_a_strong_signal_has_one_sign_in_at_least_19_of_20_seeds() -> None:
+    found = [strong_signal(seed) for seed in range(20)]
+    assert sum(u > 0 for u, _ in found) >= 19
+    assert sum("interval_includes_zero" not in codes for _, codes in found) >= 19
