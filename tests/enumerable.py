@@ -81,7 +81,9 @@ def score_gradients(policy: EnumerablePolicy, context: int, limit: int) -> tuple
     return scores.detach(), torch.stack([flat_gradient(score, policy) for score in scores])
 
 
-def row(policy: EnumerablePolicy, context: int, response: tuple[int, ...], reward: float, prompt_id: object = None) -> Rollout:
+def row(
+    policy: EnumerablePolicy, context: int, response: tuple[int, ...], reward: float, prompt_id: object = None
+) -> Rollout:
     return Rollout(
         prompt_id=f"c{context}" if prompt_id is None else str(prompt_id),
         prompt_ids=prompt_of(policy, context),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +163,44 @@ def random_rollouts(
 def random_batch(prompts: int = 5, responses: int | Sequence[int] = 3, **more: Any) -> RolloutBatch:
     """The same rows, grouped."""
     return group_rollouts(random_rollouts(prompts, responses, **more))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """The non-empty lines of standard error."""
+        return [line for line in self.err.splitlines() if line.strip()]
+
+
+def run_command(*arguments: str | Path) -> Outcome:
+    """The real command line, in this process; an exception that escapes it escapes from here too."""
+    from entropy_probe import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    argv = sys.argv
+    sys.argv = ["entropy-probe", *map(str, arguments)]
+    code: object = None
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            cli.main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = argv
+    assert isinstance(code, int), f"the command ended with {code!r}"
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Every path below a folder with the hash of its content, hidden and temporary files included."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 
-import enumerable
 import numpy as np
 import pytest
 import torch
-from enumerable import EnumerablePolicy
 from scipy import stats
 from torch import Tensor
 
+import enumerable
 from entropy_probe.adam_step import preconditioned_step
 from entropy_probe.gradients import unit_gradients
 from entropy_probe.policy import Policy
@@ -27,6 +26,7 @@ from entropy_probe.scores import (
 from entropy_probe.u_statistics import UnitDots, cross_statistics
 from entropy_probe.units import exact_units
 from entropy_probe.virtual_step import virtual_step
+from enumerable import EnumerablePolicy
 
 LIMIT = 3
 
@@ -108,9 +108,7 @@ def test_the_mean_of_u_cross_is_the_product_of_means_and_keeping_the_diagonal_is
         mean_u += probability * cross_statistics(UnitDots.from_kernel(kernel, [1, 1, 1])).u_cross
         mean_planted += probability * float(kernel.mean())
 
-    means = [
-        (sum(w * x for w, x, _ in found), sum(w * y for w, _, y in found)) for found in vectors
-    ]
+    means = [(sum(w * x for w, x, _ in found), sum(w * y for w, _, y in found)) for found in vectors]
     truth = sum(float(means[n][0] @ means[m][1]) for n in range(3) for m in range(3) if n != m) / 6
     assert mean_u == pytest.approx(truth, abs=1e-14)
     assert abs(mean_planted - truth) > 1e-3
@@ -133,7 +131,8 @@ def test_delta_h1_is_the_derivative_of_the_entropy_along_the_step(temperature: f
     c, a = coefficients(scores, [r.response_ids for r in batch.responses], [3, 3])
     generator = torch.Generator().manual_seed(1)
     p = {
-        name: torch.rand(w.shape, generator=generator, dtype=torch.float64) + 0.5 for name, w in policy.named_parameters()
+        name: torch.rand(w.shape, generator=generator, dtype=torch.float64) + 0.5
+        for name, w in policy.named_parameters()
     }
     rates = dict.fromkeys(p, eta)
     gradients = unit_gradients(live, batch, exact_units(2), c, a, p, rates)

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-import support
 import torch
 from transformers import AutoModelForCausalLM
 
+import oracle
+import support
 from entropy_probe import Settings, probe_checkpoint
 from entropy_probe.rollouts import read_batch, write_rollouts
 
@@ -32,7 +32,9 @@ def _check(
     assert abs(first.delta_h1 + ETA * u_cross) < 1e-9 * ETA * scale
     np.testing.assert_allclose(first.row_means, r, rtol=0, atol=1e-9 * scale)
     np.testing.assert_allclose(kernel, tilde_x @ tilde_y.T, rtol=0, atol=1e-9 * scale)
-    assert report.entropy.per_response == pytest.approx(-np.mean([s.mean() for s in np.split(alone.scores, 5)]), rel=1e-12)
+    assert report.entropy.per_response == pytest.approx(
+        -np.mean([s.mean() for s in np.split(alone.scores, 5)]), rel=1e-12
+    )
 
     ascent = ys.mean(axis=0)
     preconditioned, adamw = report.realized
@@ -82,9 +84,7 @@ def test_lora_checkpoint_equals_one_at_a_time_autograd(tmp_path: Path) -> None:
     path = support.save_checkpoint(adapted, optimizer, tmp_path / "checkpoint-3")
     rollouts = tmp_path / "rollouts.jsonl"
     write_rollouts(support.random_rollouts(5, 3), rollouts)
-    result = probe_checkpoint(
-        path, rollouts, Settings(dtype=torch.float64, microbatch_size=4), base=tmp_path / "base"
-    )
+    result = probe_checkpoint(path, rollouts, Settings(dtype=torch.float64, microbatch_size=4), base=tmp_path / "base")
     assert result.report.checkpoint["kind"] == "lora"
 
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64).to(torch.float64)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import support
 import torch
 from transformers import AutoModelForCausalLM
 
+import support
 from entropy_probe.float64_mode import Float64Mode
 from entropy_probe.policy import Policy
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracle
 import pytest
 from arviz_stats.base import array_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
 from entropy_probe.importance_sampling import entropy_change, entropy_estimate, importance_weights, pareto_smooth
 
 

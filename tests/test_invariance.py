@@ -7,11 +7,11 @@ import itertools
 import random
 from typing import Any
 
-import oracle
 import pytest
-import support
 import torch
 
+import oracle
+import support
 from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.gradients import Storage, unit_gradients
 from entropy_probe.gradients.plan import make_plan
@@ -94,9 +94,10 @@ def test_unequal_group_sizes_equal_the_slow_truth(setting: tuple[Any, Any]) -> N
     report = probe(model, adam, batch).report
     alone = oracle.one_at_a_time(model, batch)
     xs, ys = oracle.prompt_vectors(alone, batch)
-    p = torch.cat(
-        [oracle_p.flatten() for oracle_p in (adam_p for adam_p in _preconditioners(model, adam))]
-    ).numpy() ** 0.5
+    p = (
+        torch.cat([oracle_p.flatten() for oracle_p in (adam_p for adam_p in _preconditioners(model, adam))]).numpy()
+        ** 0.5
+    )
     u_cross, r, _ = oracle.double_loop(xs * p, ys * p)
     assert report.first_order.u_cross == pytest.approx(u_cross, rel=1e-9)
     assert report.first_order.row_means == pytest.approx(r, rel=1e-8)
@@ -137,9 +138,7 @@ def test_streamed_and_stored_agree(setting: tuple[Any, Any], units: Any) -> None
 
     p = preconditioners(adam)
     rates = dict.fromkeys(p, 1.0)
-    stored, streamed = (
-        unit_gradients(policy, batch, units, c, a, p, rates, storage=storage) for storage in Storage
-    )
+    stored, streamed = (unit_gradients(policy, batch, units, c, a, p, rates, storage=storage) for storage in Storage)
     one, two = cross_statistics(stored.total), cross_statistics(streamed.total)
     assert streamed.total.kernel is None
     for name in ("u_cross", "bars_dot", "diag_sum", "se_plugin", "se_jackknife"):

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import support
 import torch
 
+import support
 from entropy_probe import Settings, probe, state_of_optimizer
-from entropy_probe.adam_step import take_adamw_step
+from entropy_probe.adam_step import optimizer_step
 from entropy_probe.importance_sampling import linear_weights
 from entropy_probe.policy import Policy
 from entropy_probe.virtual_step import at_least_float32, virtual_step
@@ -88,8 +88,7 @@ def test_the_clone_takes_torchs_own_step_and_the_live_model_does_not_move() -> N
     model, adam, batch = setting()
     before = copy.deepcopy(model.state_dict())
     ascent = {n: torch.randn_like(p) for n, p in model.named_parameters()}
-    clone = copy.deepcopy(model)
-    take_adamw_step(clone, adam, ascent)
+    deltas = optimizer_step(dict(model.named_parameters()), adam, ascent)
 
     reference = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(support.hf_groups(reference), lr=1e-4)
@@ -98,8 +97,8 @@ def test_the_clone_takes_torchs_own_step_and_the_live_model_does_not_move() -> N
     for n, p in reference.named_parameters():
         p.grad = -ascent[n]
     optimizer.step()
-    for (n, a), (_, b) in zip(clone.named_parameters(), reference.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-15, msg=n)
+    for n, p in reference.named_parameters():
+        torch.testing.assert_close(before[n] + deltas[n], p.detach(), rtol=0, atol=1e-15, msg=n)
     probe(model, adam, batch)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -123,30 +122,32 @@ def test_coupled_weight_decay_is_stepped_by_adam() -> None:
     optimizer.step()
     state = state_of_optimizer(optimizer, model)
     assert not state.groups[0].decoupled_weight_decay
-    clone = copy.deepcopy(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     ascent = {n: torch.randn_like(p) for n, p in model.named_parameters()}
-    take_adamw_step(clone, state, ascent)
+    deltas = optimizer_step(dict(model.named_parameters()), state, ascent)
     for n, p in model.named_parameters():
         p.grad = -ascent[n]
     optimizer.step()
-    for a, b in zip(clone.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(before[n] + deltas[n], p.detach(), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_amsgrad_and_maximize_ascend_the_entropy_objective_alike(amsgrad: bool, maximize: bool) -> None:
-    model, adam, batch = setting(amsgrad=amsgrad)
+    model, adam, _ = setting(amsgrad=amsgrad)
     groups = tuple(
         type(g)(**{**{f: getattr(g, f) for f in g.__dataclass_fields__}, "maximize": maximize}) for g in adam.groups
     )
-    clone, other = copy.deepcopy(model), copy.deepcopy(model)
     ascent = {n: torch.randn_like(p) for n, p in model.named_parameters()}
-    momentless = {n: type(m)(m.step, torch.zeros_like(m.exp_avg), m.exp_avg_sq, m.max_exp_avg_sq) for n, m in adam.moments.items()}
-    take_adamw_step(clone, type(adam)(adam.groups, momentless), ascent)
-    take_adamw_step(other, type(adam)(groups, momentless), ascent)
-    for a, b in zip(clone.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
+    momentless = {
+        n: type(m)(m.step, torch.zeros_like(m.exp_avg), m.exp_avg_sq, m.max_exp_avg_sq) for n, m in adam.moments.items()
+    }
+    parameters = dict(model.named_parameters())
+    one = optimizer_step(parameters, type(adam)(adam.groups, momentless), ascent)
+    other = optimizer_step(parameters, type(adam)(groups, momentless), ascent)
+    for n in one:
+        torch.testing.assert_close(one[n], other[n], rtol=0, atol=1e-15)
 
 
 def test_a_bfloat16_model_is_stepped_in_float32_and_is_bfloat16_again() -> None:
@@ -176,8 +177,9 @@ def test_a_bfloat16_model_is_stepped_in_float32_and_is_bfloat16_again() -> None:
 def test_float32_copies_are_taken_back_after_an_exception() -> None:
     model = support.tiny_model("llama-tied").to(torch.bfloat16)
     pointers = [p.data_ptr() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="planned"), at_least_float32(model):
+    with at_least_float32(model):
         assert all(p.dtype == torch.float32 for p in model.parameters())
+    with pytest.raises(RuntimeError, match="planned"), at_least_float32(model):
         raise RuntimeError("planned")
     assert [p.data_ptr() for p in model.parameters()] == pointers
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -235,7 +237,7 @@ def test_a_learning_rate_of_zero_moves_nothing_and_says_so() -> None:
 
 
 def test_scores_of_the_policy_under_the_step_are_those_of_a_moved_clone() -> None:
-    model, adam, batch = setting()
+    model, _, batch = setting()
     deltas = {n: 1e-3 * torch.randn_like(p) for n, p in model.named_parameters()}
     clone = copy.deepcopy(model)
     with torch.no_grad():
@@ -244,3 +246,18 @@ def test_scores_of_the_policy_under_the_step_are_those_of_a_moved_clone() -> Non
     with virtual_step(model, deltas):
         under = Policy(model).scores(batch.responses)
     torch.testing.assert_close(under, Policy(clone).scores(batch.responses), rtol=0, atol=1e-12)
+
+
+def test_a_forward_bound_to_the_live_model_does_not_hide_the_optimizers_step() -> None:
+    """Trainers patch ``model.forward``; a deep copy would then compute with the original's weights and show no change."""
+    model, adam, batch = setting(learning_rate=1e-3)
+    plain = probe(model, adam, batch).report.realized[1]
+    original = model.forward
+    model.forward = lambda **inputs: original(**inputs)  # bound to this very object, as a trainer's patch is
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.zero_()
+    assert torch.equal(Policy(copied).scores(batch.responses), Policy(model).scores(batch.responses))  # the trap
+    patched = probe(model, adam, batch).report.realized[1]
+    assert patched.delta_h == plain.delta_h != 0

@@ -7,19 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import enumerable
 import numpy as np
 import pytest
-import support
 import torch
-from enumerable import EnumerablePolicy
 from rich.console import Console
 
+import enumerable
+import support
 from entropy_probe import ProbeResult, Settings, probe, state_of_optimizer
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState
 from entropy_probe.report import Report, write_report_folder
 from entropy_probe.report.text import headline, print_report, quantity
 from entropy_probe.rollouts import group_rollouts
+from enumerable import EnumerablePolicy
 
 CONTRACT = {
     "first_order": {
@@ -94,7 +94,12 @@ def test_the_interval_and_the_error_are_of_delta_h1(result: ProbeResult) -> None
     [
         (-0.031, 0.009, [-0.05, -0.01], "lowers entropy by 0.0310 ± 0.0090 nats per response, 2.1 %"),
         (0.031, 0.009, [0.01, 0.05], "raises entropy by 0.0310 ± 0.0090 nats per response, 2.1 %"),
-        (-0.003, 0.009, [-0.02, 0.01], "does not tell whether the next step raises or lowers entropy: −0.0030 ± 0.0090"),
+        (
+            -0.003,
+            0.009,
+            [-0.02, 0.01],
+            "does not tell whether the next step raises or lowers entropy: −0.0030 ± 0.0090",
+        ),
         (-0.003, None, None, "too few units for an error bar"),
     ],
 )
@@ -214,9 +219,7 @@ def strong_signal(seed: int) -> tuple[float, set[str]]:
             rows.append(enumerable.row(policy, context, responses[k], float(scores[k])))
     names = tuple(n for n, _ in policy.named_parameters())
     group = AdamGroup(names, 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, True)
-    moments = {
-        n: AdamMoments(10, torch.zeros_like(p), torch.full_like(p, 1e-2)) for n, p in policy.named_parameters()
-    }
+    moments = {n: AdamMoments(10, torch.zeros_like(p), torch.full_like(p, 1e-2)) for n, p in policy.named_parameters()}
     report = probe(policy, AdamState((group,), moments), group_rollouts(rows)).report
     return report.first_order.u_cross, {w.code for w in report.warnings}
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import support
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
+import support
 from entropy_probe import Settings, probe_checkpoint, read_batch
 from entropy_probe.cli import main
 from entropy_probe.integrations.trl import RolloutRecorder

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import oracle
 from entropy_probe.u_statistics import (
     UnitDots,
     cross_statistics,
@@ -65,7 +65,9 @@ def test_equal_units_give_the_guides_formulas() -> None:
     r = found.row_means
     assert found.se_plugin == pytest.approx(math.sqrt(4 * ((r - r.mean()) ** 2).sum() / (units - 1) / units))
     assert found.zeta1_plugin == pytest.approx(((r - r.mean()) ** 2).sum() / (units - 1))
-    assert found.se_plugin_guide == pytest.approx(math.sqrt(4 * units / (4 * (units - 1)) * ((r - r.mean()) ** 2).sum() / units))
+    assert found.se_plugin_guide == pytest.approx(
+        math.sqrt(4 * units / (4 * (units - 1)) * ((r - r.mean()) ** 2).sum() / units)
+    )
     # For equal units the two standard errors are one number twice.
     assert found.se_jackknife == pytest.approx(found.se_plugin * (units - 1) / (units - 2), rel=1e-12)
 
@@ -77,7 +79,9 @@ def test_unequal_units_keep_the_identities_of_the_design() -> None:
     found = cross_statistics(dots_of(xs, ys, sizes))
     s, units, prompts = np.array(sizes), 5, 11
     pairs = prompts**2 - (s**2).sum()
-    assert found.u_cross == pytest.approx((prompts**2 * found.bars_dot - (prompts / units) ** 2 * found.diag_sum) / pairs)
+    assert found.u_cross == pytest.approx(
+        (prompts**2 * found.bars_dot - (prompts / units) ** 2 * found.diag_sum) / pairs
+    )
     omega = s * (prompts - s) / pairs
     assert (omega * found.row_means).sum() == pytest.approx(found.u_cross)
     assert found.se_plugin == pytest.approx(
@@ -168,7 +172,9 @@ def test_the_jackknife_doubles_the_degenerate_part() -> None:
 @pytest.mark.parametrize(
     ("signal", "noise", "low", "high"), [(1.0, 0.3, 0.94, 0.965), (0.1, 1.0, 0.94, 0.99)], ids=["linear", "degenerate"]
 )
-def test_the_interval_covers_the_truth_as_often_as_it_says(signal: float, noise: float, low: float, high: float) -> None:
+def test_the_interval_covers_the_truth_as_often_as_it_says(
+    signal: float, noise: float, low: float, high: float
+) -> None:
     kernels, truth = replicates(16, 3000, signal, noise, seed=7)
     found = found_for(kernels)
     covered = np.mean([f.ci95[0] <= truth <= f.ci95[1] for f in found if f.ci95 is not None])
@@ -191,7 +197,9 @@ def test_se_this_step_covers_what_this_update_does() -> None:
         ys = mean + noise * (0.7 * shared + math.sqrt(1 - 0.49) * rng.normal(size=(units, 6)))
         found = cross_statistics(UnitDots.from_kernel(xs @ ys.T, [1] * units))
         assert found.se_this_step is not None
-        covered.append(abs(found.u_cross - mean @ ys.mean(axis=0)) <= stats.t.ppf(0.975, units - 1) * found.se_this_step)
+        covered.append(
+            abs(found.u_cross - mean @ ys.mean(axis=0)) <= stats.t.ppf(0.975, units - 1) * found.se_this_step
+        )
     assert 0.93 <= np.mean(covered) <= 0.97
 
 
@@ -231,7 +239,9 @@ def test_streamed_dots_give_the_same_numbers_without_the_matrix() -> None:
     rng = np.random.default_rng(12)
     xs, ys = rng.normal(size=(6, 5)), rng.normal(size=(6, 5))
     stored = UnitDots.from_kernel(xs @ ys.T, [1] * 6)
-    streamed = UnitDots.streamed([1] * 6, xs @ ys.sum(0), ys @ xs.sum(0), (xs * ys).sum(1), float(xs.sum(0) @ ys.sum(0)))
+    streamed = UnitDots.streamed(
+        [1] * 6, xs @ ys.sum(0), ys @ xs.sum(0), (xs * ys).sum(1), float(xs.sum(0) @ ys.sum(0))
+    )
     a, b = cross_statistics(stored), cross_statistics(streamed)
     assert b.u_cross == pytest.approx(a.u_cross)
     assert b.se_jackknife == pytest.approx(a.se_jackknife)

@@ -200,19 +200,36 @@ def group_from_settings(group: Mapping[str, Any], names: Sequence[str]) -> AdamG
     """One of ``optimizer.param_groups``, with its parameters' names.
 
     Raises:
-        InputError: a setting that Adam has is missing.
+        InputError: a setting that Adam has is missing or out of range.
     """
     missing = [key for key in ("lr", "betas", "eps") if key not in group]
     if missing:
         raise InputError(f"a parameter group has no {', '.join(missing)}; expected the groups of Adam or AdamW")
-    beta1, beta2 = (float(beta) for beta in group["betas"])
+    try:
+        learning_rate, eps = float(group["lr"]), float(group["eps"])
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        weight_decay = float(group.get("weight_decay", 0.0))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"a parameter group's lr, eps, betas or weight_decay are not what Adam has ({error})"
+        ) from error
+    for what, value, limit in (
+        ("learning rate", learning_rate, math.inf),
+        ("beta1", beta1, 1.0),
+        ("beta2", beta2, 1.0),
+        ("eps", eps, math.inf),
+        ("weight_decay", weight_decay, math.inf),
+    ):
+        if not 0.0 <= value < limit:
+            upper = "finite" if limit == math.inf else "below 1"
+            raise InputError(f"a parameter group's {what} is {value}; expected 0 or above, and {upper}")
     return AdamGroup(
         names=tuple(names),
-        learning_rate=float(group["lr"]),
+        learning_rate=learning_rate,
         beta1=beta1,
         beta2=beta2,
-        eps=float(group["eps"]),
-        weight_decay=float(group.get("weight_decay", 0.0)),
+        eps=eps,
+        weight_decay=weight_decay,
         amsgrad=bool(group.get("amsgrad", False)),
         maximize=bool(group.get("maximize", False)),
         # Written by torch from 2.7 on; the Trainer's default has always been AdamW.

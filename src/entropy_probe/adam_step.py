@@ -1,7 +1,8 @@
 """Steps that an optimizer would take from θ along a given ascent direction Ȳ.
 
-``preconditioned_step`` is the step that δH₁ is about, Δθ = η P Ȳ with v at t. ``adamw_step`` is what torch.optim does with the
-gradient −Ȳ: momentum, v updated with the fresh gradient, bias correction at t + 1, weight decay. Source: guide section 4A.
+``preconditioned_step`` is the step that δH₁ is about, Δθ = η P Ȳ with v at t. ``optimizer_step`` is what torch.optim does
+with the gradient −Ȳ: momentum, v updated with the fresh gradient, bias correction at t + 1, weight decay. Source: guide
+section 4A.
 """
 
 from __future__ import annotations
@@ -21,19 +22,28 @@ def preconditioned_step(
     return {name: learning_rates[name] * preconditioners[name].to(y.device) * y.double() for name, y in ascent.items()}
 
 
-def take_adamw_step(model: nn.Module, state: AdamState, ascent: Mapping[str, Tensor]) -> None:
-    """Move ``model`` by one real ``torch.optim`` step on the loss gradient −Ȳ, from the given state; no gradient clipping.
+def optimizer_step(
+    parameters: Mapping[str, nn.Parameter], state: AdamState, ascent: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Δθ, float64, of one real ``torch.optim`` step on the loss gradient −Ȳ from the given state; no gradient clipping.
 
-    Pass a clone. Groups whose weight decay is decoupled are stepped by AdamW, the others by Adam. Parameters that no
-    response reaches have no gradient and stay, as in training.
+    The step is taken on clones of the parameters and of the state, which are left alone. Groups whose weight decay is
+    decoupled are stepped by AdamW, the others by Adam. Parameters that no response reaches have no gradient and stay, as in
+    training. (A deep copy of the whole model would not do: a trainer may have bound a patched forward to the original.)
+
+    Args:
+        parameters: the trainable parameters at θ, by name.
+        state: of every one of them.
+        ascent: Ȳ by name.
     """
-    parameters = dict(model.named_parameters())
+    deltas: dict[str, Tensor] = {}
     for group in state.groups:
         if not group.names:
             continue
+        clones = {name: nn.Parameter(parameters[name].detach().clone()) for name in group.names}
         optimizer_class = torch.optim.AdamW if group.decoupled_weight_decay else torch.optim.Adam
         optimizer = optimizer_class(
-            [parameters[name] for name in group.names],
+            list(clones.values()),
             lr=group.learning_rate,
             betas=(group.beta1, group.beta2),
             eps=group.eps,
@@ -41,21 +51,21 @@ def take_adamw_step(model: nn.Module, state: AdamState, ascent: Mapping[str, Ten
             amsgrad=group.amsgrad,
             maximize=group.maximize,
         )
-        for name in group.names:
-            parameter, moments = parameters[name], state.moments[name]
+        for name, clone in clones.items():
+            moments = state.moments[name]
             entry = {
                 "step": torch.tensor(float(moments.step)),
-                "exp_avg": moments.exp_avg.to(parameter, copy=True),
-                "exp_avg_sq": moments.exp_avg_sq.to(parameter, copy=True),
+                "exp_avg": moments.exp_avg.to(clone, copy=True),
+                "exp_avg_sq": moments.exp_avg_sq.to(clone, copy=True),
             }
             if group.amsgrad and moments.max_exp_avg_sq is not None:
-                entry["max_exp_avg_sq"] = moments.max_exp_avg_sq.to(parameter, copy=True)
-            optimizer.state[parameter] = entry
+                entry["max_exp_avg_sq"] = moments.max_exp_avg_sq.to(clone, copy=True)
+            optimizer.state[clone] = entry
             if name in ascent:
                 # Under maximize the optimizer ascends what it is given.
                 sign = 1.0 if group.maximize else -1.0
-                parameter.grad = (sign * ascent[name]).to(parameter)
-            else:
-                parameter.grad = None
+                clone.grad = (sign * ascent[name]).to(clone)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for name, clone in clones.items():
+            deltas[name] = clone.detach().double() - parameters[name].detach().double()
+    return deltas

@@ -160,7 +160,7 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                     "Their mean converges too slowly to trust; use a smaller --learning-rate or more responses",
                 )
             )
-        if 0.0 < abs(row.change.delta_h) <= row.noise_floor:
+        if row.predicted != 0.0 and abs(row.change.delta_h) <= row.noise_floor:
             found.append(
                 Evidence(
                     "below_noise_floor",

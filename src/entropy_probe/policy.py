@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
 
 from entropy_probe.errors import InputError
 from entropy_probe.float64_mode import Float64Mode
@@ -131,15 +133,24 @@ class Policy:
         return torch.cat(parts)
 
 
-def check_fits(batch: RolloutBatch, vocabulary: int, context_length: int | None) -> None:
-    """Refuse rollouts that the model cannot score.
+def input_limits(model: nn.Module) -> tuple[int | None, int | None]:
+    """(vocabulary, context length) of the transformers model in ``model``; None where there is none or it sets no limit."""
+    inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None:
+        return None, None
+    config = inner.config.get_text_config()
+    return int(inner.get_input_embeddings().weight.shape[0]), getattr(config, "max_position_embeddings", None)
+
+
+def check_fits(batch: RolloutBatch, vocabulary: int | None, context_length: int | None) -> None:
+    """Refuse rollouts that the model cannot score; a limit of None is not checked.
 
     Raises:
         InputError: a token id outside the vocabulary, or a sequence past the context length; the prompt is named.
     """
     for response in batch.responses:
         ids = (*response.prompt_ids, *response.response_ids)
-        if max(ids) >= vocabulary:
+        if vocabulary is not None and max(ids) >= vocabulary:
             raise InputError(
                 f"prompt_id {response.prompt_id!r} holds token id {max(ids)}, but the model's vocabulary has {vocabulary}; "
                 "were these rollouts made with another tokenizer?"

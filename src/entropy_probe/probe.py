@@ -23,7 +23,7 @@ from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, make_plan, unit_gradients
 from entropy_probe.importance_sampling import FloatArray, linear_weights
-from entropy_probe.policy import Policy, check_fits, unwrap
+from entropy_probe.policy import Policy, check_fits, input_limits, unwrap
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.realized import RealizedChange, realize_optimizer_step, realize_preconditioned_step
 from entropy_probe.report import Report
@@ -74,8 +74,10 @@ class Settings:
         """Refuse values that cannot be meant."""
         if self.microbatch_size < 1:
             raise InputError(f"microbatch size is {self.microbatch_size}; expected at least 1")
-        if self.memory_bytes is not None and not self.memory_bytes > 0:
-            raise InputError(f"memory is {self.memory_bytes} bytes; expected more than 0")
+        if self.memory_bytes is not None and not 0 < self.memory_bytes < float("inf"):
+            raise InputError(f"memory is {self.memory_bytes} bytes; expected a finite number above 0")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
         if self.autocast is not None and self.dtype is not torch.float32:
             raise InputError("--autocast goes with --dtype float32: mixed precision is over float32 weights")
 
@@ -144,6 +146,7 @@ def probe(
         adam = adam.with_learning_rate(settings.learning_rate)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     test = validate_preconditioner(adam, shapes, seed=settings.seed)
+    check_fits(batch, *input_limits(model))
     settings = replace(settings, dtype=next(model.parameters()).dtype)
     return _probe(model, adam, batch, settings, describe_model(model, adam, test), (), Clock(), progress)
 
@@ -183,10 +186,11 @@ def _probe(
             policy, batch, plan.units, x_coefficients, y_coefficients, p, rates, storage=plan.storage, progress=progress
         )
     statistics = cross_statistics(gradients.total)
-    step_statistics = cross_statistics(gradients.step_weighted)
 
     with clock.stage("realized"):
         realized = realize(policy, batch, scores, gradients.ascent, p, rates, adam, progress)
+    # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
+    step_statistics = cross_statistics(gradients.step_weighted)
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),

@@ -1,13 +1,13 @@
 """The realised entropy change: take the step, score the same responses again, compare with the linear prediction.
 
-Two steps are realised, each beside its own prediction: the preconditioned-gradient step that δH₁ describes, virtually on the
-live model, and the optimizer's real step on a clone. The numerical floor says below which size a ΔH is rounding.
+Two steps are realised, each beside its own prediction: the preconditioned-gradient step that δH₁ describes, virtually on
+the live model, and the optimizer's real step, on clones of its parameters. The numerical floor says below which size a ΔH
+is rounding.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.adam_step import preconditioned_step, take_adamw_step
+from entropy_probe.adam_step import optimizer_step, preconditioned_step
+from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import EntropyChange, FloatArray, entropy_change
 from entropy_probe.policy import Policy
 from entropy_probe.progress import Progress, Silent
@@ -64,14 +65,12 @@ def realize_preconditioned_step(
         preconditioners: P by name.
         learning_rates: η by name.
         progress: told of every forward over the batch.
+
+    Raises:
+        InputError: the step is so large that a log-probability is not finite after it.
     """
     deltas = preconditioned_step(ascent, preconditioners, learning_rates)
-
-    def moved(scale: float) -> FloatArray:
-        with virtual_step(policy.model, deltas, scale):
-            return _scores(policy, batch)
-
-    return _realize("preconditioned", "virtual", moved(1.0), moved, batch, scores, linear, deltas, progress)
+    return _realize("preconditioned", "virtual", policy, batch, scores, linear, deltas, progress)
 
 
 def realize_optimizer_step(
@@ -84,28 +83,21 @@ def realize_optimizer_step(
     *,
     progress: Progress | None = None,
 ) -> RealizedChange:
-    """A real ``torch.optim`` step (momentum, fresh gradient, weight decay; no clipping) on a clone of the model."""
-    clone = Policy(copy.deepcopy(policy.model), policy.temperature, policy.microbatch_size, policy.autocast)
-    take_adamw_step(clone.model, state, ascent)
-    before = dict(policy.model.named_parameters())
-    deltas = {
-        name: after.data.double() - before[name].data.double()
-        for name, after in clone.model.named_parameters()
-        if after.requires_grad
-    }
+    """A real ``torch.optim`` step (momentum, fresh gradient, weight decay; no clipping), taken on clones of the parameters.
 
-    def moved(scale: float) -> FloatArray:
-        with virtual_step(policy.model, deltas, scale):
-            return _scores(policy, batch)
+    The responses are scored under it on the live model, as a virtual step, which rounds to the clones' very values.
 
-    return _realize("adamw", "clone", _scores(clone, batch), moved, batch, scores, linear, deltas, progress)
+    Raises:
+        InputError: the step is so large that a log-probability is not finite after it.
+    """
+    deltas = optimizer_step(policy.trainable(), state, ascent)
+    return _realize("adamw", "clone", policy, batch, scores, linear, deltas, progress)
 
 
 def _realize(
     step: str,
     method: str,
-    scores_after: FloatArray,
-    moved: Callable[[float], FloatArray],
+    policy: Policy,
     batch: RolloutBatch,
     scores: FloatArray,
     linear: Mapping[str, Tensor],
@@ -113,10 +105,22 @@ def _realize(
     progress: Progress | None,
 ) -> RealizedChange:
     progress = progress if progress is not None else Silent()
+
+    def scores_at(scale: float) -> FloatArray:
+        with virtual_step(policy.model, deltas, scale):
+            found: FloatArray = policy.scores(batch.responses).numpy()
+            return found
+
+    scores_after = scores_at(1.0)
+    if not np.isfinite(scores_after).all():
+        raise InputError(
+            f"after the {step} step a log-probability is {scores_after[~np.isfinite(scores_after)][0]}: the step leaves the "
+            "range of the number type; give a smaller learning rate"
+        )
     predicted = directional_derivative(linear, deltas)
     floor = 0.0
     for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step} step", len(FLOOR_FACTORS)):
-        tiny = entropy_change(scores, moved(factor), batch.group_sizes)
+        tiny = entropy_change(scores, scores_at(factor), batch.group_sizes)
         floor = max(floor, abs(tiny.delta_h - factor * predicted))
     norm = float(torch.sqrt(sum((delta.double() ** 2).sum() for delta in deltas.values()) + torch.tensor(0.0)))
     change = entropy_change(scores, scores_after, batch.group_sizes)
@@ -128,8 +132,3 @@ def directional_derivative(gradient: Mapping[str, Tensor], deltas: Mapping[str, 
     return sum(
         float((gradient[name].double() * delta.double()).sum()) for name, delta in deltas.items() if name in gradient
     )
-
-
-def _scores(policy: Policy, batch: RolloutBatch) -> FloatArray:
-    found: FloatArray = policy.scores(batch.responses).numpy()
-    return found

@@ -181,10 +181,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path} does not exist or is not a file; expected a .jsonl or .parquet file")
     if path.suffix == ".parquet":
         try:
-            table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as Parquet: {_one_line(error)}") from error
-        for number, row in enumerate(table.to_pylist()):
+        for number, row in enumerate(rows):
             yield f"{path} row {number}", row
     elif path.suffix in {".jsonl", ".json", ".ndjson"}:
         yield from _read_json_lines(path)
@@ -203,6 +203,10 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise InputError(f"{where} is not JSON ({error.msg}); expected one JSON object a line") from error
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
+                    raise InputError(
+                        f"{where} cannot be read ({_one_line(error)}); expected one JSON object a line"
+                    ) from error
                 if not isinstance(row, dict):
                     raise InputError(f"{where} is a JSON {type(row).__name__}; expected one JSON object a line")
                 yield where, row
@@ -269,16 +273,25 @@ def write_rollouts(rollouts: Iterable[Rollout], path: Path) -> None:
     """Write rows as JSON Lines or Parquet, by the file's name; an interrupted write leaves no file.
 
     Raises:
-        InputError: the name ends in neither ``.jsonl`` nor ``.parquet``, or the folder cannot be written.
+        InputError: the name ends in neither ``.jsonl`` nor ``.parquet``, the folder cannot be written, or the format
+            cannot hold a value.
     """
     rows = [row_from_rollout(rollout) for rollout in rollouts]
     if path.suffix not in {".jsonl", ".parquet"}:
         raise InputError(f"{path} ends in {path.suffix!r}; rollouts are written as .jsonl or .parquet")
+    try:
+        if path.suffix == ".parquet":
+            table = pyarrow.Table.from_pylist(_same_columns(rows))
+        else:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        kind = "Parquet, which has one type a column" if path.suffix == ".parquet" else "JSON"
+        raise InputError(f"{path}: a value cannot be written as {kind}: {_one_line(error)}") from error
     with replacing(path) as temporary:
         if path.suffix == ".parquet":
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_same_columns(rows)), temporary)
+            pyarrow.parquet.write_table(table, temporary)
         else:
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _same_columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -295,9 +308,13 @@ def _optional(row: Mapping[str, Any], name: str, where: str, parse: Any) -> Any:
 def _number(value: object, name: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{where}: {name} is a {type(value).__name__}; expected a number")
-    if not math.isfinite(value):
-        raise InputError(f"{where}: {name} is {value}; expected a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise InputError(f"{where}: {name} is too large; expected a number in the range of float64") from error
+    if not math.isfinite(number):
+        raise InputError(f"{where}: {name} is {number}; expected a finite number")
+    return number
 
 
 def _positive(value: object, name: str, where: str) -> float:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from entropy_probe.errors import InputError
-from entropy_probe.policy import Policy
+from entropy_probe.policy import Policy, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import PromptId, Rollout, read_rows
 
@@ -62,6 +63,8 @@ class SamplingSettings:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
         if self.batch_size < 1:
             raise InputError(f"batch size is {self.batch_size}; expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
 
 
 def sample_rollouts(
@@ -78,9 +81,10 @@ def sample_rollouts(
     one, texts are empty.
 
     Raises:
-        InputError: the reward does not return a finite number.
+        InputError: the model cannot hold a prompt (:func:`check_prompts`), or the reward raises or returns no finite number.
     """
     progress = progress if progress is not None else Silent()
+    check_prompts(prompts, settings, *input_limits(policy.model))
     jobs = list(_jobs(prompts, settings))
     drawn: dict[int, list[tuple[tuple[int, ...], tuple[float, ...]]]] = {index: [] for index in range(len(prompts))}
     with torch.random.fork_rng(), torch.no_grad(), policy.arithmetic(), _own_generation_config(policy.model, settings):
@@ -115,14 +119,17 @@ def read_prompts(path: Path, tokenizer: Any = None) -> list[Prompt]:
             if tokenizer is None:
                 raise InputError(f"{where} gives text, but the checkpoint has no tokenizer; give prompt_ids instead")
             ids = tokenizer(text)["input_ids"]
-        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
             raise InputError(f"{where}: prompt_ids is {ids!r}; expected a list of token ids")
+        prompt_id = row.get("prompt_id", number)
+        if isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int):
+            raise InputError(f"{where}: prompt_id is a {type(prompt_id).__name__}; expected a string or an integer")
         if not ids:
             raise InputError(f"{where} is an empty prompt; the first response token needs a prefix")
         shown = (
             text if text is not None else "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
         )
-        prompts.append(Prompt(row.get("prompt_id", number), tuple(ids), shown, row))
+        prompts.append(Prompt(prompt_id, tuple(ids), shown, row))
     if not prompts:
         raise InputError(f"{path} holds no prompts")
     if len({prompt.prompt_id for prompt in prompts}) < len(prompts):
@@ -130,11 +137,50 @@ def read_prompts(path: Path, tokenizer: Any = None) -> list[Prompt]:
     return prompts
 
 
+def check_prompts(
+    prompts: Sequence[Prompt], settings: SamplingSettings, vocabulary: int | None, context_length: int | None
+) -> None:
+    """Refuse what the model could not sample; a limit of None is not checked.
+
+    Raises:
+        InputError: a token id outside the vocabulary, or a prompt whose longest response would pass the context length.
+    """
+    if vocabulary is not None:
+        for token in settings.eos_ids:
+            if not 0 <= token < vocabulary:
+                raise InputError(
+                    f"end token {token} (--eos-id, or the model's own) is outside the model's vocabulary of {vocabulary}"
+                )
+    for prompt in prompts:
+        if vocabulary is not None and max(prompt.prompt_ids) >= vocabulary:
+            raise InputError(
+                f"prompt_id {prompt.prompt_id!r} holds token id {max(prompt.prompt_ids)}, but the model's vocabulary has "
+                f"{vocabulary}; was it made with another tokenizer?"
+            )
+        longest = len(prompt.prompt_ids) + settings.max_new_tokens
+        if context_length is not None and longest > context_length:
+            room = context_length - len(prompt.prompt_ids)
+            advice = f"give max_new_tokens of at most {room}" if room > 0 else "shorten the prompt"
+            raise InputError(
+                f"prompt_id {prompt.prompt_id!r} has {len(prompt.prompt_ids)} tokens, with max_new_tokens "
+                f"{settings.max_new_tokens} up to {longest}; the model's context holds {context_length}: {advice}"
+            )
+
+
 def load_tokenizer(folders: Sequence[Path]) -> Any:
-    """The tokenizer of the first folder that has one, or None."""
+    """The tokenizer of the first folder that has one, or None.
+
+    Raises:
+        InputError: its files are damaged.
+    """
     for folder in folders:
         if (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            try:
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:  # tokenizer files are parsed by several libraries, which raise anything
+                raise InputError(
+                    f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error}"
+                ) from error
     return None
 
 
@@ -150,7 +196,7 @@ def load_reward(spec: str) -> Reward:
     """The function named by ``module:function``; modules in the working directory can be imported.
 
     Raises:
-        InputError: the name has another form, or nothing callable is there.
+        InputError: the name has another form, the module cannot be imported, or nothing callable is there.
     """
     module_name, _, function_name = spec.partition(":")
     if not module_name or not function_name:
@@ -158,8 +204,8 @@ def load_reward(spec: str) -> Reward:
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"--reward {spec}: cannot import {module_name} ({error})") from error
+    except Exception as error:  # the module is the user's, and runs when it is imported
+        raise InputError(f"--reward {spec}: cannot import {module_name} ({type(error).__name__}: {error})") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     function = vars(module).get(function_name)
@@ -185,9 +231,9 @@ def _jobs(prompts: Sequence[Prompt], settings: SamplingSettings) -> Iterator[tup
 
 
 @contextmanager
-def _own_generation_config(model: Any, settings: SamplingSettings) -> Iterator[None]:
-    original = model.generation_config
-    model.generation_config = GenerationConfig(
+def _own_generation_config(model: nn.Module, settings: SamplingSettings) -> Iterator[None]:
+    """Replace the config of every module that can generate: behind a plain PeftModel it is the inner model's that counts."""
+    own = GenerationConfig(
         do_sample=True,
         temperature=settings.temperature,
         top_k=0,
@@ -198,10 +244,16 @@ def _own_generation_config(model: Any, settings: SamplingSettings) -> Iterator[N
         pad_token_id=settings.eos_ids[0] if settings.eos_ids else 0,
         use_cache=True,
     )
+    originals = [
+        (module, vars(module)["generation_config"]) for module in model.modules() if "generation_config" in vars(module)
+    ]
     try:
+        for module, _ in originals:
+            vars(module)["generation_config"] = own
         yield
     finally:
-        model.generation_config = original
+        for module, original in originals:
+            vars(module)["generation_config"] = original
 
 
 def _generate(
@@ -242,7 +294,12 @@ def _rollout(
     tokenizer: Any,
 ) -> Rollout:
     text = "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
-    value = reward(prompt.text, text, dict(prompt.row))
+    try:
+        value = reward(prompt.text, text, dict(prompt.row))
+    except Exception as error:  # the function is the user's
+        raise InputError(
+            f"the reward of prompt_id {prompt.prompt_id!r} raised {type(error).__name__}: {error}"
+        ) from error
     try:
         number = float(value)
     except (TypeError, ValueError) as error:

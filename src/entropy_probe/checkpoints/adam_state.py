@@ -6,6 +6,7 @@ The file is a state_dict of torch.optim.Adam or AdamW: ``{"state": {index: {...}
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,9 +49,13 @@ def load_adam_state(path: Path, model: nn.Module) -> tuple[AdamState, OptimizerM
     """
     saved = _read(path)
     state, saved_groups = saved["state"], saved["param_groups"]
-    _refuse_foreign(state, path)
+    _refuse_malformed(state, saved_groups, path)
+    _refuse_foreign(state, saved_groups, path)
     named, mapping = _map_names(state, saved_groups, model, path)
-    groups = tuple(group_from_settings(group, names) for group, names in zip(saved_groups, named, strict=True))
+    try:
+        groups = tuple(group_from_settings(group, names) for group, names in zip(saved_groups, named, strict=True))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     moments = {}
     for group, names in zip(saved_groups, named, strict=True):
         for index, name in zip(group["params"], names, strict=True):
@@ -58,6 +63,9 @@ def load_adam_state(path: Path, model: nn.Module) -> tuple[AdamState, OptimizerM
             missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entry]
             if entry and missing:
                 raise InputError(f"{path}: parameter {name} has {sorted(entry)} but no {', '.join(missing)}")
+            problem = _entry_problem(entry) if entry else None
+            if problem is not None:
+                raise InputError(f"{path}: parameter {name}: {problem}; the optimizer state is damaged")
             if entry:
                 moments[name] = moments_from_entry(entry)
     return AdamState(groups, moments), mapping
@@ -83,17 +91,49 @@ def _read(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _refuse_foreign(state: Mapping[Any, Any], path: Path) -> None:
-    if not state:
-        raise InputError(f"{path} holds no state for any parameter: the optimizer has not taken a step")
-    entries = [entry for entry in state.values() if isinstance(entry, Mapping)]
-    if any("exp_avg_sq" in entry for entry in entries):
-        return
-    keys = sorted({str(key) for entry in entries for key in entry})
+def _refuse_malformed(state: object, groups: object, path: Path) -> None:
+    if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) for entry in state.values()):
+        raise InputError(
+            f"{path}: 'state' is not a dictionary with a dictionary for each parameter; the file is damaged"
+        )
+    if not isinstance(groups, list) or not groups:
+        raise InputError(f"{path}: 'param_groups' is not a list of groups; the file is damaged")
+    if not all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups):
+        raise InputError(
+            f"{path}: a group of 'param_groups' is not a dictionary with a list 'params'; the file is damaged"
+        )
+
+
+def _refuse_foreign(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], path: Path) -> None:
+    # Optimizers may keep Adam's state for some parameters and their own for the others.
+    keys = sorted({str(key) for entry in state.values() if "exp_avg_sq" not in entry for key in entry})
     for key, optimizer in FOREIGN_STATES:
         if key in keys:
             raise InputError(f"{path} holds the state of {optimizer} ({key}); the probe needs Adam's exp_avg_sq")
-    raise InputError(f"{path} holds {keys or 'empty entries'} for its parameters; the probe needs Adam's exp_avg_sq")
+    if any("exp_avg_sq" in entry for entry in state.values()):
+        return
+    if keys:
+        raise InputError(f"{path} holds {keys} for its parameters; the probe needs Adam's exp_avg_sq")
+    if any("betas" not in group for group in groups):
+        raise InputError(
+            f"{path} holds no state, and its groups have no betas: it is not Adam's; the probe needs exp_avg_sq"
+        )
+    raise InputError(f"{path} holds no state (exp_avg_sq) for any parameter: the optimizer has not taken a step")
+
+
+def _entry_problem(entry: Mapping[str, Any]) -> str | None:
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        moment = entry.get(key)
+        if key == "max_exp_avg_sq" and moment is None:
+            continue
+        if not isinstance(moment, Tensor):
+            return f"{key} is a {type(moment).__name__}, expected a tensor"
+        if not moment.is_floating_point() or moment.layout is not torch.strided:
+            return f"{key} is a tensor of {moment.dtype} in {moment.layout}, expected dense floating-point numbers"
+    step = entry["step"]
+    if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
+        return f"step is {step!r}, expected a number"
+    return None if math.isfinite(float(step)) else f"step is {float(step)}, expected a finite number"
 
 
 def _map_names(
@@ -101,8 +141,9 @@ def _map_names(
 ) -> tuple[list[list[str]], OptimizerMapping]:
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     if all("param_names" in group for group in groups):
-        named = [list(group["param_names"]) for group in groups]
-        if {name for names in named for name in names} == set(shapes):
+        named = [list(map(str, group["param_names"])) for group in groups]
+        flat = [name for names in named for name in names]
+        if sorted(flat) == sorted(shapes) and _misfit(state, groups, named, shapes) is None:
             return named, OptimizerMapping("param_names stored in the file", ())
     accepted: list[tuple[str, list[list[str]]]] = []
     refusals: list[str] = []

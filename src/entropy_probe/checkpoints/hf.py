@@ -6,6 +6,7 @@ Weights are read from safetensors only (one file or shards), without network acc
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, validate_preconditioner
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
 from entropy_probe.errors import InputError
+from entropy_probe.policy import input_limits
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
@@ -37,7 +39,7 @@ class ModelFolder:
     base: Path | None
     model: nn.Module
     architecture: str
-    vocabulary: int
+    vocabulary: int | None
     context_length: int | None
 
     @property
@@ -117,15 +119,18 @@ def load_model(
     else:
         model = _load_full(path, dtype)
         kind = "full"
-    config = model.config.get_text_config()
+    for name, p in model.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            raise InputError(f"{path}: weight {name} holds NaN or an infinite value; the weights are damaged")
+    vocabulary, context_length = input_limits(model)
     return ModelFolder(
         path=path,
         kind=kind,
         base=base,
         model=model.to(device),
-        architecture=str(config.model_type),
-        vocabulary=int(model.get_input_embeddings().weight.shape[0]),
-        context_length=getattr(config, "max_position_embeddings", None),
+        architecture=str(model.config.get_text_config().model_type),
+        vocabulary=vocabulary,
+        context_length=context_length,
     )
 
 
@@ -150,13 +155,15 @@ def _load_full(path: Path, dtype: torch.dtype) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            # A tensor of another shape is then listed by name below instead of raised without it.
+            ignore_mismatched_sizes=True,
             **kernels,
         )
-    except LOAD_ERRORS as error:
+    except Exception as error:  # configuration classes compute with what config.json says and raise anything
         raise InputError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if loading.get(problem):
-            names = sorted(map(str, loading[problem]))
+            names = sorted(key if isinstance(key, str) else str(key[0]) for key in loading[problem])
             raise InputError(
                 f"{path}: the weights do not fit the model, {problem.replace('_', ' ')}: {', '.join(names[:3])}"
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; the file is truncated or of another model"
@@ -172,7 +179,7 @@ def _base_folder(path: Path, base: Path | None) -> Path:
         return base
     named = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(named, str) and named:
-        for candidate in (path / named, Path(named)):
+        for candidate in (Path(os.path.normpath(path / named)), Path(named)):
             if candidate.is_dir():
                 return candidate
     raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -60,10 +61,10 @@ OutOption = Annotated[
 @app.command()
 def demo(json_file: JsonOption = None, out: OutOption = None, dtype: DTypeOption = DType.FLOAT32) -> None:
     """Probe the bundled checkpoint of a real GRPO run, end to end."""
-    files = demo_files()
-    console = Console()
-    console.print(f"A real GRPO checkpoint of a small Llama that adds two-digit numbers: {files.checkpoint.name}\n")
     _check_outputs(json_file, out)
+    files = demo_files()
+    console = _console()
+    console.print(f"A real GRPO checkpoint of a small Llama that adds two-digit numbers: {files.checkpoint.name}\n")
     result = probe_checkpoint(
         files.checkpoint,
         files.rollouts,
@@ -132,7 +133,7 @@ def run(
         device=device.torch_device,
         progress=TerminalProgress(),
     )
-    _show(result, Console(), json_file, out)
+    _show(result, _console(), json_file, out)
 
 
 @app.command()
@@ -178,14 +179,20 @@ def sample(
         TerminalProgress(),
     )
     write_rollouts(found, out)
-    Console().print(f"{len(found)} responses written to {out}")
+    _console().print(f"{len(found)} responses written to {out}")
 
 
 @app.command()
 def inspect(checkpoint: CheckpointArgument, base: BaseOption = None) -> None:
     """Say what a checkpoint holds and lacks, and map Adam's state parameter by parameter."""
-    if not print_inspection(checkpoint, base, Console()):
+    if not print_inspection(checkpoint, base, _console()):
         raise InputError(f"{checkpoint} cannot be probed as it is; the table above says what is missing")
+
+
+def _console() -> Console:
+    console = Console()
+    # Where no terminal sets a width (a pipe, a log), names and numbers are not broken over lines.
+    return console if console.is_terminal else Console(width=max(console.width, 160))
 
 
 def _check_outputs(json_file: Path | None, out: Path | None) -> None:
@@ -209,6 +216,9 @@ def main() -> NoReturn:
     """Run the command line: 0, or 2 with one line on stderr for bad input, 130 when interrupted."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if not sys.warnoptions:
+        # Other libraries' warnings are not for the user of a command; `python -W` brings them back.
+        warnings.filterwarnings("ignore", module=r"(?!entropy_probe)")
     try:
         code = typer.main.get_command(app).main(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:

@@ -63,7 +63,9 @@ def _files(path: Path) -> Table:
 def _parameters(adam: AdamState, shapes: dict[str, Size]) -> tuple[Table, int]:
     groups = adam.group_of()
     numbers = {name: number for number, group in enumerate(adam.groups) for name in group.names}
-    table = Table("parameter", "shape", "group", "lr", "decay", "step", "median P", "state", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("parameter", "shape", "group", "lr", "decay", "step", "median P", "state"):
+        table.add_column(column, overflow="fold")
     sound = 0
     for name, shape in shapes.items():
         moments = adam.moments.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -28,25 +29,36 @@ def check_report_folder(folder: Path) -> None:
 def write_report_folder(report: Report, kernel: FloatArray | None, folder: Path) -> list[Path]:
     """Write report.json, kernel.npy (K_uw = XS_u · YS_w; only where the matrix exists) and the plots; returns the paths.
 
+    All are written beside before the first is renamed: an exception leaves the folder as it was, or no folder if it is new.
+
     Raises:
         InputError: see :func:`check_report_folder`.
     """
     check_report_folder(folder)
+    paths = [folder / name for name in ("report.json", "row_means.png", "predicted_and_realized.png")]
+    made = not folder.exists()
     folder.mkdir(exist_ok=True)
-    written = []
-    for name, plot in (("predicted_and_realized.png", plot_predicted_and_realized), ("row_means.png", plot_row_means)):
-        with replacing(folder / name) as temporary:
-            plot(report, temporary)
-        written.append(folder / name)
-    if kernel is None:
-        # A matrix left by an earlier run would be taken for this one's.
-        (folder / "kernel.npy").unlink(missing_ok=True)
-    else:
-        with replacing(folder / "kernel.npy") as temporary, temporary.open("wb") as file:
-            np.save(file, kernel)
-        written.append(folder / "kernel.npy")
-    write_json(report, folder / "report.json")
-    return [*written, folder / "report.json"]
+    try:
+        with ExitStack() as outputs:
+            # They are renamed last to first, report.json at the end.
+            report_json, row_means, predicted = (outputs.enter_context(replacing(path)) for path in paths)
+            report_json.write_text(_to_json(report), encoding="utf-8")
+            plot_row_means(report, row_means)
+            plot_predicted_and_realized(report, predicted)
+            if kernel is not None:
+                paths.append(folder / "kernel.npy")
+                with outputs.enter_context(replacing(paths[-1])).open("wb") as file:
+                    np.save(file, kernel)
+        if kernel is None:
+            # A matrix left by an earlier run would be taken for this one's.
+            (folder / "kernel.npy").unlink(missing_ok=True)
+    except BaseException:
+        if made:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            folder.rmdir()
+        raise
+    return paths
 
 
 def write_json(report: Report, path: Path) -> None:
@@ -55,6 +67,10 @@ def write_json(report: Report, path: Path) -> None:
     Raises:
         InputError: the folder is missing or read-only.
     """
-    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = _to_json(report)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _to_json(report: Report) -> str:
+    return json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

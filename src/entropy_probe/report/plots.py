@@ -62,7 +62,7 @@ def plot_row_means(report: Report, path: Path) -> None:
     axes.axhline(0.0, color="black", linewidth=0.6)
     if len(order) <= 64:
         axes.set_xticks(places, [_short(first.unit_ids[u]) for u in order], rotation=90, fontsize=7)
-    axes.set_xlabel("prompt" if report.units.mode == "exact" else "block")
+    axes.set_xlabel(f"{'prompts' if report.units.mode == 'exact' else 'blocks'}, sorted by r")
     axes.set_ylabel("nats per unit of learning rate\n(positive: lowers entropy)")
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)

@@ -1,0 +1,114 @@
+"""Print the figures of README's table of deviations from the guide, all in one run (`python benchmarks/deviations.py`).
+
+Each row compares the guide's literal text with what the package does, on the bundled checkpoint or by Monte Carlo. The same
+claims are tests in ``tests/test_deviations.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from entropy_probe import Settings, probe_checkpoint, read_batch
+from entropy_probe.adam_preconditioner import preconditioners
+from entropy_probe.checkpoints import load_checkpoint
+from entropy_probe.demo import demo_files
+from entropy_probe.gradients import unit_gradients
+from entropy_probe.policy import Policy
+from entropy_probe.probe import resolve_advantages, resolve_length_weights
+from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.scores import LengthWeight, entropy_coefficients, leave_one_out_mean, probe_loss
+from entropy_probe.u_statistics import UnitDots, cross_statistics
+from entropy_probe.units import exact_units
+
+
+def norm(gradients: tuple[torch.Tensor, ...]) -> float:
+    return float(torch.sqrt(sum((g.double() ** 2).sum() for g in gradients)))
+
+
+def detached_coefficient(batch: RolloutBatch) -> str:
+    model = load_checkpoint(demo_files().checkpoint, dtype=torch.float64).model
+    policy, responses, sizes = Policy(model), batch.responses[:64], batch.group_sizes[:4]
+    with policy.arithmetic():
+        scores = policy.forward_scores(responses)
+        ours = torch.autograd.grad(
+            probe_loss(scores, entropy_coefficients(scores, sizes)), list(model.parameters()), retain_graph=True
+        )
+        literal_loss = ((scores - leave_one_out_mean(scores, sizes)) * scores).sum() / sizes[0]
+        literal = torch.autograd.grad(literal_loss, list(model.parameters()))
+    return f"‖∇L_X‖ as written / with the coefficient detached: {norm(literal) / norm(ours):.6f}"
+
+
+def one_geometry(batch: RolloutBatch) -> str:
+    """The guide's text: P on both sides in the bars, on one side in the diagonal."""
+    checkpoint = load_checkpoint(demo_files().checkpoint)
+    policy, p = Policy(checkpoint.model), preconditioners(checkpoint.adam)
+    x = entropy_coefficients(policy.scores(batch.responses), batch.group_sizes)
+    advantages, _ = resolve_advantages(batch, None)
+    y = advantages * resolve_length_weights(batch, Settings(length_weight=LengthWeight.GUIDE))
+    units, rates = exact_units(len(batch.groups)), dict.fromkeys(p, 1.0)
+    one = unit_gradients(policy, batch, units, x, y, p, rates).total
+    both = unit_gradients(policy, batch, units, x, y, {name: v**2 for name, v in p.items()}, rates).total
+    count = len(batch.groups)
+    ours = cross_statistics(one).u_cross
+    literal = count / (count - 1) * both.sum_dot / count**2 - one.diagonal.sum() / (count * (count - 1))
+    return f"U_cross {ours:.4g} under P (what Adam's step does to first order), {literal:.4g} by the guide's text"
+
+
+def standard_errors() -> str:
+    rng = np.random.default_rng(0)
+    units, dim, mean = 128, 5, np.ones(5)
+    found = [
+        cross_statistics(UnitDots.from_kernel(xs @ ys.T, [1] * units))
+        for xs, ys in (
+            (mean + rng.normal(size=(units, dim)), mean + rng.normal(size=(units, dim))) for _ in range(2000)
+        )
+    ]
+    sd = np.std([f.u_cross for f in found])
+    parts = {
+        name: np.mean([getattr(f, name) for f in found]) for name in ("se_plugin_guide", "se_plugin", "se_jackknife")
+    }
+    listed = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+    return f"true sd of U_cross at U = 128: {sd:.3f}; mean of {listed} (2000 draws)"
+
+
+def two_steps() -> str:
+    files = demo_files()
+    settings = Settings(length_weight=LengthWeight.DR_GRPO, max_completion_length=files.max_completion_length)
+    rows = probe_checkpoint(files.checkpoint, files.rollouts, settings).report.realized
+    return "; ".join(f"{r.step}: realised {r.delta_h:+.4f} ± {r.se:.4f}, linear {r.predicted:+.4f}" for r in rows)
+
+
+def dropout() -> str:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=14, bos_token_id=0, eos_token_id=1, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+    )
+    model.train()
+    batch = read_batch(demo_files().rollouts)
+    policy, rows = Policy(model), [replace(r, logprobs=None) for r in batch.responses[:64]]
+    with torch.no_grad():
+        gap = (policy.forward_scores(rows) - policy.forward_scores(rows)).abs().mean()
+    again = (policy.scores(rows) - policy.scores(rows)).abs().max()
+    return f"mean |S − S′| of two passes in train mode (dropout 0.1): {float(gap):.3f} nats; ours: {float(again):.1f}"
+
+
+def main() -> None:
+    """Print one line a row."""
+    torch.set_num_threads(2)
+    batch = read_batch(demo_files().rollouts)
+    for row, text in (
+        ("1 coefficient", detached_coefficient(batch)),
+        ("2 geometry", one_geometry(batch)),
+        ("3 standard error", standard_errors()),
+        ("5 two steps", two_steps()),
+        ("7 dropout", dropout()),
+    ):
+        print(f"{row}: {text}")
+
+
+if __name__ == "__main__":
+    main()
