@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from entropy_probe import Settings, probe_checkpoint
@@ -18,6 +19,7 @@ IMAGES = Path(__file__).parent / "images"
 
 def main() -> None:
     """Probe, and write the terminal's picture and both plots."""
+    torch.set_num_threads(1)
     files = demo_files()
     settings = Settings(length_weight=LengthWeight.DR_GRPO, max_completion_length=files.max_completion_length)
     report = probe_checkpoint(files.checkpoint, files.rollouts, settings).report

@@ -44,7 +44,7 @@ def assemble_report(
 ) -> Report:
     """All sections. ``step_statistics`` are those of the η-weighted inner product, in which δH₁ = −U_cross."""
     entropy, entropy_se = entropy_estimate(scores.numpy(), batch.group_sizes)
-    first = _first_order(statistics, step_statistics, adam, batch, plan.units)
+    first = _first_order(statistics, step_statistics, adam, batch, plan.units, config["estimator"])
     length = _mean_length(batch)
     return Report(
         headline=headline(first.delta_h1, first.delta_h1_se, first.delta_h1_ci95, entropy),
@@ -60,7 +60,7 @@ def assemble_report(
             reason=plan.reason,
         ),
         entropy=EntropySection(entropy, entropy_se, entropy / length, length),
-        realized=[_row(change) for change in realized],
+        realized=[_row(change, config["estimator"]) for change in realized],
         warnings=list(warnings),
         config=dict(config),
         checkpoint=dict(checkpoint),
@@ -108,14 +108,19 @@ def versions() -> dict[str, str]:
 
 
 def _first_order(
-    statistics: CrossStatistics, step: CrossStatistics, adam: AdamState, batch: RolloutBatch, units: Units
+    statistics: CrossStatistics,
+    step: CrossStatistics,
+    adam: AdamState,
+    batch: RolloutBatch,
+    units: Units,
+    estimator: str,
 ) -> FirstOrder:
     rates = adam.learning_rates
     reasons = {name: why for name, why in statistics.null_reasons.items() if name not in {"variance", "ci95"}}
     if statistics.ci95 is None:
         reasons["delta_h1_se"] = reasons["delta_h1_ci95"] = statistics.null_reasons["ci95"]
     return FirstOrder(
-        estimator="score",
+        estimator=estimator,
         u_cross=statistics.u_cross,
         # + 0.0 turns the −0.0 of a zero learning rate into 0.0.
         delta_h1=-step.u_cross + 0.0,
@@ -145,7 +150,7 @@ def _unit_id(batch: RolloutBatch, prompts: range, mode: Mode) -> Any:
     return ids if mode is Mode.BLOCK else ids[0]
 
 
-def _row(realized: RealizedChange) -> RealizedRow:
+def _row(realized: RealizedChange, estimator: str) -> RealizedRow:
     change, weights = realized.change, realized.change.weights
     reasons = {}
     if weights.pareto_reason is not None:
@@ -154,7 +159,7 @@ def _row(realized: RealizedChange) -> RealizedRow:
         step=realized.step,
         batch="same",
         method=realized.method,
-        estimator="score",
+        estimator=estimator,
         delta_h=change.delta_h,
         se=change.se,
         predicted=realized.predicted,

@@ -30,6 +30,7 @@ from entropy_probe.report import Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import (
     AdvantageRule,
+    Estimator,
     LengthWeight,
     advantages_from_rewards,
     entropy_coefficients,
@@ -47,6 +48,7 @@ class Settings:
     Attributes:
         mode: EXACT, BLOCK, or by memory.
         blocks: number of blocks; implies BLOCK.
+        estimator: of the entropy gradient.
         learning_rate: replaces the stored one; None keeps it.
         advantage: None takes the rollouts' own if they have any, else dr_grpo.
         length_weight: of the training loss.
@@ -60,6 +62,7 @@ class Settings:
 
     mode: Mode = Mode.AUTO
     blocks: int | None = None
+    estimator: Estimator = Estimator.SCORE
     learning_rate: float | None = None
     advantage: AdvantageRule | None = None
     length_weight: LengthWeight = LengthWeight.GUIDE
@@ -118,7 +121,7 @@ def probe_checkpoint(
         )
         check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
     facts = describe_checkpoint(loaded)
-    return _probe(loaded.model, loaded.adam, batch, settings, facts, loaded.mapping.rivals, clock, progress)
+    return _probe(loaded.model, loaded.adam, batch, settings, facts, loaded.mapping.rivals, clock, progress, rollouts)
 
 
 def probe(
@@ -160,6 +163,7 @@ def _probe(
     rivals: tuple[str, ...],
     clock: Clock,
     progress: Progress | None,
+    rollouts: Path | None = None,
 ) -> ProbeResult:
     progress = progress if progress is not None else Silent()
     policy = Policy(model, batch.temperature, settings.microbatch_size, settings.autocast)
@@ -212,7 +216,8 @@ def _probe(
         config={
             "mode": settings.mode,
             "blocks": settings.blocks,
-            "estimator": "score",
+            "estimator": settings.estimator,
+            "rollouts": None if rollouts is None else str(rollouts),
             "advantage": rule,
             "length_weight": settings.length_weight,
             "max_completion_length": settings.max_completion_length,

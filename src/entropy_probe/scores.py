@@ -21,6 +21,12 @@ from torch import Tensor
 from entropy_probe.errors import InputError
 
 
+class Estimator(StrEnum):
+    """Of the entropy gradient. ``score``: the guide's, from whole-response scores."""
+
+    SCORE = "score"
+
+
 class AdvantageRule(StrEnum):
     """Where advantages come from. ``given``: the rollouts; the others: from rewards, prompt by prompt."""
 

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -31,7 +32,7 @@ from entropy_probe.sampling import (
     read_prompts,
     sample_rollouts,
 )
-from entropy_probe.scores import AdvantageRule, LengthWeight
+from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight
 from entropy_probe.units import Mode
 
 app = typer.Typer(
@@ -62,6 +63,8 @@ OutOption = Annotated[
 def demo(json_file: JsonOption = None, out: OutOption = None, dtype: DTypeOption = DType.FLOAT32) -> None:
     """Probe the bundled checkpoint of a real GRPO run, end to end."""
     _check_outputs(json_file, out)
+    # So small a model gains nothing from threads, and loses much where other work has the cores.
+    torch.set_num_threads(1)
     files = demo_files()
     console = _console()
     console.print(f"A real GRPO checkpoint of a small Llama that adds two-digit numbers: {files.checkpoint.name}\n")
@@ -88,6 +91,7 @@ def run(
     blocks: Annotated[int | None, typer.Option(metavar="M", help="Number of blocks; implies --mode block.")] = None,
     dtype: DTypeOption = DType.FLOAT32,
     autocast: Annotated[Autocast | None, typer.Option(help="Mixed precision over float32 weights.")] = None,
+    estimator: Annotated[Estimator, typer.Option(help="Of the entropy gradient.")] = Estimator.SCORE,
     learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the stored one.")] = None,
     advantage: Annotated[
         AdvantageRule | None, typer.Option(help="Default: given where the rows have it, else dr_grpo.")
@@ -114,6 +118,7 @@ def run(
     settings = Settings(
         mode=mode,
         blocks=blocks,
+        estimator=estimator,
         learning_rate=learning_rate,
         advantage=advantage,
         length_weight=length_weight,

@@ -79,16 +79,16 @@ def _first_order(report: Report) -> Table:
     )
     return _rows(
         ("δH₁ = −η U_cross", f"{first.delta_h1:+.4g}", "nats per response"),
-        ("  standard error", _number(first.delta_h1_se, reasons, "delta_h1_se"), "over fresh batches"),
-        ("  95 % interval", interval, first.interval_method or ""),
+        ("standard error of δH₁", _number(first.delta_h1_se, reasons, "delta_h1_se"), "over fresh batches"),
+        ("95 % interval of δH₁", interval, first.interval_method or ""),
         ("entropy now", quantity(report.entropy.per_response, report.entropy.se), "nats per response"),
         ("", f"{report.entropy.per_token:.4g}", "nats per token"),
         ("U_cross", f"{first.u_cross:.4g}", "nats per unit of learning rate"),
-        ("  SE plug-in", _number(first.se_plugin, reasons, "se_plugin"), "from row means"),
-        ("  SE jackknife", _number(first.se_jackknife, reasons, "se_jackknife"), "delete-one"),
-        ("  SE of this step", _number(first.se_this_step, reasons, "se_this_step"), "given this update"),
+        ("SE of it, plug-in", _number(first.se_plugin, reasons, "se_plugin"), "from row means"),
+        ("SE of it, jackknife", _number(first.se_jackknife, reasons, "se_jackknife"), "delete-one"),
+        ("SE of it, this step", _number(first.se_this_step, reasons, "se_this_step"), "given this update"),
         (
-            "  SE, guide's formula",
+            "SE of it, guide's text",
             _number(first.se_plugin_guide, reasons, "se_plugin_guide"),
             "sd of r; kept to compare",
         ),
