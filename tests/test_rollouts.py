@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from entropy_probe import InputError, Rollout, group_rollouts, read_batch, read_rollouts, write_rollouts
-from entropy_probe.rollouts import rollout_from_row
+from entropy_probe.rollouts import rollout_from_row, row_from_rollout
 from support import random_rollouts
 
 FULL = Rollout(
@@ -344,3 +344,9 @@ def test_a_name_that_cannot_be_written_is_refused(name: str, tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"rollouts are written as|does not exist"):
         write_rollouts(random_rollouts(3, 2), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_extra_column_cannot_shadow_a_declared_one() -> None:
+    row = Rollout("a", (3,), (4, 1), 0.0, extra={"advantage": 7.0})
+    with pytest.raises(InputError, match="advantage"):
+        row_from_rollout(row)

@@ -138,8 +138,10 @@ def input_limits(model: nn.Module) -> tuple[int | None, int | None]:
     inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
         return None, None
-    config = inner.config.get_text_config()
-    return int(inner.get_input_embeddings().weight.shape[0]), getattr(config, "max_position_embeddings", None)
+    # num_embeddings and not the weight's shape: where weights are sharded, this rank's tensor holds only some rows.
+    embedding = inner.get_input_embeddings()
+    vocabulary = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+    return vocabulary, getattr(inner.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_fits(batch: RolloutBatch, vocabulary: int | None, context_length: int | None) -> None:

@@ -260,12 +260,22 @@ def rollout_from_row(row: Mapping[str, Any], where: str) -> Rollout:
 
 
 def row_from_rollout(rollout: Rollout) -> dict[str, Any]:
-    """The row of the file: declared columns that have a value, then the kept unknown ones."""
-    row: dict[str, Any] = {}
-    for f in fields(rollout):
-        value = getattr(rollout, f.name)
-        if f.name != "extra" and value is not None:
-            row[f.name] = list(value) if isinstance(value, tuple) else value
+    """The row of the file: declared columns that have a value, then the kept unknown ones.
+
+    Raises:
+        InputError: ``extra`` uses the name of a declared column.
+    """
+    declared = {f.name: getattr(rollout, f.name) for f in fields(rollout) if f.name != "extra"}
+    clash = sorted(declared.keys() & rollout.extra.keys())
+    if clash:
+        raise InputError(
+            f"prompt_id {rollout.prompt_id!r}: extra holds {', '.join(clash)}, a column of the schema itself"
+        )
+    row = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in declared.items()
+        if value is not None
+    }
     return row | dict(rollout.extra)
 
 
