@@ -201,7 +201,11 @@ def test_a_ddp_wrapped_model_is_probed_as_the_model_inside(setting: tuple[Any, A
     batch = support.random_batch(3, 2)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped = probe(DistributedDataParallel(model), adam, batch).report
+        wrapper = DistributedDataParallel(model)
+        wrapped = probe(wrapper, adam, batch).report
+        names = {id(p): n for n, p in model.named_parameters()}
+        live = state_of_optimizer(torch.optim.AdamW(wrapper.parameters()), wrapper)
+        assert set(live.groups[0].names) == set(names.values())
     finally:
         dist.destroy_process_group()
     assert wrapped.first_order.u_cross == pytest.approx(probe(model, adam, batch).report.first_order.u_cross, rel=1e-12)

@@ -196,6 +196,17 @@ def test_autocast_changes_the_gradients_arithmetic_and_not_the_realised_one() ->
     assert mixed.realized[0].entropy_before == plain.realized[0].entropy_before
 
 
+def test_an_autocast_that_the_caller_is_in_does_not_reach_the_probe() -> None:
+    model = support.tiny_model("llama-tied")
+    rows = support.random_rollouts(4, 3)
+    plain = Policy(model).scores(rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(Policy(model).scores(rows), plain)
+        with torch.no_grad():
+            inside = Policy(model).forward_scores(rows)
+    assert not torch.equal(inside.double(), plain)
+
+
 def test_the_noise_floor_is_rounding_and_falls_with_precision() -> None:
     floors = {}
     for dtype in (torch.float32, torch.float64):

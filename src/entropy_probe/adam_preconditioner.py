@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import InputError
+from entropy_probe.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ad
     """
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         raise InputError(f"the optimizer is {type(optimizer).__name__}; the probe needs torch.optim.Adam or AdamW")
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in unwrap(model).named_parameters()}
     groups: list[AdamGroup] = []
     moments: dict[str, AdamMoments] = {}
     for group in optimizer.param_groups:

@@ -100,6 +100,21 @@ def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
     ]
 
 
+def end_token_warnings(batch: RolloutBatch, end_tokens: Sequence[int]) -> list[Evidence]:
+    """Responses that go on after an end token: padding kept by mistake would be scored as if it had been sampled."""
+    going_on = sum(any(token in end_tokens for token in r.response_ids[:-1]) for r in batch.responses)
+    if not going_on:
+        return []
+    return [
+        Evidence(
+            "tokens_after_end",
+            f"{going_on} of {len(batch.responses)} responses go on after an end token of the model "
+            f"({', '.join(map(str, end_tokens))}), and what follows is scored too",
+            "Cut response_ids after the first end token, unless your sampler really went on",
+        )
+    ]
+
+
 def parameter_warnings(
     untouched: Sequence[str], ascent: Mapping[str, Tensor], state: AdamState, rivals: Sequence[str]
 ) -> list[Evidence]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 
 from entropy_probe.errors import InputError
@@ -61,13 +60,6 @@ def pad_right(responses: Sequence[Rollout], device: torch.device) -> PaddedRespo
     )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel or DataParallel, whose hooks would all-reduce the probe's gradients."""
-    while isinstance(model, DistributedDataParallel | DataParallel):
-        model = model.module
-    return model
-
-
 @dataclass(frozen=True)
 class Policy:
     """A causal language model at a temperature, with how its forwards are run.
@@ -107,8 +99,10 @@ class Policy:
         with ExitStack() as stack:
             if self.dtype == torch.float64:
                 stack.enter_context(Float64Mode())
-            if self.autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
+            # Entered also to switch off an autocast that the caller may be in.
+            stack.enter_context(
+                torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+            )
             try:
                 self.model.eval()
                 yield
@@ -142,6 +136,16 @@ def input_limits(model: nn.Module) -> tuple[int | None, int | None]:
     embedding = inner.get_input_embeddings()
     vocabulary = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
     return vocabulary, getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+
+
+def end_token_ids(model: nn.Module) -> tuple[int, ...]:
+    """The ids that the transformers model in ``model`` is configured to end with; empty where there are none."""
+    inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None:
+        return ()
+    configured = inner.config.get_text_config().eos_token_id
+    ids = configured if isinstance(configured, list | tuple) else [configured]
+    return tuple(token for token in ids if token is not None)
 
 
 def check_fits(batch: RolloutBatch, vocabulary: int | None, context_length: int | None) -> None:

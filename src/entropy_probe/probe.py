@@ -23,7 +23,7 @@ from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, make_plan, unit_gradients
 from entropy_probe.importance_sampling import FloatArray, linear_weights
-from entropy_probe.policy import Policy, check_fits, input_limits, unwrap
+from entropy_probe.policy import Policy, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.realized import RealizedChange, realize_optimizer_step, realize_preconditioned_step
 from entropy_probe.report import Report
@@ -39,6 +39,7 @@ from entropy_probe.scores import (
 from entropy_probe.u_statistics import cross_statistics
 from entropy_probe.units import Mode
 from entropy_probe.virtual_step import at_least_float32
+from entropy_probe.wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ def _probe(
         *diagnostics.interval_warnings(statistics),
         *diagnostics.advantage_warnings(advantages, batch.group_sizes),
         *diagnostics.on_policy_warnings(batch, scores),
+        *diagnostics.end_token_warnings(batch, end_token_ids(model)),
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, rivals),
         *diagnostics.realized_warnings(realized),
     ]

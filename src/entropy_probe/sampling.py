@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from entropy_probe.errors import InputError
-from entropy_probe.policy import Policy, input_limits
+from entropy_probe.policy import Policy, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import PromptId, Rollout, read_rows
 
@@ -184,11 +184,9 @@ def load_tokenizer(folders: Sequence[Path]) -> Any:
     return None
 
 
-def end_tokens(model: Any, tokenizer: Any = None) -> tuple[int, ...]:
+def end_tokens(model: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:
     """The ids that end a response: those of the model's config, and the tokenizer's."""
-    configured = model.config.get_text_config().eos_token_id
-    ids = list(configured) if isinstance(configured, list | tuple) else [configured]
-    ids.append(None if tokenizer is None else tokenizer.eos_token_id)
+    ids = (*end_token_ids(model), None if tokenizer is None else tokenizer.eos_token_id)
     return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
