@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
+import pytest
 import torch
 from transformers.utils import logging
+
+from entropy_probe.rollouts import write_rollouts
+from spoiled import Place
+from support import make_checkpoint, random_rollouts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sound")
+    make_checkpoint(root / "checkpoint-3")
+    write_rollouts(random_rollouts(4, 2), root / "rollouts.jsonl")
+    return root
+
+
+@pytest.fixture
+def place(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    shutil.copytree(sound, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    return Place(tmp_path / "work")
