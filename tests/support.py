@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_parameter_names
 
+from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
 
 VOCABULARY = 23
@@ -204,3 +205,11 @@ def fingerprint(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+def assert_same_moments(found: AdamState, expected: AdamState) -> None:
+    assert set(found.moments) == set(expected.moments)
+    for name, moments in expected.moments.items():
+        assert found.moments[name].step == moments.step, name
+        assert torch.equal(found.moments[name].exp_avg, moments.exp_avg), name
+        assert torch.equal(found.moments[name].exp_avg_sq, moments.exp_avg_sq), name
