@@ -85,6 +85,48 @@ def test_too_few_or_equal_weights_give_no_shape_and_a_reason() -> None:
     assert found.ess == pytest.approx(100.0)
 
 
+def test_the_clustered_error_equals_its_formula_at_four_prompts() -> None:
+    rng = np.random.default_rng(3)
+    sizes = [2, 3, 1, 4]
+    scores = -rng.gamma(2.0, 1.0, size=10)
+    after = scores + 0.3 * rng.normal(size=10)
+    found = entropy_change(scores, after, sizes)
+    total, start = 0.0, 0
+    for size in sizes:
+        part = range(start, start + size)
+        total += (
+            sum(
+                found.weights.weights[i] * (-after[i] - found.entropy_after)
+                - 1 / (4 * size) * (-scores[i] - found.entropy_before)
+                for i in part
+            )
+            ** 2
+        )
+        start += size
+    assert found.se == pytest.approx(math.sqrt(4 / 3 * total), rel=1e-12)
+
+
+def test_a_step_of_zero_has_the_whole_sample_whatever_the_group_sizes() -> None:
+    sizes = [2, 2, 40, 40]
+    rng = np.random.default_rng(4)
+    scores = -rng.gamma(2.0, 1.0, size=84)
+    found = entropy_change(scores, scores + 1e-9 * rng.normal(size=84), sizes)
+    assert found.weights.ess < 20
+    assert found.weights.ess_fraction == pytest.approx(1.0)
+    assert not found.weights.is_low
+
+
+def test_the_tail_is_that_of_the_ratios_and_not_of_the_group_sizes() -> None:
+    rng = np.random.default_rng(5)
+    scores = -rng.gamma(2.0, 1.0, size=240)
+    after = scores + 0.1 * rng.normal(size=240)
+    equal, unequal = (entropy_change(scores, after, sizes).weights for sizes in ([60] * 4, [10, 10, 110, 110]))
+    assert equal.pareto_k == unequal.pareto_k
+    assert unequal.smoothed is not None
+    assert unequal.smoothed.sum() == pytest.approx(1.0)
+    assert unequal.smoothed[:20].sum() == pytest.approx(0.5, abs=0.1)
+
+
 def test_unequal_groups_weigh_prompts_equally() -> None:
     scores = np.array([-1.0, -1.0, -1.0, -1.0, -5.0])
     assert entropy_estimate(scores, [4, 1])[0] == pytest.approx(3.0)

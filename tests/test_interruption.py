@@ -18,7 +18,7 @@ PROBE = importlib.import_module("entropy_probe.probe")
 
 @pytest.mark.parametrize(
     "target",
-    ["numpy.save", "json.dumps", "pathlib.Path.replace", "entropy_probe.report.files.plot_row_means"],
+    ["numpy.save", "json.dumps", "pathlib.Path.replace", "entropy_probe.report.plots.plot_row_means"],
 )
 def test_an_interrupt_while_writing_leaves_nothing_and_ends_with_130(
     target: str, place: Place, monkeypatch: pytest.MonkeyPatch
@@ -43,7 +43,7 @@ def test_an_interrupt_while_writing_over_an_earlier_report_keeps_that_report_who
     run = ["run", place.checkpoint, "--rollouts", place.rollouts, "--out", "report"]
     assert run_command(*run).code == 0
     before = fingerprint(place.root)
-    for target in ("numpy.save", "entropy_probe.report.files.plot_row_means"):
+    for target in ("numpy.save", "entropy_probe.report.plots.plot_row_means"):
         with monkeypatch.context() as patch:
             patch.setattr(target, interrupt)
             assert run_command(*run, "--learning-rate", "0.5").code == 130

@@ -160,7 +160,7 @@ def test_a_bfloat16_model_is_stepped_in_float32_and_is_bfloat16_again() -> None:
     before = {n: (p.data_ptr(), p.detach().clone()) for n, p in narrow.named_parameters()}
     batch = support.random_batch(6, 4)
     report = probe(narrow, adam, batch).report
-    assert report.config["dtype"] == "bfloat16"
+    assert report.config.dtype == "bfloat16"
     for n, p in narrow.named_parameters():
         assert p.dtype == torch.bfloat16
         assert p.data_ptr() == before[n][0]

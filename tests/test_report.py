@@ -112,7 +112,7 @@ def test_the_first_sentence_says_what_happens_and_how_sure_that_is(
 def test_errors_are_shown_with_two_digits() -> None:
     assert quantity(0.123456, 0.0123) == "0.123 ± 0.012"
     assert quantity(-64.27, 211.4) == "-64 ± 211"
-    assert quantity(1.234e-7, 5.6e-9) == "(123.4 ± 5.6)e-9"
+    assert quantity(1.234e-7, 5.6e-9) == "(1.234 ± 0.056)e-7"
 
 
 def test_the_terminal_report_shows_numbers_units_and_warnings(result: ProbeResult, capsys: Any) -> None:
@@ -148,7 +148,7 @@ def test_an_interrupt_while_writing_leaves_no_half_file(
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("entropy_probe.report.files.plot_row_means", interrupted)
+    monkeypatch.setattr("entropy_probe.report.plots.plot_row_means", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_report_folder(result.report, result.kernel, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,8 @@ from support import random_rollouts
 FULL = Rollout(
     prompt_id="p", prompt_ids=(3, 4), response_ids=(5, 6, 1), reward=0.5, advantage=-1.25, logprobs=(-0.5, -1e-9, -30.0),
     temperature=0.7, top_k=0, top_p=1.0, cut=False, prompt="eine Frage", response="„ja“\n\u2028\x85 ✓", micro_batch=2,
-    window_tokens=120.5, max_completion_length=64, extra={"answer": "102", "turn": 3, "tags": ["a", "b"]},
+    window_tokens=120.5, max_completion_length=64, loss_type="dapo", step=8, on_policy=True,
+    extra={"answer": "102", "turn": 3, "tags": ["a", "b"]},
 )  # fmt: skip
 KINDS = ["jsonl", "parquet"]
 

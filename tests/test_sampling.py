@@ -172,7 +172,10 @@ def test_without_an_end_token_every_response_runs_to_the_limit_and_is_cut() -> N
 def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer() -> None:
     model = wide_model()
     assert end_tokens(model) == (EOS,)
+    model.generation_config.eos_token_id = [7, EOS]  # where many chat models alone name their end of turn
+    assert end_tokens(model) == (EOS, 7)
     model.config.eos_token_id = [5, 6]
+    model.generation_config.eos_token_id = None
     assert end_tokens(model, tokenizer()) == (5, 6, EOS)
     model.config.eos_token_id = None
     assert end_tokens(model) == ()

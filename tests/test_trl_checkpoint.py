@@ -61,10 +61,10 @@ def test_the_checkpoint_of_a_real_trl_run_is_probed_with_its_own_next_batch(
     assert batch.group_sizes == (4, 4, 4, 4)
     settings = Settings(dtype=torch.float64, length_weight=LengthWeight.DR_GRPO)
     report = probe_checkpoint(checkpoint, rollouts, settings, base=base).report
-    assert report.config["advantage"] == "given"
+    assert report.config.advantage == "given"
     assert report.first_order.learning_rate == pytest.approx(1e-3)
-    assert report.checkpoint["adam_step"] == 2
-    assert report.checkpoint["kind"] == kind
+    assert report.checkpoint.adam_step == 2
+    assert report.checkpoint.kind == kind
     assert report.first_order.u_cross != 0
     assert report.realized[0].predicted != 0
 

@@ -260,13 +260,13 @@ def test_rows_say_what_was_sampled_and_how(tmp_path: Path) -> None:
         assert EOS not in row.response_ids[:-1]
         assert (row.temperature, row.top_k, row.top_p) == (TEMPERATURE, 0, 1.0)
         assert row.max_completion_length == MAX_LENGTH
-        assert row.extra["loss_type"] == "dapo"
-        assert row.extra["on_policy"] is True
+        assert row.loss_type == "dapo"
+        assert row.on_policy is True
     assert {row.cut for row in rows} == {True, False}
     assert {row.micro_batch for row in rows} == {0, 1}
     for step, step_rows in enumerate(steps, start=1):
         assert {row.window_tokens for row in step_rows} == {float(sum(len(row.response_ids) for row in step_rows))}
-        assert {row.extra["step"] for row in step_rows} == {step}
+        assert {row.step for row in step_rows} == {step}
 
 
 def test_the_training_is_the_same_with_and_without_the_recorder(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_off_policy_windows_carry_the_samplers_log_probs(tmp_path: Path, caplog:
     assert {str(row.prompt_id).split("-")[0] for row in steps[1]} == {"1"}  # sampled for step 1, used in step 2
     with torch.no_grad():
         for row, expected in zip(steps[1], log_probs(model_at(seen.weights[0]), steps[1]), strict=True):
-            assert row.extra["on_policy"] is False
+            assert row.on_policy is False
             assert row.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
 

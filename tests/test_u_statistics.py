@@ -104,7 +104,19 @@ def test_halves_say_who_moves_whom() -> None:
 @pytest.mark.parametrize(
     ("units", "nulls"),
     [
-        (2, {"se_plugin", "se_jackknife", "se_plugin_guide", "zeta1_plugin", "zeta1_jackknife", "variance", "ci95"}),
+        (
+            2,
+            {
+                "se_plugin",
+                "se_jackknife",
+                "se_plugin_guide",
+                "se_this_step",
+                "zeta1_plugin",
+                "zeta1_jackknife",
+                "variance",
+                "ci95",
+            },
+        ),
         (3, {"variance", "ci95"}),
         (4, set()),
     ],
@@ -112,7 +124,8 @@ def test_halves_say_who_moves_whom() -> None:
 def test_few_units_give_nulls_with_reasons(units: int, nulls: set[str]) -> None:
     rng = np.random.default_rng(3)
     found = cross_statistics(dots_of(rng.normal(size=(units, 3)), rng.normal(size=(units, 3)), [1] * units))
-    for name in ("se_plugin", "se_jackknife", "se_plugin_guide", "zeta1_plugin", "zeta1_jackknife", "variance", "ci95"):
+    for name in ("se_plugin", "se_jackknife", "se_plugin_guide", "se_this_step", "zeta1_plugin", "zeta1_jackknife",
+                 "variance", "ci95"):  # fmt: skip
         assert (getattr(found, name) is None) == (name in nulls), name
         assert (name in found.null_reasons) == (name in nulls), name
 
@@ -201,6 +214,23 @@ def test_se_this_step_covers_what_this_update_does() -> None:
             abs(found.u_cross - mean @ ys.mean(axis=0)) <= stats.t.ppf(0.975, units - 1) * found.se_this_step
         )
     assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_this_step_variance_equals_its_double_loop() -> None:
+    rng = np.random.default_rng(13)
+    units = 7
+    kernel = rng.normal(size=(units, units))
+    found = cross_statistics(UnitDots.from_kernel(kernel, [1] * units))
+    u, x, y = found.u_cross, found.row_x, found.row_y
+
+    def centred(i: int, j: int) -> float:
+        return float(kernel[i, j] - x[i] - y[j] + u)
+
+    own = sum((x[i] - u) ** 2 for i in range(units)) / (units * (units - 1))
+    shared = sum(centred(i, j) * centred(j, i) for i in range(units) for j in range(units) if i != j)
+    total = own + shared / (units * (units - 1)) ** 2
+    assert abs(shared) / (units * (units - 1)) ** 2 > 0.02 * own
+    assert found.se_this_step == pytest.approx(math.sqrt(max(0.0, total)), rel=1e-12)
 
 
 def test_standard_errors_shrink_with_units_and_the_guides_does_not() -> None:

@@ -86,7 +86,8 @@ def preconditioner(moments: AdamMoments, group: AdamGroup) -> Tensor:
     """
     if moments.step < 1:
         raise ValueError(f"Adam has taken {moments.step} steps; its preconditioner is defined from the first step on")
-    second_moment = moments.exp_avg_sq if moments.max_exp_avg_sq is None else moments.max_exp_avg_sq
+    largest = moments.max_exp_avg_sq if group.amsgrad else None
+    second_moment = moments.exp_avg_sq if largest is None else largest
     bias_correction = 1.0 - group.beta2**moments.step
     return 1.0 / ((second_moment.double() / bias_correction).sqrt() + group.eps)
 
@@ -188,7 +189,8 @@ def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ad
             entry = optimizer.state.get(p, {})
             if "exp_avg_sq" in entry:
                 moments[names[id(p)]] = moments_from_entry(entry)
-        groups.append(group_from_settings(group, members))
+        coupled = {"decoupled_weight_decay": isinstance(optimizer, torch.optim.AdamW)}
+        groups.append(group_from_settings(coupled | dict(group), members))
     return AdamState(tuple(groups), moments)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -15,7 +16,17 @@ from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.gradients import Plan
 from entropy_probe.importance_sampling import entropy_estimate
 from entropy_probe.realized import RealizedChange
-from entropy_probe.report.schema import EntropySection, Evidence, FirstOrder, RealizedRow, Report, UnitsSection
+from entropy_probe.report.schema import (
+    CheckpointSection,
+    ConfigSection,
+    EntropySection,
+    Evidence,
+    FirstOrder,
+    PreconditionerDots,
+    RealizedRow,
+    Report,
+    UnitsSection,
+)
 from entropy_probe.report.text import headline
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.u_statistics import CrossStatistics
@@ -38,14 +49,13 @@ def assemble_report(
     adam: AdamState,
     realized: Sequence[RealizedChange],
     warnings: Sequence[Evidence],
-    config: Mapping[str, Any],
-    checkpoint: Mapping[str, Any],
+    config: ConfigSection,
+    checkpoint: CheckpointSection,
     timing: Mapping[str, float],
 ) -> Report:
     """All sections. ``step_statistics`` are those of the η-weighted inner product, in which δH₁ = −U_cross."""
     entropy, entropy_se = entropy_estimate(scores.numpy(), batch.group_sizes)
-    first = _first_order(statistics, step_statistics, adam, batch, plan.units, config["estimator"])
-    length = _mean_length(batch)
+    first = _first_order(statistics, step_statistics, adam, batch, plan.units, config.estimator)
     return Report(
         headline=headline(first.delta_h1, first.delta_h1_se, first.delta_h1_ci95, entropy),
         first_order=first,
@@ -59,41 +69,47 @@ def assemble_report(
             storage=plan.storage.value,
             reason=plan.reason,
         ),
-        entropy=EntropySection(entropy, entropy_se, entropy / length, length),
-        realized=[_row(change, config["estimator"]) for change in realized],
+        entropy=EntropySection(entropy, entropy_se, entropy / batch.mean_length, batch.mean_length),
+        realized=[_row(change, config.estimator) for change in realized],
         warnings=list(warnings),
-        config=dict(config),
-        checkpoint=dict(checkpoint),
+        config=config,
+        checkpoint=checkpoint,
         timing=dict(timing),
         versions=versions(),
     )
 
 
-def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe_checkpoint(checkpoint: Checkpoint) -> CheckpointSection:
     """The report's checkpoint section for a folder."""
     folder = checkpoint.folder
-    return {
-        "path": str(folder.path),
-        "base": None if folder.base is None else str(folder.base),
-        "kind": folder.kind,
-        "architecture": folder.architecture,
-        "trainer_step": checkpoint.trainer_step,
-        "stored_learning_rates": list(checkpoint.stored_learning_rates),
-        **describe_model(checkpoint.model, checkpoint.adam, checkpoint.preconditioner_test),
-        "mapping": checkpoint.mapping.rule,
-    }
+    return replace(
+        describe_model(checkpoint.model, checkpoint.adam, checkpoint.preconditioner_test),
+        path=str(folder.path),
+        base=None if folder.base is None else str(folder.base),
+        kind=folder.kind,
+        architecture=folder.architecture,
+        trainer_step=checkpoint.trainer_step,
+        stored_learning_rates=list(checkpoint.stored_learning_rates),
+        mapping=checkpoint.mapping.rule,
+    )
 
 
-def describe_model(model: nn.Module, adam: AdamState, test: PreconditionerTest) -> dict[str, Any]:
+def describe_model(model: nn.Module, adam: AdamState, test: PreconditionerTest) -> CheckpointSection:
     """The report's checkpoint section for a live model."""
     steps = sorted({moments.step for moments in adam.moments.values()})
-    return {
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "frozen_parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        "adam_step": steps[0] if len(steps) == 1 else steps,
-        "mapping": "live optimizer, by parameter identity",
-        "preconditioner_test": {"plain_dot": test.plain_dot, "preconditioned_dot": test.preconditioned_dot},
-    }
+    return CheckpointSection(
+        path=None,
+        base=None,
+        kind=None,
+        architecture=None,
+        trainer_step=None,
+        stored_learning_rates=list(adam.learning_rates),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        frozen_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        adam_step=steps[0] if len(steps) == 1 else steps,
+        mapping="live optimizer, by parameter identity",
+        preconditioner_test=PreconditionerDots(test.plain_dot, test.preconditioned_dot),
+    )
 
 
 def versions() -> dict[str, str]:
@@ -174,8 +190,3 @@ def _row(realized: RealizedChange, estimator: str) -> RealizedRow:
         note=NOTES[realized.step],
         null_reasons=reasons,
     )
-
-
-def _mean_length(batch: RolloutBatch) -> float:
-    means = [sum(len(r.response_ids) for r in group.responses) / len(group.responses) for group in batch.groups]
-    return sum(means) / len(means)

@@ -10,18 +10,19 @@ from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.realized import RealizedChange
 from entropy_probe.report import Evidence
 from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.scores import by_group
+from entropy_probe.scores import LengthWeight, by_group
 from entropy_probe.u_statistics import CrossStatistics
 
 FEW_UNITS = 10
-OFF_POLICY_PER_TOKEN = 0.02
-"""Mean |log-prob difference| a token above which rollouts do not count as this policy's: bfloat16 samplers stay below."""
-PARETO_K_LIMIT = 0.7
+OFF_POLICY_PER_TOKEN, OFF_POLICY_PER_RESPONSE = 0.02, 0.1
+"""Mean |Σ log-prob difference| a token, or a response, in nats, above which rollouts do not count as this policy's. The second
+is for long responses, whose differences of either sign cancel in the mean a token but not in the ratio exp(S − sampler)."""
+PARETO_K_LIMIT, MILD_ESS_FRACTION = 0.7, 0.95
 RESIDUAL_LIMIT = 1e-6
 
 
-def interval_warnings(statistics: CrossStatistics) -> list[Evidence]:
-    """Too few units, or an interval that includes zero; a failed self-test."""
+def interval_warnings(statistics: CrossStatistics, delta_h1_ci95: tuple[float, float] | None) -> list[Evidence]:
+    """Too few units, an interval of δH₁ that includes zero, or a failed self-test."""
     found = []
     units = len(statistics.row_means)
     if units < FEW_UNITS:
@@ -32,11 +33,15 @@ def interval_warnings(statistics: CrossStatistics) -> list[Evidence]:
                 "Give more prompts, or more blocks",
             )
         )
-    if statistics.ci95 is not None and statistics.ci95[0] <= 0.0 <= statistics.ci95[1]:
+    if (
+        delta_h1_ci95 is not None
+        and delta_h1_ci95[0] < delta_h1_ci95[1]
+        and delta_h1_ci95[0] <= 0.0 <= delta_h1_ci95[1]
+    ):
         found.append(
             Evidence(
                 "interval_includes_zero",
-                f"the 95 % interval of U_cross, [{statistics.ci95[0]:.3g}, {statistics.ci95[1]:.3g}], includes zero",
+                f"the 95 % interval of δH₁, [{delta_h1_ci95[0]:.3g}, {delta_h1_ci95[1]:.3g}] nats, includes zero",
                 "Give more prompts: the error falls as 1/√U at best, as 1/U while the degenerate part dominates",
             )
         )
@@ -52,15 +57,17 @@ def interval_warnings(statistics: CrossStatistics) -> list[Evidence]:
 
 
 def learning_rate_warnings(state: AdamState, overridden: bool) -> list[Evidence]:
-    """A learning rate of zero: the prediction is zero whatever the entropy would do."""
-    zero = [group for group in state.groups if group.names and group.learning_rate == 0.0]
+    """A learning rate of zero: its parameters do not move whatever the entropy would do."""
+    groups = [group for group in state.groups if group.names]
+    zero = sum(group.learning_rate == 0.0 for group in groups)
     if not zero:
         return []
     source = "given" if overridden else "stored in optimizer.pt (the end of a schedule leaves 0.0 there)"
+    which = "so this step changes nothing" if zero == len(groups) else f"in {zero} of {len(groups)} parameter groups"
     return [
         Evidence(
             "learning_rate_zero",
-            f"the learning rate is 0.0, as {source}, so this step changes nothing",
+            f"the learning rate is 0.0, as {source}, {which}",
             "Give --learning-rate with the rate you want to know about",
         )
     ]
@@ -81,23 +88,74 @@ def advantage_warnings(advantages: Tensor, group_sizes: Sequence[int]) -> list[E
 
 
 def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
-    """The sampler's log-probs, where given, disagree with the checkpoint's."""
+    """The sampler's log-probs, where given, disagree with the checkpoint's; or the rows say that they are off-policy."""
+    found = []
+    declared = sum(r.on_policy is False for r in batch.responses)
+    if declared:
+        found.append(
+            Evidence(
+                "declared_off_policy",
+                f"{declared} rows say on_policy false: the trainer's gradient carries importance ratios there",
+                "Read the update as that of the same responses on-policy, or record a run that uses each generation once",
+            )
+        )
     pairs = [(r, float(s)) for r, s in zip(batch.responses, scores, strict=True) if r.logprobs is not None]
-    if not pairs:
-        return []
     gap = sum(abs(sum(r.logprobs or ()) - s) for r, s in pairs)
     tokens = sum(len(r.response_ids) for r, _ in pairs)
-    if gap / tokens <= OFF_POLICY_PER_TOKEN:
-        return []
-    return [
-        Evidence(
-            "off_policy",
-            f"the sampler's log-probs differ from this checkpoint's by {gap / len(pairs):.3g} nats a response, "
-            f"{gap / tokens:.3g} a token, over {len(pairs)} responses",
-            "Pair checkpoint N with the rollouts of step N+1 and the right temperature, or sample anew with "
-            "`entropy-probe sample`",
+    if pairs and (gap > OFF_POLICY_PER_TOKEN * tokens or gap > OFF_POLICY_PER_RESPONSE * len(pairs)):
+        found.append(
+            Evidence(
+                "off_policy",
+                f"the sampler's log-probs differ from this checkpoint's by {gap / len(pairs):.3g} nats a response, "
+                f"{gap / tokens:.3g} a token, over {len(pairs)} responses",
+                "Pair checkpoint N with the rollouts of step N+1 and the right temperature, or sample anew with "
+                "`entropy-probe sample`",
+            )
         )
-    ]
+    return found
+
+
+LENGTH_WEIGHT_OF_LOSS = {
+    "grpo": LengthWeight.GRPO,
+    "sapo": LengthWeight.GRPO,
+    "dr_grpo": LengthWeight.DR_GRPO,
+    "dapo": LengthWeight.DAPO,
+    "cispo": LengthWeight.DAPO,
+    "bnpo": LengthWeight.BNPO,
+}
+"""TRL's loss types and the length weights that their gradients have at ratio 1."""
+
+
+def pairing_warnings(batch: RolloutBatch, trainer_step: int | None, length_weight: LengthWeight) -> list[Evidence]:
+    """What a recorder wrote into the rows contradicts the checkpoint, or the loss that was asked for."""
+    found = []
+    row = batch.responses[0]
+    if row.step is not None and trainer_step is not None and row.step != trainer_step + 1:
+        found.append(
+            Evidence(
+                "wrong_step",
+                f"the rollouts are what step {row.step} consumed, the checkpoint is of step {trainer_step}",
+                f"Probe checkpoint-{row.step - 1}, or take the rollouts of step {trainer_step + 1}",
+            )
+        )
+    expected = LENGTH_WEIGHT_OF_LOSS.get(row.loss_type or "")
+    if expected is not None and expected is not length_weight:
+        found.append(
+            Evidence(
+                "other_loss",
+                f"the rollouts come from loss_type {row.loss_type}, the length weight here is {length_weight}",
+                f"Give --length-weight {expected} to probe the trainer's own update",
+            )
+        )
+    if length_weight is LengthWeight.BNPO and row.micro_batch is None:
+        found.append(
+            Evidence(
+                "one_micro_batch",
+                "the rollouts have no micro_batch column, so bnpo takes them as one micro-batch",
+                "Add the column if your trainer accumulated over several",
+            )
+        )
+    return found
 
 
 def end_token_warnings(batch: RolloutBatch, end_tokens: Sequence[int]) -> list[Evidence]:
@@ -167,12 +225,17 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                     "Its ΔH rests on a few responses; look at delta_h_psis, or at a smaller --learning-rate",
                 )
             )
-        if weights.pareto_k is not None and weights.pareto_k > PARETO_K_LIMIT:
+        smoothed = row.change.delta_h_smoothed
+        # k̂ has no scale: weights that are all but equal can have any. It matters where they differ, or smoothing does.
+        matters = weights.ess_fraction < MILD_ESS_FRACTION or (
+            smoothed is not None and abs(smoothed - row.change.delta_h) > row.change.se
+        )
+        if weights.pareto_k is not None and weights.pareto_k > PARETO_K_LIMIT and matters:
             found.append(
                 Evidence(
                     "heavy_weights",
                     f"the {row.step} step's importance weights have Pareto k̂ = {weights.pareto_k:.2f}, above {PARETO_K_LIMIT}",
-                    "Their mean converges too slowly to trust; use a smaller --learning-rate or more responses",
+                    "Their mean converges slowly; compare delta_h_psis, and give more responses",
                 )
             )
         if row.predicted != 0.0 and abs(row.change.delta_h) <= row.noise_floor:

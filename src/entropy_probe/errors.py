@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with 2; anything else that is raised is a fault of ours (exit 1).
     """
+
+
+def first_line(error: BaseException, longest: int = 300) -> str:
+    """The first line of another library's message, or its type's name: what fits into a line of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]

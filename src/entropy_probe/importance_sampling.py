@@ -23,7 +23,7 @@ from arviz_stats.base import array_stats
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-FloatArray = NDArray[np.float64]
+from entropy_probe.u_statistics import FloatArray
 
 LOW_ESS_FRACTION = 0.3
 """The guide's threshold (section 4D): below it, resample at θ⁺ or smooth."""
@@ -33,19 +33,16 @@ LOW_ESS_FRACTION = 0.3
 class ImportanceWeights:
     """Normalised weights with their diagnostics.
 
-    ``pareto_k`` and ``smoothed`` (the Pareto-smoothed weights) are None with ``pareto_reason`` where no tail can be fitted.
+    ``ess_fraction`` is ESS Σ b²: ESS / N for groups of one size, and 1 at a step of zero for groups of any. ``pareto_k`` and
+    ``smoothed`` (the Pareto-smoothed weights) are None with ``pareto_reason`` where no tail can be fitted.
     """
 
     weights: FloatArray
     ess: float
+    ess_fraction: float
     pareto_k: float | None
     smoothed: FloatArray | None
     pareto_reason: str | None
-
-    @property
-    def ess_fraction(self) -> float:
-        """ESS / N."""
-        return self.ess / len(self.weights)
 
     @property
     def is_low(self) -> bool:
@@ -67,15 +64,20 @@ class EntropyChange:
 
 def importance_weights(scores: FloatArray, scores_after: FloatArray, response_weights: FloatArray) -> ImportanceWeights:
     """ŵ, ESS and Pareto diagnostics from S and S⁺ (nats, [N]) and the b_i that sum to 1."""
-    log_weights = np.log(response_weights) + (scores_after - scores)
-    log_weights = log_weights - logsumexp(log_weights)
-    weights = np.exp(log_weights)
-    pareto_k, smoothed, reason = pareto_smooth(log_weights)
-    return ImportanceWeights(weights, 1.0 / float((weights**2).sum()), pareto_k, smoothed, reason)
+    log_ratios = scores_after - scores
+    log_weights = np.log(response_weights) + log_ratios
+    weights = np.exp(log_weights - logsumexp(log_weights))
+    ess = 1.0 / float((weights**2).sum())
+    # The tail is that of the ratios: with b_i in it, k̂ would measure group sizes.
+    pareto_k, smoothed_ratios, reason = pareto_smooth(log_ratios)
+    smoothed = None
+    if smoothed_ratios is not None:
+        smoothed = response_weights * smoothed_ratios / float((response_weights * smoothed_ratios).sum())
+    return ImportanceWeights(weights, ess, ess * float((response_weights**2).sum()), pareto_k, smoothed, reason)
 
 
 def pareto_smooth(log_weights: FloatArray) -> tuple[float | None, FloatArray | None, str | None]:
-    """(k̂, smoothed normalised weights, None) by arviz-stats' PSIS, or (None, None, reason) where there is no tail to fit."""
+    """(k̂, smoothed weights that sum to 1, None) by arviz-stats' PSIS, or (None, None, reason) where there is no tail to fit."""
     count = len(log_weights)
     tail = int(3 * math.sqrt(count)) if count > 225 else count // 5
     if tail < 5:

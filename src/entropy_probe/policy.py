@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from entropy_probe.errors import InputError
 from entropy_probe.float64_mode import Float64Mode
 from entropy_probe.rollouts import Rollout, RolloutBatch
+from entropy_probe.wrappers import without_accelerate_autocast
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Policy:
         with ExitStack() as stack:
             if self.dtype == torch.float64:
                 stack.enter_context(Float64Mode())
+            stack.enter_context(without_accelerate_autocast(self.model))
             # Entered also to switch off an autocast that the caller may be in.
             stack.enter_context(
                 torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
@@ -111,14 +113,15 @@ class Policy:
                     module.training = training
 
     def forward_scores(self, responses: Sequence[Rollout]) -> Tensor:
-        """S of each response by one forward, [n], with the graph if gradients are enabled. Call it under ``arithmetic``."""
+        """S of each response by one forward, float64 [n], with the graph if gradients are enabled; under ``arithmetic``."""
         batch = pad_right(responses, self.device)
         output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         logits = output.logits[batch.rows, batch.positions]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         log_probs = torch.log_softmax(wide / self.temperature, dim=-1)
-        chosen = log_probs.gather(1, batch.targets[:, None])[:, 0]
-        return torch.zeros(len(responses), dtype=chosen.dtype, device=chosen.device).index_add(0, batch.rows, chosen)
+        # Summed in float64: in float32 the sum over a long response would lose what its tokens still hold.
+        chosen = log_probs.gather(1, batch.targets[:, None])[:, 0].double()
+        return torch.zeros(len(responses), dtype=torch.float64, device=chosen.device).index_add(0, batch.rows, chosen)
 
     def scores(self, responses: Sequence[Rollout]) -> Tensor:
         """S of every response without gradients, float64 [N] on the CPU."""
@@ -134,18 +137,26 @@ def input_limits(model: nn.Module) -> tuple[int | None, int | None]:
         return None, None
     # num_embeddings and not the weight's shape: where weights are sharded, this rank's tensor holds only some rows.
     embedding = inner.get_input_embeddings()
-    vocabulary = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
-    return vocabulary, getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    config = inner.config.get_text_config()
+    # An adapter may have put a module of its own in the embedding's place.
+    vocabulary = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else config.vocab_size
+    return vocabulary, getattr(config, "max_position_embeddings", None)
 
 
 def end_token_ids(model: nn.Module) -> tuple[int, ...]:
-    """The ids that the transformers model in ``model`` is configured to end with; empty where there are none."""
+    """The ids that the transformers model in ``model`` ends with, by its config and its generation config; () without any.
+
+    Of a generation config these ids alone are read: many chat models name their end of turn only there.
+    """
     inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
         return ()
-    configured = inner.config.get_text_config().eos_token_id
-    ids = configured if isinstance(configured, list | tuple) else [configured]
-    return tuple(token for token in ids if token is not None)
+    ids: list[int | None] = []
+    generation = vars(inner).get("generation_config")
+    own = generation.eos_token_id if isinstance(generation, GenerationConfig) else None
+    for configured in (inner.config.get_text_config().eos_token_id, own):
+        ids.extend(configured if isinstance(configured, list | tuple) else [configured])
+    return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
 def check_fits(batch: RolloutBatch, vocabulary: int | None, context_length: int | None) -> None:

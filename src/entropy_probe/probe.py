@@ -22,11 +22,11 @@ from entropy_probe.assemble import assemble_report, describe_checkpoint, describ
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, make_plan, unit_gradients
-from entropy_probe.importance_sampling import FloatArray, linear_weights
+from entropy_probe.importance_sampling import linear_weights
 from entropy_probe.policy import Policy, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.realized import RealizedChange, realize_optimizer_step, realize_preconditioned_step
-from entropy_probe.report import Report
+from entropy_probe.report import CheckpointSection, ConfigSection, Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import (
     AdvantageRule,
@@ -36,9 +36,9 @@ from entropy_probe.scores import (
     entropy_coefficients,
     length_weights,
 )
-from entropy_probe.u_statistics import cross_statistics
+from entropy_probe.u_statistics import FloatArray, cross_statistics
 from entropy_probe.units import Mode
-from entropy_probe.virtual_step import at_least_float32
+from entropy_probe.virtual_step import at_least_float32, below_float32
 from entropy_probe.wrappers import unwrap
 
 
@@ -82,6 +82,12 @@ class Settings:
             raise InputError(f"memory is {self.memory_bytes} bytes; expected a finite number above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
+        if self.max_completion_length is not None and self.length_weight is not LengthWeight.DR_GRPO:
+            raise InputError(
+                f"max-completion-length is Dr. GRPO's constant; length weight {self.length_weight} does not use it, drop it"
+            )
+        if self.max_completion_length is not None and self.max_completion_length < 1:
+            raise InputError(f"max-completion-length is {self.max_completion_length}; expected at least 1")
         if self.autocast is not None and self.dtype is not torch.float32:
             raise InputError("--autocast goes with --dtype float32: mixed precision is over float32 weights")
 
@@ -160,7 +166,7 @@ def _probe(
     adam: AdamState,
     batch: RolloutBatch,
     settings: Settings,
-    facts: Mapping[str, object],
+    facts: CheckpointSection,
     rivals: tuple[str, ...],
     clock: Clock,
     progress: Progress | None,
@@ -199,9 +205,10 @@ def _probe(
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
-        *diagnostics.interval_warnings(statistics),
+        *diagnostics.interval_warnings(statistics, step_statistics.ci95),
         *diagnostics.advantage_warnings(advantages, batch.group_sizes),
         *diagnostics.on_policy_warnings(batch, scores),
+        *diagnostics.pairing_warnings(batch, facts.trainer_step, settings.length_weight),
         *diagnostics.end_token_warnings(batch, end_token_ids(model)),
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, rivals),
         *diagnostics.realized_warnings(realized),
@@ -215,23 +222,23 @@ def _probe(
         adam=adam,
         realized=realized,
         warnings=warnings,
-        config={
-            "mode": settings.mode,
-            "blocks": settings.blocks,
-            "estimator": settings.estimator,
-            "rollouts": None if rollouts is None else str(rollouts),
-            "advantage": rule,
-            "length_weight": settings.length_weight,
-            "max_completion_length": settings.max_completion_length,
-            "learning_rate": settings.learning_rate,
-            "temperature": batch.temperature,
-            "dtype": _name(settings.dtype),
-            "autocast": None if settings.autocast is None else _name(settings.autocast),
-            "microbatch_size": settings.microbatch_size,
-            "memory_bytes": settings.memory_bytes,
-            "device": str(policy.device),
-            "seed": settings.seed,
-        },
+        config=ConfigSection(
+            mode=settings.mode,
+            blocks=settings.blocks,
+            estimator=settings.estimator,
+            rollouts=None if rollouts is None else str(rollouts),
+            advantage=rule,
+            length_weight=settings.length_weight,
+            max_completion_length=settings.max_completion_length,
+            learning_rate=settings.learning_rate,
+            temperature=batch.temperature,
+            dtype=_name(settings.dtype),
+            autocast=None if settings.autocast is None else _name(settings.autocast),
+            microbatch_size=settings.microbatch_size,
+            memory_bytes=settings.memory_bytes,
+            device=str(policy.device),
+            seed=settings.seed,
+        ),
         checkpoint=facts,
         timing=clock.seconds(),
     )
@@ -250,7 +257,7 @@ def realize(
 ) -> list[RealizedChange]:
     """The preconditioned step, then the optimizer's own, each with its linear term, in float32 or better."""
     exact_policy = replace(policy, autocast=None)
-    same_arithmetic = policy.autocast is None and torch.finfo(policy.dtype).bits >= 32
+    same_arithmetic = policy.autocast is None and not below_float32(policy.model)
     with at_least_float32(policy.model):
         before = (scores if same_arithmetic else finite_scores(exact_policy, batch)).numpy()
         weights = torch.from_numpy(linear_weights(before, batch.group_sizes))

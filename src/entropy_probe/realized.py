@@ -17,10 +17,11 @@ from torch import Tensor
 from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.adam_step import optimizer_step, preconditioned_step
 from entropy_probe.errors import InputError
-from entropy_probe.importance_sampling import EntropyChange, FloatArray, entropy_change
+from entropy_probe.importance_sampling import EntropyChange, entropy_change
 from entropy_probe.policy import Policy
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.u_statistics import FloatArray
 from entropy_probe.virtual_step import virtual_step
 
 FLOOR_FACTORS = tuple(np.geomspace(1e-8, 1e-6, 8).tolist())
@@ -31,8 +32,9 @@ FLOOR_FACTORS = tuple(np.geomspace(1e-8, 1e-6, 8).tolist())
 class RealizedChange:
     """One realised step: ΔH on common samples, its linear prediction and its numerical floor, nats per response.
 
-    ``noise_floor`` is max |ΔH(ε Δθ) − ε predicted| over eight ε from 1e-8 to 1e-6: rounding, since the true difference is of
-    order ε². ``step_norm`` is ‖Δθ‖.
+    ``noise_floor`` is max |ΔH(ε Δθ) − ε predicted| over eight ε from 1e-8 to 1e-6, where the true difference is of order ε²,
+    each with the weights also rounded at random (:func:`rounding_noise`): float32 weights would not move by 1e-6 of a small
+    step, and the same arithmetic twice would print 0 and hide the noise. ``step_norm`` is ‖Δθ‖.
     """
 
     step: str
@@ -106,12 +108,12 @@ def _realize(
 ) -> RealizedChange:
     progress = progress if progress is not None else Silent()
 
-    def scores_at(scale: float) -> FloatArray:
-        with virtual_step(policy.model, deltas, scale):
+    def scores_under(moves: Mapping[str, Tensor]) -> FloatArray:
+        with virtual_step(policy.model, moves):
             found: FloatArray = policy.scores(batch.responses).numpy()
             return found
 
-    scores_after = scores_at(1.0)
+    scores_after = scores_under(deltas)
     if not np.isfinite(scores_after).all():
         raise InputError(
             f"after the {step} step a log-probability is {scores_after[~np.isfinite(scores_after)][0]}: the step leaves the "
@@ -119,12 +121,24 @@ def _realize(
         )
     predicted = directional_derivative(linear, deltas)
     floor = 0.0
+    parameters = policy.trainable()
+    generator = torch.Generator().manual_seed(0)
     for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step} step", len(FLOOR_FACTORS)):
-        tiny = entropy_change(scores, scores_at(factor), batch.group_sizes)
+        rounded = {name: factor * d + rounding_noise(parameters[name], generator) for name, d in deltas.items()}
+        tiny = entropy_change(scores, scores_under(rounded), batch.group_sizes)
         floor = max(floor, abs(tiny.delta_h - factor * predicted))
     norm = float(torch.sqrt(sum((delta.double() ** 2).sum() for delta in deltas.values()) + torch.tensor(0.0)))
     change = entropy_change(scores, scores_after, batch.group_sizes)
     return RealizedChange(step, method, change, predicted, floor, norm)
+
+
+def rounding_noise(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """One unit in the last place up or down in a twelfth of the elements, float64: the variance of rounding to nearest."""
+    theta = parameter.detach()
+    draws = torch.rand(theta.shape, generator=generator, dtype=torch.float64).to(theta.device)
+    up = torch.nextafter(theta, torch.full_like(theta, torch.inf)).double() - theta.double()
+    down = torch.nextafter(theta, torch.full_like(theta, -torch.inf)).double() - theta.double()
+    return torch.where(draws < 1 / 24, up, torch.where(draws < 1 / 12, down, 0.0))
 
 
 def directional_derivative(gradient: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from entropy_probe.errors import InputError
+from entropy_probe.errors import InputError, first_line
 from entropy_probe.files import replacing
 
 PromptId = str | int
@@ -29,9 +29,10 @@ class Rollout:
     ``prompt_ids`` and ``response_ids`` are token ids; the response holds its EOS if one was sampled. ``logprobs`` are the
     sampler's, one per response token, in nats. ``cut`` is true where the length limit ended the response.
 
-    The last three describe the trainer's accumulation window, where a recorder knows it: ``micro_batch`` is the index of
-    the micro-batch that held the row, ``window_tokens`` the token count that the trainer divides by (dapo), and
-    ``max_completion_length`` the constant of Dr. GRPO.
+    The last ones describe the trainer's accumulation window, where a recorder knows it: ``micro_batch`` is the index of
+    the micro-batch that held the row, ``window_tokens`` the token count that the trainer divides by (dapo),
+    ``max_completion_length`` the constant of Dr. GRPO, ``loss_type`` the trainer's name of its loss, ``step`` the optimizer
+    step that consumed the row (N + 1 for checkpoint N), and ``on_policy`` whether the sampler was the policy at that step.
     """
 
     prompt_id: PromptId
@@ -49,6 +50,9 @@ class Rollout:
     micro_batch: int | None = None
     window_tokens: float | None = None
     max_completion_length: int | None = None
+    loss_type: str | None = None
+    step: int | None = None
+    on_policy: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -77,6 +81,12 @@ class RolloutBatch:
     def group_sizes(self) -> tuple[int, ...]:
         """G_n, the number of responses of each prompt."""
         return tuple(len(group.responses) for group in self.groups)
+
+    @property
+    def mean_length(self) -> float:
+        """T̄, the mean over prompts of the mean response length, in tokens."""
+        means = [sum(len(r.response_ids) for r in group.responses) / len(group.responses) for group in self.groups]
+        return sum(means) / len(means)
 
     @property
     def tokens(self) -> int:
@@ -134,21 +144,33 @@ def group_rollouts(rollouts: Iterable[Rollout], temperature: float | None = None
     return RolloutBatch(groups, float(tau))
 
 
+NEUTRAL = {
+    "top_k": (None, 0, -1),
+    "top_p": (None, 1),
+    "min_p": (None, 0),
+    "typical_p": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "repetition_penalty": (None, 1),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "no_repeat_ngram_size": (None, 0),
+}
+"""Sampling settings that leave the distribution whole; any other value makes S another policy's log-prob."""
+
+
 def _refuse_truncated_sampling(row: Rollout) -> None:
-    if row.top_k is not None and row.top_k > 0:
-        raise InputError(
-            f"prompt_id {row.prompt_id!r} was sampled with top_k = {row.top_k}: its log-probs are not the policy's; "
-            "sample from the whole distribution (top_k = 0, top_p = 1)"
-        )
-    if row.top_p is not None and row.top_p < 1.0:
-        raise InputError(
-            f"prompt_id {row.prompt_id!r} was sampled with top_p = {row.top_p}: its log-probs are not the policy's; "
-            "sample from the whole distribution (top_k = 0, top_p = 1)"
-        )
+    declared = {"top_k": row.top_k, "top_p": row.top_p, **row.extra}
+    for name, neutral in NEUTRAL.items():
+        if declared.get(name) not in neutral:
+            raise InputError(
+                f"prompt_id {row.prompt_id!r} was sampled with {name} = {declared[name]}: its log-probs are not the policy's; "
+                "sample from the whole distribution (top_k = 0, top_p = 1, no other processors)"
+            )
 
 
 def _refuse_mixed(rows: Sequence[Rollout]) -> None:
-    for name in ("temperature", "window_tokens", "max_completion_length"):
+    for name in ("temperature", "window_tokens", "max_completion_length", "loss_type", "step"):
         values = {getattr(row, name) for row in rows}
         if len(values) > 1:
             shown = ", ".join(sorted(map(str, values)))
@@ -183,7 +205,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as Parquet: {_one_line(error)}") from error
+            raise InputError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
         for number, row in enumerate(rows):
             yield f"{path} row {number}", row
     elif path.suffix in {".jsonl", ".json", ".ndjson"}:
@@ -205,7 +227,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise InputError(f"{where} is not JSON ({error.msg}); expected one JSON object a line") from error
                 except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
                     raise InputError(
-                        f"{where} cannot be read ({_one_line(error)}); expected one JSON object a line"
+                        f"{where} cannot be read ({first_line(error)}); expected one JSON object a line"
                     ) from error
                 if not isinstance(row, dict):
                     raise InputError(f"{where} is a JSON {type(row).__name__}; expected one JSON object a line")
@@ -255,6 +277,9 @@ def rollout_from_row(row: Mapping[str, Any], where: str) -> Rollout:
         micro_batch=_optional(row, "micro_batch", where, _integer),
         window_tokens=_optional(row, "window_tokens", where, _positive),
         max_completion_length=_optional(row, "max_completion_length", where, _positive_integer),
+        loss_type=_optional(row, "loss_type", where, _text),
+        step=_optional(row, "step", where, _integer),
+        on_policy=_optional(row, "on_policy", where, _boolean),
         extra={name: value for name, value in row.items() if name not in known},
     )
 
@@ -296,7 +321,7 @@ def write_rollouts(rollouts: Iterable[Rollout], path: Path) -> None:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
         kind = "Parquet, which has one type a column" if path.suffix == ".parquet" else "JSON"
-        raise InputError(f"{path}: a value cannot be written as {kind}: {_one_line(error)}") from error
+        raise InputError(f"{path}: a value cannot be written as {kind}: {first_line(error)}") from error
     with replacing(path) as temporary:
         if path.suffix == ".parquet":
             pyarrow.parquet.write_table(table, temporary)
@@ -374,7 +399,3 @@ def _floats(value: object, name: str, where: str) -> tuple[float, ...]:
     if not isinstance(value, list | tuple):
         raise InputError(f"{where}: {name} is a {type(value).__name__}; expected a list of numbers")
     return tuple(_number(item, name, where) for item in value)
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

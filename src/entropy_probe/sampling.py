@@ -119,6 +119,11 @@ def read_prompts(path: Path, tokenizer: Any = None) -> list[Prompt]:
             if tokenizer is None:
                 raise InputError(f"{where} gives text, but the checkpoint has no tokenizer; give prompt_ids instead")
             ids = tokenizer(text)["input_ids"]
+            if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+                raise InputError(
+                    f"{where}: the text begins with the tokenizer's BOS, which the tokenizer adds again; give the text without "
+                    "it, or prompt_ids"
+                )
         if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
             raise InputError(f"{where}: prompt_ids is {ids!r}; expected a list of token ids")
         prompt_id = row.get("prompt_id", number)

@@ -89,9 +89,12 @@ def advantages_from_rewards(rewards: Tensor, group_sizes: Sequence[int], rule: A
     ``dr_grpo``: r − mean (arXiv 2503.20783). ``grpo``: (r − mean) / (std + 1e-4) with the sample standard deviation
     (arXiv 2402.03300, as TRL computes it). ``rloo``: r − mean of the others (arXiv 2402.14740).
     """
+    # Equal rewards give exactly zero, which the rounding of their mean would not.
+    spread = [float(part.max() - part.min()) for part in by_group(rewards, group_sizes)]
+    informative = repeat_by_group(spread, group_sizes) > 0
     if rule is AdvantageRule.RLOO:
-        return rewards - leave_one_out_mean(rewards, group_sizes)
-    centred = rewards - group_mean(rewards, group_sizes)
+        return torch.where(informative, rewards - leave_one_out_mean(rewards, group_sizes), 0.0)
+    centred = torch.where(informative, rewards - group_mean(rewards, group_sizes), 0.0)
     if rule is AdvantageRule.DR_GRPO:
         return centred
     if rule is AdvantageRule.GRPO:

@@ -156,7 +156,7 @@ def cross_statistics(dots: UnitDots) -> CrossStatistics:
     zeta1_plugin = zeta1_jackknife = se_plugin = se_guide = se_jackknife = None
     if units == 2:
         why = "two units have equal row means, so their spread tells nothing; give three units or more"
-        names = ("zeta1_plugin", "zeta1_jackknife", "se_plugin", "se_jackknife", "se_plugin_guide")
+        names = ("zeta1_plugin", "zeta1_jackknife", "se_plugin", "se_jackknife", "se_plugin_guide", "se_this_step")
         reasons.update(dict.fromkeys(names, why))
     else:
         spread = row_means - u_cross
@@ -169,7 +169,9 @@ def cross_statistics(dots: UnitDots) -> CrossStatistics:
 
     normalised = None if dots.kernel is None or not equal else dots.kernel / sizes[0] ** 2
     se_this_step = None
-    if dots.kernel is None:
+    if units == 2:
+        pass  # null, with the reason above
+    elif dots.kernel is None:
         reasons["se_this_step"] = "needs the matrix of unit dots, which streaming does not keep"
     elif normalised is None:
         reasons["se_this_step"] = "defined for units of equal size"

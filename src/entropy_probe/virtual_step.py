@@ -45,11 +45,7 @@ def at_least_float32(model: nn.Module) -> Iterator[None]:
 
     A bfloat16 weight does not move by 1e-6 of itself, so a small step would vanish in it.
     """
-    narrow = [
-        tensor
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
-    ]
+    narrow = below_float32(model)
     originals = [tensor.data for tensor in narrow]
     try:
         for tensor in narrow:
@@ -58,3 +54,12 @@ def at_least_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for tensor, original in zip(narrow, originals, strict=True):
             tensor.data = original
+
+
+def below_float32(model: nn.Module) -> list[Tensor]:
+    """The model's floating parameters and buffers of less than 32 bits."""
+    return [
+        tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
+    ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -11,3 +14,22 @@ def unwrap(model: nn.Module) -> nn.Module:
     while isinstance(model, DistributedDataParallel | DataParallel):
         model = model.module
     return model
+
+
+@contextmanager
+def without_accelerate_autocast(model: nn.Module) -> Iterator[None]:
+    """Within the block ``model`` runs the forward that accelerate found, without the mixed precision it wrapped around it.
+
+    That autocast is entered inside ``forward``, where no caller can switch it off, and would be there even in a probe that asks
+    for float32. Accelerate keeps the forward it replaced in ``_original_forward``.
+    """
+    attributes = vars(model)
+    if "_original_forward" not in attributes or "forward" not in attributes:
+        yield
+        return
+    wrapped = attributes["forward"]
+    try:
+        attributes["forward"] = attributes["_original_forward"]
+        yield
+    finally:
+        attributes["forward"] = wrapped

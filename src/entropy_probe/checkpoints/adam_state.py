@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from entropy_probe.adam_preconditioner import AdamState, group_from_settings, moments_from_entry
 from entropy_probe.checkpoints.decay_rules import RULES
-from entropy_probe.errors import InputError
+from entropy_probe.errors import InputError, first_line
 
 FOREIGN_STATES = (
     ("momentum_buffer", "SGD or Muon, which keep no second moment"),
@@ -29,6 +29,9 @@ FOREIGN_STATES = (
     ("square_avg", "RMSprop or Adadelta"),
     ("sum", "Adagrad"),
 )
+
+ADAM_ENTRY = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+"""What torch's Adam and AdamW keep for a parameter."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error, 160)
         raise InputError(
             f"{path} cannot be read with weights_only=True ({reason}); expected torch.save of an optimizer's state_dict"
         ) from error
@@ -111,6 +114,17 @@ def _refuse_foreign(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]
         if key in keys:
             raise InputError(f"{path} holds the state of {optimizer} ({key}); the probe needs Adam's exp_avg_sq")
     if any("exp_avg_sq" in entry for entry in state.values()):
+        strange = sorted({str(key) for entry in state.values() for key in entry} - ADAM_ENTRY)
+        if strange:
+            raise InputError(
+                f"{path} keeps {', '.join(strange)} beside Adam's moments, so its step is not Adam's (NAdam keeps "
+                "mu_product); the probe needs torch's Adam or AdamW"
+            )
+        if any("amsgrad" not in group for group in groups):
+            raise InputError(
+                f"{path}: a parameter group has no amsgrad, which torch's Adam and AdamW always write (RAdam, LAMB and others "
+                "keep the same moments without it); the probe needs torch's Adam or AdamW"
+            )
         return
     if keys:
         raise InputError(f"{path} holds {keys} for its parameters; the probe needs Adam's exp_avg_sq")

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, validate_preconditioner
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
-from entropy_probe.errors import InputError
+from entropy_probe.errors import InputError, first_line
 from entropy_probe.policy import input_limits
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -160,7 +160,7 @@ def _load_full(path: Path, dtype: torch.dtype) -> Any:
             **kernels,
         )
     except Exception as error:  # configuration classes compute with what config.json says and raise anything
-        raise InputError(f"{path} cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise InputError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if loading.get(problem):
             names = sorted(key if isinstance(key, str) else str(key[0]) for key in loading[problem])
@@ -202,7 +202,7 @@ def _load_adapter(path: Path, model: Any, dtype: torch.dtype, trainable: bool) -
             model, path, is_trainable=trainable, autocast_adapter_dtype=False, local_files_only=True
         )
     except (*LOAD_ERRORS, TypeError) as error:
-        raise InputError(f"{path}: the adapter cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"{path}: the adapter cannot be loaded: {first_line(error)}") from error
     expected = {
         key: tuple(value.shape)
         for key, value in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
@@ -232,7 +232,3 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}; expected an object")
     return content
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,4 +1,4 @@
-"""``inspect``: the files of a checkpoint, then every trainable parameter with the Adam state that was matched to it."""
+"""Shows what ``inspect`` found: the files of a checkpoint, then every trainable parameter with its matched Adam state."""
 
 from __future__ import annotations
 
@@ -6,82 +6,63 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from torch import Size
 
-from entropy_probe.adam_preconditioner import AdamState, moments_problem, preconditioner
-from entropy_probe.checkpoints import load_adam_state, load_model
-
-FILES = (
-    ("config.json", "architecture", True),
-    ("adapter_config.json", "PEFT adapter", False),
-    ("*.safetensors", "weights", True),
-    ("optimizer.pt", "Adam state", True),
-    ("trainer_state.json", "training log", False),
-    ("tokenizer_config.json", "tokenizer", False),
-)
+from entropy_probe.checkpoints.inspection import Inspection, MatchedParameter, inspect_checkpoint, list_files
 
 
 def print_inspection(path: Path, base: Path | None, console: Console) -> bool:
     """Print both tables; whether the checkpoint can be probed.
 
     Raises:
-        InputError: the weights or the optimizer file cannot be read at all.
+        InputError: see :func:`entropy_probe.checkpoints.inspection.inspect_checkpoint`.
     """
     if path.is_dir():
         console.print(_files(path))
-    folder = load_model(path, base=base)
+    inspection = inspect_checkpoint(path, base)
+    folder, mapping = inspection.folder, inspection.mapping
     console.print(
-        f"{folder.kind} checkpoint of a {folder.architecture} model, vocabulary {folder.vocabulary:,}, "
+        f"{folder.kind} checkpoint of a {folder.architecture} model, vocabulary {folder.vocabulary or 'unknown'}, "
         f"context {folder.context_length or 'unlimited'}" + (f", base {folder.base}" if folder.base is not None else "")
     )
-    adam, mapping = load_adam_state(path / "optimizer.pt", folder.model)
     console.print(f"optimizer indices matched to names by: {mapping.rule}")
     for rival in mapping.rivals:
         console.print(f"also accepted, with another order among equal shapes: {rival}")
-    if 0.0 in adam.learning_rates:
+    if 0.0 in inspection.learning_rates:
         console.print("the stored learning rate is 0.0 (end of a schedule?); run needs --learning-rate")
-    shapes = {name: p.shape for name, p in folder.model.named_parameters() if p.requires_grad}
-    table, sound = _parameters(adam, shapes)
-    console.print(table)
-    frozen = sum(not p.requires_grad for p in folder.model.parameters())
+    console.print(_parameters(inspection))
     console.print(
-        f"{len(shapes)} trainable parameters, {frozen} frozen, {len(shapes) - sound} without a usable Adam state"
+        f"{len(inspection.parameters)} trainable parameters, {inspection.frozen} frozen, "
+        f"{inspection.problems} without a usable Adam state"
     )
-    return sound == len(shapes)
+    return inspection.problems == 0
 
 
 def _files(path: Path) -> Table:
-    adapter = (path / "adapter_config.json").is_file()
     table = Table("file", "for", "found", box=None, pad_edge=False)
-    for pattern, purpose, needed in FILES:
-        names = sorted(file.name for file in path.glob(pattern))
-        required = needed and not (adapter and pattern == "config.json")
-        table.add_row(pattern, purpose, ", ".join(names) or ("MISSING" if required else "none (optional)"))
+    for file in list_files(path):
+        table.add_row(
+            file.pattern, file.purpose, ", ".join(file.names) or ("MISSING" if file.required else "none (optional)")
+        )
     return table
 
 
-def _parameters(adam: AdamState, shapes: dict[str, Size]) -> tuple[Table, int]:
-    groups = adam.group_of()
-    numbers = {name: number for number, group in enumerate(adam.groups) for name in group.names}
+def _parameters(inspection: Inspection) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("parameter", "shape", "group", "lr", "decay", "step", "median P", "state"):
         table.add_column(column, overflow="fold")
-    sound = 0
-    for name, shape in shapes.items():
-        moments = adam.moments.get(name)
-        problem = moments_problem(moments, shape)
-        group = groups[name]
-        row = [
-            name,
-            "×".join(map(str, shape)),
-            str(numbers[name]),
-            f"{group.learning_rate:g}",
-            f"{group.weight_decay:g}",
-        ]
-        if problem is None and moments is not None:
-            sound += 1
-            row += [str(moments.step), f"{float(preconditioner(moments, group).median()):.3g}", "ok"]
-        else:
-            row += ["", "", problem or ""]
-        table.add_row(*row)
-    return table, sound
+    for parameter in inspection.parameters:
+        table.add_row(*_cells(parameter))
+    return table
+
+
+def _cells(parameter: MatchedParameter) -> list[str]:
+    return [
+        parameter.name,
+        "×".join(map(str, parameter.shape)),
+        str(parameter.group),
+        f"{parameter.learning_rate:g}",
+        f"{parameter.weight_decay:g}",
+        "" if parameter.step is None else str(parameter.step),
+        "" if parameter.median_p is None else f"{parameter.median_p:.3g}",
+        parameter.problem or "ok",
+    ]

@@ -53,10 +53,10 @@ def make_plan(
         return f"{units} pairs of vectors, {_readable(units * per_unit)} of {_readable(VECTOR_SHARE * memory_bytes)}"
 
     if mode is Mode.BLOCK or blocks is not None:
-        asked = blocks if blocks is not None else max(2, min(prompts, max(LEAST_BLOCKS, min(fit, prompts))))
-        units = block_units(prompts, asked)
-        storage = Storage.STORED if asked <= fit else Storage.STREAMED
-        return Plan(units, storage, f"{asked} blocks asked for: {size(asked)}")
+        count = blocks if blocks is not None else max(2, min(LEAST_BLOCKS, prompts // 2))
+        storage = Storage.STORED if count <= fit else Storage.STREAMED
+        why = "asked for" if blocks is not None else f"by default ({LEAST_BLOCKS}, or half as many as prompts)"
+        return Plan(block_units(prompts, count), storage, f"{count} blocks {why}: {size(count)}")
     if prompts <= fit:
         why = "asked for" if mode is Mode.EXACT else "its vectors fit"
         return Plan(exact_units(prompts), Storage.STORED, f"exact, {why}: {size(prompts)}")

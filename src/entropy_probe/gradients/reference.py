@@ -6,6 +6,7 @@ and YS_u. Every faster backend is compared with this one in float64.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -58,7 +59,7 @@ def unit_gradients(
     dtype = torch.promote_types(policy.dtype, torch.float32)
     roots = {name: p.sqrt().to(policy.device, dtype) for name, p in preconditioners.items()}
     responses = batch.responses
-    starts = _starts(batch.group_sizes)
+    starts = [0, *itertools.accumulate(batch.group_sizes)]
     spans = [slice(starts[unit.start], starts[unit.stop]) for unit in units.ranges]
     prompts = len(batch.groups)
     sizes = units.sizes
@@ -257,10 +258,3 @@ def _product(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
         part = slice(start, start + CHUNK)
         kernel += torch.stack([x[part].double() for x in xs]) @ torch.stack([y[part].double() for y in ys]).T
     return kernel
-
-
-def _starts(group_sizes: Sequence[int]) -> list[int]:
-    starts = [0]
-    for size in group_sizes:
-        starts.append(starts[-1] + size)
-    return starts

@@ -192,13 +192,13 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
                 micro_batch=args.process_index * len(window) + index,
                 window_tokens=window_tokens,
                 max_completion_length=trainer.max_completion_length,
+                loss_type=trainer.loss_type,
+                step=step,
+                on_policy=self._on_policy,
                 extra={
-                    "step": step,
-                    "loss_type": trainer.loss_type,
                     "scale_rewards": trainer.scale_rewards,
                     "max_grad_norm": args.max_grad_norm,
                     "num_processes": args.world_size,
-                    "on_policy": self._on_policy,
                 },
             )
             yield (generated_for, group), row

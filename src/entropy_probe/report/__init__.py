@@ -2,6 +2,8 @@
 
 from entropy_probe.report.files import write_json, write_report_folder
 from entropy_probe.report.schema import (
+    CheckpointSection,
+    ConfigSection,
     EntropySection,
     Evidence,
     FirstOrder,
@@ -11,6 +13,8 @@ from entropy_probe.report.schema import (
 )
 
 __all__ = [
+    "CheckpointSection",
+    "ConfigSection",
     "EntropySection",
     "Evidence",
     "FirstOrder",

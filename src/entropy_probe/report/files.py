@@ -10,7 +10,6 @@ import numpy as np
 
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable, replacing
-from entropy_probe.report.plots import plot_predicted_and_realized, plot_row_means
 from entropy_probe.report.schema import Report
 from entropy_probe.u_statistics import FloatArray
 
@@ -34,6 +33,9 @@ def write_report_folder(report: Report, kernel: FloatArray | None, folder: Path)
     Raises:
         InputError: see :func:`check_report_folder`.
     """
+    # Plots are the one use of matplotlib, which is slow to import.
+    from entropy_probe.report.plots import plot_predicted_and_realized, plot_row_means
+
     check_report_folder(folder)
     paths = [folder / name for name in ("report.json", "row_means.png", "predicted_and_realized.png")]
     made = not folder.exists()

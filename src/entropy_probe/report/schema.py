@@ -102,6 +102,52 @@ class RealizedRow:
 
 
 @dataclass(frozen=True)
+class ConfigSection:
+    """What was asked for, as it was resolved. A None is a default: by memory, from the rollouts, or from the checkpoint."""
+
+    mode: str
+    blocks: int | None
+    estimator: str
+    rollouts: str | None
+    advantage: str
+    length_weight: str
+    max_completion_length: int | None
+    learning_rate: float | None
+    temperature: float
+    dtype: str
+    autocast: str | None
+    microbatch_size: int
+    memory_bytes: float | None
+    device: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class PreconditionerDots:
+    """The validator's test dot of two random vectors, without P and with it."""
+
+    plain_dot: float
+    preconditioned_dot: float
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """What was probed; None where a live model has no such thing. ``adam_step`` is a list where parameters differ."""
+
+    path: str | None
+    base: str | None
+    kind: str | None
+    architecture: str | None
+    trainer_step: int | None
+    stored_learning_rates: list[float]
+    parameters: int
+    frozen_parameters: int
+    adam_step: int | list[int]
+    mapping: str
+    preconditioner_test: PreconditionerDots
+
+
+@dataclass(frozen=True)
 class Report:
     """The whole of report.json. ``headline`` is the sentence that a person reads first."""
 
@@ -111,8 +157,8 @@ class Report:
     entropy: EntropySection
     realized: list[RealizedRow]
     warnings: list[Evidence]
-    config: Mapping[str, Any]
-    checkpoint: Mapping[str, Any]
+    config: ConfigSection
+    checkpoint: CheckpointSection
     timing: Mapping[str, float]
     versions: Mapping[str, str]
 

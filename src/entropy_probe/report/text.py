@@ -13,6 +13,8 @@ from entropy_probe.report.schema import Report
 def headline(delta_h1: float, se: float | None, ci95: list[float] | None, entropy: float) -> str:
     """One sentence a person understands first: what the next step does to the entropy, and how sure that is."""
     share = f", {100 * abs(delta_h1) / entropy:.2g} %" if entropy > 0 else ""
+    if delta_h1 == 0.0 and (se is None or se == 0.0):
+        return "This step changes nothing to first order: its learning rate is zero, or no response has an advantage."
     if se is None:
         return (
             f"To first order the next step changes entropy by {delta_h1:+.3g} nats per response{share}; "
@@ -35,8 +37,9 @@ def quantity(value: float, se: float | None) -> str:
     if -4 <= exponent <= 3:
         digits = max(0, 1 - exponent)
         return f"{value:.{digits}f} ± {se:.{digits}f}"
-    scale = 10.0**exponent
-    return f"({value / scale:.1f} ± {se / scale:.1f})e{exponent}"
+    leading = max(exponent, int(f"{value:e}".split("e")[1]))
+    scale, digits = 10.0**leading, 1 + leading - exponent
+    return f"({value / scale:.{digits}f} ± {se / scale:.{digits}f})e{leading}"
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -44,7 +47,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(Text(report.headline, style="bold"))
     console.print()
     console.print(_section("First order, before the step", _first_order(report)))
-    console.print(_section("Realised, after a step on the same responses", _realized(report)))
+    console.print(_section("Realised, after a step on the same responses (nats per response)", _realized(report)))
     console.print(_section("Batch and checkpoint", _facts(report)))
     for warning in report.warnings:
         console.print(
@@ -116,6 +119,8 @@ def _realized(report: Report) -> RenderableType:
             f"{row.noise_floor:.0e}",
         )
     notes = [Text(f"{row.step} ({row.method}): {row.note}", style="dim") for row in report.realized]
+    missing = {row.null_reasons["pareto_k"] for row in report.realized if row.pareto_k is None}
+    notes += [Text(f"k̂ none: {reason}", style="dim") for reason in sorted(missing)]
     return Group(table, *notes)
 
 
@@ -124,9 +129,9 @@ def _facts(report: Report) -> Table:
     return _rows(
         ("units", f"{units.count}", units.reason),
         ("rollouts", f"{units.responses}", f"responses to {units.prompts} prompts, {units.tokens} tokens"),
-        ("trainable", f"{checkpoint['parameters']:,}", f"parameters, {report.config['dtype']}"),
-        ("Adam step", str(checkpoint["adam_step"]), f"names by: {checkpoint['mapping']}"),
-        ("advantages", str(report.config["advantage"]), f"length weight {report.config['length_weight']}"),
-        ("temperature", f"{report.config['temperature']:g}", ""),
+        ("trainable", f"{checkpoint.parameters:,}", f"parameters, {report.config.dtype}"),
+        ("Adam step", str(checkpoint.adam_step), f"names by: {checkpoint.mapping}"),
+        ("advantages", str(report.config.advantage), f"length weight {report.config.length_weight}"),
+        ("temperature", f"{report.config.temperature:g}", ""),
         ("time", f"{report.timing['total']:.1f} s", ""),
     )
