@@ -14,6 +14,7 @@ from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.adam_step import optimizer_step
 from entropy_probe.importance_sampling import linear_weights
 from entropy_probe.policy import Policy
+from entropy_probe.realized import rounding_noise
 from entropy_probe.virtual_step import at_least_float32, virtual_step
 
 
@@ -207,14 +208,96 @@ def test_an_autocast_that_the_caller_is_in_does_not_reach_the_probe() -> None:
     assert not torch.equal(inside.double(), plain)
 
 
-def test_the_noise_floor_is_rounding_and_falls_with_precision() -> None:
-    floors = {}
-    for dtype in (torch.float32, torch.float64):
-        model = support.tiny_model("llama-tied", dtype=dtype)
-        adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-3), model)
-        floors[dtype] = probe(model, adam, support.random_batch(6, 4)).report.realized[0].noise_floor
-    assert 0 < floors[torch.float64] < 1e-11
-    assert 1e-9 < floors[torch.float32] < 1e-4
+def realised_in(dtype: torch.dtype, rate: float) -> Any:
+    """The preconditioned row of one float32 model and its float32 Adam state, computed in ``dtype``."""
+    model = support.tiny_model("llama-tied")
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=rate), model)
+    return probe(model.to(dtype), adam, support.random_batch(6, 4)).report.realized[0]
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-6, 1e-7, 1e-8])
+def test_the_noise_floor_is_the_size_of_the_rounding_error(rate: float) -> None:
+    narrow, wide = realised_in(torch.float32, rate), realised_in(torch.float64, rate)
+    error = abs(narrow.delta_h - wide.delta_h)
+    assert error < 2 * narrow.noise_floor
+    assert narrow.noise_floor < 1e-4
+    assert 0 < wide.noise_floor < 1e-11
+
+
+def test_a_change_below_the_floor_is_said() -> None:
+    model = support.tiny_model("llama-tied")
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-11), model)
+    assert "below_noise_floor" in {w.code for w in probe(model, adam, support.random_batch(6, 4)).report.warnings}
+
+
+def test_without_the_random_rounding_float32_would_show_no_noise() -> None:
+    """Planted: the same eight factors without it leave almost every weight where it was."""
+    model = support.tiny_model("llama-tied")
+    policy, batch = Policy(model), support.random_batch(6, 4)
+    before = policy.scores(batch.responses)
+    deltas = {n: torch.randn_like(p) * 1e-3 for n, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    with virtual_step(model, {n: 1e-8 * d for n, d in deltas.items()}):
+        hidden = (policy.scores(batch.responses) - before).abs().max()
+    with virtual_step(
+        model, {n: 1e-8 * d + rounding_noise(model.get_parameter(n), generator) for n, d in deltas.items()}
+    ):
+        shown = (policy.scores(batch.responses) - before).abs().max()
+    assert shown > 1e-7
+    assert hidden < 0.3 * shown
+
+
+def test_random_rounding_moves_by_one_unit_with_the_variance_of_rounding_to_nearest() -> None:
+    theta = torch.full((200_000,), 1.5)
+    noise = rounding_noise(theta, torch.Generator().manual_seed(0))
+    unit = 2.0**-23
+    assert set(noise.unique().tolist()) == {-unit, 0.0, unit}
+    assert float(noise.var()) == pytest.approx(unit**2 / 12, rel=0.03)
+
+
+def test_accelerates_mixed_precision_does_not_reach_a_probe_in_float32() -> None:
+    from accelerate import Accelerator
+
+    model = support.tiny_model("llama-tied")
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-5), model)
+    batch = support.random_batch(6, 4)
+    plain = probe(model, adam, batch).report
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    with torch.no_grad():
+        wrapped = prepared(input_ids=torch.tensor([[3, 4, 5]])).logits
+    found = probe(prepared, adam, batch).report
+    assert found.first_order.u_cross == plain.first_order.u_cross
+    assert found.realized[0].delta_h == plain.realized[0].delta_h
+    with torch.no_grad():  # and it is there again afterwards
+        assert torch.equal(prepared(input_ids=torch.tensor([[3, 4, 5]])).logits, wrapped)
+
+
+def test_an_adapter_narrower_than_its_base_is_realised_in_one_arithmetic() -> None:
+    adapted = support.lora_model(support.tiny_model("llama-tied"))
+    adam = state_of_optimizer(support.trained_optimizer(adapted, learning_rate=1e-5), adapted)
+    for name, p in adapted.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.to(torch.bfloat16)
+    row = probe(adapted, adam, support.random_batch(6, 4)).report.realized[0]
+    assert row.delta_h == pytest.approx(row.predicted, rel=0.05, abs=3 * row.noise_floor)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_the_optimizers_step_is_torchs_with_amsgrad_too(amsgrad: bool) -> None:
+    model = support.tiny_model("llama-tied", dtype=torch.float64)
+    optimizer = support.trained_optimizer(model, amsgrad=amsgrad, steps=4)
+    if amsgrad:  # a maximum that is not v itself
+        for state in optimizer.state.values():
+            state["max_exp_avg_sq"].mul_(3.0)
+    state = state_of_optimizer(optimizer, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    ascent = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    deltas = optimizer_step(dict(model.named_parameters()), state, ascent)
+    for n, p in model.named_parameters():
+        p.grad = -ascent[n]
+    optimizer.step()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(before[n] + deltas[n], p.detach(), rtol=0, atol=1e-15)
 
 
 def test_small_steps_keep_the_effective_sample_above_the_guides_threshold() -> None:

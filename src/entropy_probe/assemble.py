@@ -154,7 +154,7 @@ def _first_order(
         zeta1_plugin=statistics.zeta1_plugin,
         zeta1_jackknife=statistics.zeta1_jackknife,
         delta_h1_se=step.se,
-        delta_h1_ci95=None if step.ci95 is None else [-step.ci95[1] + 0.0, -step.ci95[0] + 0.0],
+        delta_h1_ci95=None if step.ci95_of_minus is None else list(step.ci95_of_minus),
         interval_method=statistics.interval_method,
         self_test_residual=statistics.self_test_residual,
         null_reasons=reasons,

@@ -151,6 +151,10 @@ def probe(
     Raises:
         InputError: the optimizer's state or the rollouts do not do.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "torch.inference_mode() is active, where no gradient can be taken; call the probe outside of it"
+        )
     model = unwrap(model)
     if settings.learning_rate is not None:
         adam = adam.with_learning_rate(settings.learning_rate)
@@ -205,7 +209,7 @@ def _probe(
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
-        *diagnostics.interval_warnings(statistics, step_statistics.ci95),
+        *diagnostics.interval_warnings(statistics, step_statistics.ci95_of_minus),
         *diagnostics.advantage_warnings(advantages, batch.group_sizes),
         *diagnostics.on_policy_warnings(batch, scores),
         *diagnostics.pairing_warnings(batch, facts.trainer_step, settings.length_weight),

@@ -129,6 +129,11 @@ class CrossStatistics:
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def ci95_of_minus(self) -> tuple[float, float] | None:
+        """The interval of −U_cross: in the η-weighted inner product that of δH₁. (+ 0.0 turns −0.0 into 0.0.)"""
+        return None if self.ci95 is None else (-self.ci95[1] + 0.0, -self.ci95[0] + 0.0)
+
+    @property
     def se(self) -> float | None:
         """√V, the standard error behind the interval."""
         return None if self.variance is None else math.sqrt(self.variance)
