@@ -75,9 +75,11 @@ def flat_gradient(value: Tensor, policy: EnumerablePolicy, *, retain: bool = Tru
     return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(policy.parameters()), retain_graph=retain)])
 
 
-def score_gradients(policy: EnumerablePolicy, context: int, limit: int) -> tuple[Tensor, Tensor]:
+def score_gradients(
+    policy: EnumerablePolicy, context: int, limit: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(S [responses], ∇S [responses, parameters]) of every response to a context."""
-    scores = response_scores(policy, context, limit)
+    scores = response_scores(policy, context, limit, temperature)
     return scores.detach(), torch.stack([flat_gradient(score, policy) for score in scores])
 
 

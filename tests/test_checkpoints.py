@@ -17,6 +17,7 @@ from entropy_probe.policy import Policy
 from entropy_probe.scores import AdvantageRule, advantages_from_rewards
 from spoiled import Malicious
 from support import (
+    VOCABULARY,
     assert_same_moments,
     lora_model,
     make_checkpoint,
@@ -159,3 +160,27 @@ def test_pickles_beside_the_optimizer_are_never_opened(tmp_path: Path) -> None:
     assert not planted.exists()
     pickle.loads((checkpoint / "scheduler.pt").read_bytes())
     assert planted.exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "whole"])
+def test_an_adapter_in_the_embeddings_place_is_inspected_and_its_vocabulary_still_counts(
+    kind: str, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model("llama-untied")
+    base.save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "embed_tokens"] if kind == "lora" else ["q_proj"]
+    config = LoraConfig(r=2, target_modules=targets, modules_to_save=None if kind == "lora" else ["embed_tokens"])
+    model = get_peft_model(base, config)
+    checkpoint = save_checkpoint(model, trained_optimizer(model), tmp_path / "checkpoint-3")
+    arguments = ["--base", tmp_path / "base"]
+    shown = run_command("inspect", checkpoint, *arguments)
+    assert shown.code == 0, shown.err
+    assert "embed_tokens" in shown.out
+    for vocabulary, code in ((VOCABULARY, 0), (VOCABULARY + 20, 2)):
+        rows = random_rollouts(3, 2, vocabulary=vocabulary)
+        write_rollouts(rows, tmp_path / "rollouts.jsonl")
+        outcome = run_command("run", checkpoint, *arguments, "--rollouts", tmp_path / "rollouts.jsonl")
+        assert outcome.code == code, outcome.err
+    assert "vocabulary" in outcome.err

@@ -45,10 +45,12 @@ def coefficients(scores: Tensor, responses: list[tuple[int, ...]], sizes: list[i
     )
 
 
-def expected_vectors(policy: EnumerablePolicy, context: int, samples: int = 2) -> tuple[Tensor, Tensor]:
+def expected_vectors(
+    policy: EnumerablePolicy, context: int, samples: int = 2, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """E[X_n] and E[Y_n] over every tuple of G responses, each weighted by its probability."""
     responses = enumerable.all_responses(policy.tokens, LIMIT)
-    scores, gradients = enumerable.score_gradients(policy, context, LIMIT)
+    scores, gradients = enumerable.score_gradients(policy, context, LIMIT, temperature)
     x = torch.zeros(gradients.shape[1], dtype=torch.float64)
     y = torch.zeros_like(x)
     for chosen in itertools.product(range(len(responses)), repeat=samples):
@@ -116,7 +118,10 @@ def test_the_mean_of_u_cross_is_the_product_of_means_and_keeping_the_diagonal_is
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_delta_h1_is_the_derivative_of_the_entropy_along_the_step(temperature: float) -> None:
-    """Finite difference of the exact H along η P Ȳ, Ȳ from the gradient backend, against −η E[X̃]·Ỹ̄."""
+    """Finite difference of the exact H along η P Ȳ, Ȳ from the gradient backend, against −η E[X̃]·Ỹ̄.
+
+    E[X̃] is the mean over every pair of responses of the package's own coefficients times ∇S.
+    """
     policy = EnumerablePolicy(contexts=2, tokens=3, seed=5)
     responses = enumerable.all_responses(3, LIMIT)
     eta = 0.05
@@ -144,10 +149,9 @@ def test_delta_h1_is_the_derivative_of_the_entropy_along_the_step(temperature: f
             return float(sum(values).detach()) / 2
 
     finite_difference = (entropy(1e-4) - entropy(-1e-4)) / 2e-4
-    exact = torch.stack([enumerable.exact_entropy(policy, n, LIMIT, temperature) for n in range(2)]).mean()
-    grads = dict(zip(p, torch.autograd.grad(exact, list(policy.parameters())), strict=True))
-    # E[X] = −∇H, so δH₁ = −η E[X]·P·Ȳ.
-    predicted = sum(float((grads[name] * eta * p[name] * gradients.ascent[name]).sum()) for name in p)
+    mean_x = torch.stack([expected_vectors(policy, n, 2, temperature)[0] for n in range(2)]).mean(dim=0)
+    step = torch.cat([(p[name] * gradients.ascent[name]).flatten() for name in p])
+    predicted = -eta * float(mean_x @ step)
     assert finite_difference == pytest.approx(predicted, rel=1e-6)
     assert abs(predicted) > 1e-4
 
@@ -193,9 +197,13 @@ def _expected_y(
     return (p * (r - p @ r) / torch.from_numpy(lengths).double()) @ gradients
 
 
-@pytest.mark.parametrize(("units", "low", "high"), [(8, 0.91, 0.97), (16, 0.92, 0.97), (32, 0.93, 0.97)])
-def test_the_interval_of_sampled_rollouts_covers_the_true_u(units: int, low: float, high: float) -> None:
-    policy = EnumerablePolicy(contexts=6, tokens=3, seed=7)
+@pytest.mark.parametrize(
+    ("seed", "units", "low", "high"),
+    # Policy 2 is the skewed one of docs/log.md: the interval is too short on one side there.
+    [(7, 8, 0.91, 0.97), (7, 16, 0.92, 0.97), (7, 32, 0.93, 0.97), (2, 16, 0.86, 0.92)],
+)
+def test_the_interval_of_sampled_rollouts_covers_the_true_u(seed: int, units: int, low: float, high: float) -> None:
+    policy = EnumerablePolicy(contexts=6, tokens=3, seed=seed)
     found, truth = simulate(policy, units, samples=4, draws=1500, seed=11)
     values = np.array([f.u_cross for f in found])
     assert abs(values.mean() - truth) < 4 * values.std() / math.sqrt(len(values))

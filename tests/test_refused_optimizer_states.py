@@ -112,6 +112,8 @@ OPTIMIZERS: dict[str, tuple[Callable[[Place], str], str]] = {
     "muon-like": (_every_entry(lambda v: {"momentum_buffer": v}), "Muon"),
     "muon-beside-adam": (_every_entry(_muon_beside_adam), "Muon"),
     "adafactor": (_every_entry(_transformers_adafactor), "Adafactor"),
+    "radam": (_foreign(lambda model: torch.optim.RAdam(model.parameters())), "amsgrad"),
+    "nadam": (_foreign(lambda model: torch.optim.NAdam(model.parameters())), "mu_product"),
     "torch-adafactor": (_foreign(lambda model: torch.optim.Adafactor(model.parameters())), "exp_avg_sq"),
     "no-steps-yet": (_state(lambda saved: saved["state"].clear()), "has not taken a step"),
     "empty-entries": (_every_entry(lambda v: {}), "exp_avg_sq"),

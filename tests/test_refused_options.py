@@ -49,6 +49,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "memory-negative": (["--memory", "-1"], "memory"),
     "memory-nan": (["--memory", "nan"], "memory"),
     "memory-infinite": (["--memory", "inf"], "memory"),
+    "constant-of-another-loss": (["--length-weight", "bnpo", "--max-completion-length", "64"], "does not use it"),
     "constant-missing": (["--length-weight", "dr_grpo"], "--max-completion-length"),
     "constant-too-short": (
         ["--length-weight", "dr_grpo", "--max-completion-length", "1"],

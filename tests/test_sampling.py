@@ -438,3 +438,17 @@ def test_the_command_samples_a_file_that_run_accepts(out: str, studio: Path) -> 
     assert report["units"]["prompts"] == 5
     assert report["units"]["responses"] == 20
     assert "off_policy" not in {warning["code"] for warning in report["warnings"]}
+
+
+def test_a_text_whose_bos_the_tokenizer_would_add_again_is_refused(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", EOS)])
+    words.bos_token = "<eos>"
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": chr(0x4E05)}) + "\n")
+    assert read_prompts(path, words)[0].prompt_ids[0] == EOS
+    path.write_text(json.dumps({"prompt": "<eos>" + chr(0x4E05)}) + "\n")
+    with pytest.raises(InputError, match="BOS"):
+        read_prompts(path, words)

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from entropy_probe.errors import InputError
 from entropy_probe.float64_mode import Float64Mode
+from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
 from entropy_probe.wrappers import without_accelerate_autocast
 
@@ -123,11 +124,15 @@ class Policy:
         chosen = log_probs.gather(1, batch.targets[:, None])[:, 0].double()
         return torch.zeros(len(responses), dtype=torch.float64, device=chosen.device).index_add(0, batch.rows, chosen)
 
-    def scores(self, responses: Sequence[Rollout]) -> Tensor:
+    def scores(self, responses: Sequence[Rollout], progress: Progress | None = None) -> Tensor:
         """S of every response without gradients, float64 [N] on the CPU."""
+        progress = progress if progress is not None else Silent()
+        parts = list(self.microbatches(len(responses)))
         with torch.no_grad(), self.arithmetic():
-            parts = [self.forward_scores(responses[part]).double().cpu() for part in self.microbatches(len(responses))]
-        return torch.cat(parts)
+            found = [
+                self.forward_scores(responses[part]).cpu() for part in progress.track(parts, "log-probs", len(parts))
+            ]
+        return torch.cat(found)
 
 
 def input_limits(model: nn.Module) -> tuple[int | None, int | None]:

@@ -183,7 +183,7 @@ def _probe(
     rates = {name: group.learning_rate for name, group in adam.group_of().items()}
 
     with clock.stage("scores"):
-        scores = finite_scores(policy, batch)
+        scores = finite_scores(policy, batch, progress)
     advantages, rule = resolve_advantages(batch, settings.advantage)
     x_coefficients = entropy_coefficients(scores, batch.group_sizes)
     y_coefficients = advantages * resolve_length_weights(batch, settings)
@@ -263,7 +263,7 @@ def realize(
     exact_policy = replace(policy, autocast=None)
     same_arithmetic = policy.autocast is None and not below_float32(policy.model)
     with at_least_float32(policy.model):
-        before = (scores if same_arithmetic else finite_scores(exact_policy, batch)).numpy()
+        before = (scores if same_arithmetic else finite_scores(exact_policy, batch, progress)).numpy()
         weights = torch.from_numpy(linear_weights(before, batch.group_sizes))
         linear = loss_gradient(exact_policy, batch.responses, weights, progress=progress)
         return [
@@ -272,13 +272,13 @@ def realize(
         ]
 
 
-def finite_scores(policy: Policy, batch: RolloutBatch) -> Tensor:
+def finite_scores(policy: Policy, batch: RolloutBatch, progress: Progress) -> Tensor:
     """Fresh S of every response, float64 [N].
 
     Raises:
         InputError: a response that the model gives probability zero, or NaN; its prompt is named.
     """
-    scores = policy.scores(batch.responses)
+    scores = policy.scores(batch.responses, progress)
     for response, score in zip(batch.responses, scores.tolist(), strict=True):
         if not -float("inf") < score < float("inf"):
             raise InputError(

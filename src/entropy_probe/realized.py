@@ -66,7 +66,7 @@ def realize_preconditioned_step(
         ascent: Ȳ by name.
         preconditioners: P by name.
         learning_rates: η by name.
-        progress: told of every forward over the batch.
+        progress: told of every forward of the numerical floor.
 
     Raises:
         InputError: the step is so large that a log-probability is not finite after it.

@@ -304,6 +304,11 @@ def row_from_rollout(rollout: Rollout) -> dict[str, Any]:
     return row | dict(rollout.extra)
 
 
+def count_cut(rollouts: Iterable[Rollout]) -> int:
+    """How many responses the length limit ended."""
+    return sum(rollout.cut is True for rollout in rollouts)
+
+
 def write_rollouts(rollouts: Iterable[Rollout], path: Path) -> None:
     """Write rows as JSON Lines or Parquet, by the file's name; an interrupted write leaves no file.
 

@@ -23,7 +23,7 @@ from entropy_probe.policy import Policy
 from entropy_probe.probe import ProbeResult, Settings, probe_checkpoint
 from entropy_probe.report.files import check_report_folder, write_json, write_report_folder
 from entropy_probe.report.text import print_report
-from entropy_probe.rollouts import write_rollouts
+from entropy_probe.rollouts import count_cut, write_rollouts
 from entropy_probe.sampling import (
     SamplingSettings,
     end_tokens,
@@ -105,7 +105,7 @@ def run(
     temperature: Annotated[float | None, typer.Option(help="Of rows that declare none; else 1.")] = None,
     microbatch: Annotated[int, typer.Option(min=1, help="Responses in one forward.")] = 32,
     memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="What the probe may use; default: what is free.")
+        float | None, typer.Option(metavar="GB", help="Unit vectors take at most half of this; default: what is free.")
     ] = None,
     base: BaseOption = None,
     device: DeviceOption = Device.AUTO,
@@ -184,7 +184,11 @@ def sample(
         TerminalProgress(),
     )
     write_rollouts(found, out)
-    _console().print(f"{len(found)} responses written to {out}")
+    ends = ", ".join(map(str, settings.eos_ids)) or "none"
+    _console().print(
+        f"{len(found)} responses written to {out}; end tokens: {ends}; "
+        f"{count_cut(found)} of them were cut at {max_new_tokens} tokens"
+    )
 
 
 @app.command()
