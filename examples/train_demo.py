@@ -261,7 +261,7 @@ def reinforce(base: Path, run: Path, rows: Sequence[Mapping[str, str]], steps: S
 
 
 def ship(checkpoint: Path, target: Path) -> None:
-    """Copy what the probe reads, byte for byte; only the adapter's configuration is made portable."""
+    """Copy what the probe reads, byte for byte; only the adapter's base path is made relative."""
     target.mkdir(parents=True, exist_ok=True)
     for name in SHIPPED:
         if (checkpoint / name).is_file():
@@ -270,7 +270,6 @@ def ship(checkpoint: Path, target: Path) -> None:
     if adapter.is_file():
         config = json.loads(adapter.read_text())
         config["base_model_name_or_path"] = "../../base"
-        config["target_modules"].sort()  # a set: its order would change from run to run
         adapter.write_text(json.dumps(config, indent=2) + "\n")
 
 
