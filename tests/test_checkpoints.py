@@ -184,3 +184,30 @@ def test_an_adapter_in_the_embeddings_place_is_inspected_and_its_vocabulary_stil
         outcome = run_command("run", checkpoint, *arguments, "--rollouts", tmp_path / "rollouts.jsonl")
         assert outcome.code == code, outcome.err
     assert "vocabulary" in outcome.err
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_adapter_and_its_base_are_wholly_in_the_type_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    adapted = lora_model(base)
+    checkpoint = save_checkpoint(adapted, trained_optimizer(adapted), tmp_path / "checkpoint-3")
+    model = load_model(checkpoint, base=tmp_path / "base", dtype=dtype).model
+    floating = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    assert {t.dtype for t in floating} == {dtype}
+
+
+def test_the_tokenizer_is_looked_for_in_the_adapter_and_then_in_its_base(tmp_path: Path) -> None:
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    adapted = lora_model(base)
+    checkpoint = save_checkpoint(adapted, trained_optimizer(adapted), tmp_path / "checkpoint-3")
+    assert load_model(checkpoint, base=tmp_path / "base").tokenizer_folders == (checkpoint, tmp_path / "base")
+    assert load_model(tmp_path / "base").tokenizer_folders == (tmp_path / "base",)
+
+
+def test_the_trainers_step_is_read_and_a_folder_without_its_log_will_do(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-3")
+    assert load_checkpoint(checkpoint).trainer_step == 3
+    (checkpoint / "trainer_state.json").unlink()
+    assert load_checkpoint(checkpoint).trainer_step is None

@@ -262,3 +262,11 @@ def test_memory_that_forces_streaming_gives_the_same_estimate(setting: tuple[Any
     assert tight.report.first_order.u_cross == pytest.approx(free.report.first_order.u_cross, rel=1e-10)
     assert tight.report.first_order.se_this_step is None
     assert "streaming" in tight.report.first_order.null_reasons["se_this_step"]
+
+
+def test_a_wholly_frozen_model_is_refused() -> None:
+    model = support.tiny_model("llama-tied")
+    adam = state_of_optimizer(support.trained_optimizer(model), model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        probe(model, adam, support.random_batch(3, 2))

@@ -68,6 +68,8 @@ def test_equal_units_give_the_guides_formulas() -> None:
     assert found.se_plugin_guide == pytest.approx(
         math.sqrt(4 * units / (4 * (units - 1)) * ((r - r.mean()) ** 2).sum() / units)
     )
+    assert found.zeta1_jackknife == pytest.approx(units * found.se_jackknife**2 / 4)
+    assert found.se == pytest.approx(math.sqrt(found.variance))
     # For equal units the two standard errors are one number twice.
     assert found.se_jackknife == pytest.approx(found.se_plugin * (units - 1) / (units - 2), rel=1e-12)
 

@@ -179,6 +179,10 @@ def _probe(
     progress = progress if progress is not None else Silent()
     policy = Policy(model, batch.temperature, settings.microbatch_size, settings.autocast)
     trainable = policy.trainable()
+    if not trainable:
+        raise InputError(
+            "the model has no trainable parameter; is it frozen? Set requires_grad on what the optimizer trains"
+        )
     p = preconditioners(adam)
     rates = {name: group.learning_rate for name, group in adam.group_of().items()}
 
