@@ -7,7 +7,7 @@
 2. Reinforcement: TRL's own GRPOTrainer (Dr. GRPO), once with every weight and once with LoRA, both recorded.
 3. Rollouts: responses sampled from every checkpoint that is shipped; most from the two that the demo probes.
 
-Takes some two minutes on two CPU cores. The seed fixes everything, up to how machines round.
+Takes two to three minutes on two CPU cores. The seed fixes everything, up to how machines round.
 """
 
 from __future__ import annotations
