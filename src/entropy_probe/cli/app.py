@@ -154,7 +154,9 @@ def sample(
         list[int] | None,
         typer.Option(help="Token that ends a response; repeatable. Default: the model's and tokenizer's."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Responses generated at a time.")] = 64,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Responses generated at a time; memory grows with it, length and vocabulary.")
+    ] = 64,
     base: BaseOption = None,
     dtype: DTypeOption = DType.FLOAT32,
     device: DeviceOption = Device.AUTO,

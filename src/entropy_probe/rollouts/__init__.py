@@ -1,0 +1,24 @@
+"""Rollouts: prompts, their sampled responses, and the files that hold them (JSON Lines or Parquet, one row a response).
+
+Exact token ids are the truth; text is for people. Rows of one prompt need not be adjacent: a prompt stands where its
+first row stands, its responses in the order of their rows. Unknown columns are kept in ``Rollout.extra``.
+"""
+
+from entropy_probe.rollouts.files import read_batch, read_rollouts, read_rows, write_rollouts
+from entropy_probe.rollouts.records import PromptGroup, PromptId, Rollout, RolloutBatch, count_cut, group_rollouts
+from entropy_probe.rollouts.rows import rollout_from_row, row_from_rollout
+
+__all__ = [
+    "PromptGroup",
+    "PromptId",
+    "Rollout",
+    "RolloutBatch",
+    "count_cut",
+    "group_rollouts",
+    "read_batch",
+    "read_rollouts",
+    "read_rows",
+    "rollout_from_row",
+    "row_from_rollout",
+    "write_rollouts",
+]

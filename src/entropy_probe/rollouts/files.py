@@ -1,0 +1,111 @@
+"""Reading and writing rollouts files, JSON Lines or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from entropy_probe.errors import InputError, first_line
+from entropy_probe.files import replacing
+from entropy_probe.rollouts.records import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.rollouts.rows import rollout_from_row, row_from_rollout
+
+
+def read_batch(path: Path, temperature: float | None = None) -> RolloutBatch:
+    """Read, check and group a rollouts file.
+
+    Raises:
+        InputError: see :func:`read_rollouts` and :func:`group_rollouts`.
+    """
+    return group_rollouts(read_rollouts(path), temperature)
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """Read rows from ``.jsonl``/``.json``/``.ndjson`` (JSON Lines) or ``.parquet``.
+
+    Raises:
+        InputError: the file is missing, empty, not of a known kind, or a row breaks the schema (its number is named).
+    """
+    rollouts = [rollout_from_row(row, where) for where, row in read_rows(path)]
+    if not rollouts:
+        raise InputError(f"{path} holds no rollouts; expected one row a response")
+    return rollouts
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ``(where, row)`` for each row of a JSON Lines or Parquet file; ``where`` names the place for messages.
+
+    Raises:
+        InputError: the file is missing or not what its name says.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file; expected a .jsonl or .parquet file")
+    if path.suffix == ".parquet":
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
+        for number, row in enumerate(rows):
+            yield f"{path} row {number}", row
+    elif path.suffix in {".jsonl", ".json", ".ndjson"}:
+        yield from _read_json_lines(path)
+    else:
+        raise InputError(f"{path} ends in {path.suffix!r}; expected .jsonl (JSON Lines) or .parquet")
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path} line {number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{where} is not JSON ({error.msg}); expected one JSON object a line") from error
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
+                    raise InputError(
+                        f"{where} cannot be read ({first_line(error)}); expected one JSON object a line"
+                    ) from error
+                if not isinstance(row, dict):
+                    raise InputError(f"{where} is a JSON {type(row).__name__}; expected one JSON object a line")
+                yield where, row
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text; expected JSON Lines") from error
+
+
+def write_rollouts(rollouts: Iterable[Rollout], path: Path) -> None:
+    """Write rows as JSON Lines or Parquet, by the file's name; an interrupted write leaves no file.
+
+    Raises:
+        InputError: the name ends in neither ``.jsonl`` nor ``.parquet``, the folder cannot be written, or the format
+            cannot hold a value.
+    """
+    rows = [row_from_rollout(rollout) for rollout in rollouts]
+    if path.suffix not in {".jsonl", ".parquet"}:
+        raise InputError(f"{path} ends in {path.suffix!r}; rollouts are written as .jsonl or .parquet")
+    try:
+        if path.suffix == ".parquet":
+            table = pyarrow.Table.from_pylist(_same_columns(rows))
+        else:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        kind = "Parquet, which has one type a column" if path.suffix == ".parquet" else "JSON"
+        raise InputError(f"{path}: a value cannot be written as {kind}: {first_line(error)}") from error
+    with replacing(path) as temporary:
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(table, temporary)
+        else:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _same_columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    # Table.from_pylist takes its columns from the first row alone.
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in names} for row in rows]
