@@ -168,8 +168,16 @@ def _load_full(path: Path, dtype: torch.dtype) -> Any:
                 f"{path}: the weights do not fit the model, {problem.replace('_', ' ')}: {', '.join(names[:3])}"
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; the file is truncated or of another model"
             )
-    # from_pretrained leaves buffers (rotary tables) in float32.
-    return model.to(dtype)
+    return _in_type(model, dtype)
+
+
+def _in_type(model: Any, dtype: torch.dtype) -> Any:
+    """Weights in ``dtype``; buffers are only widened: rotary tables stay in float32, as in training, below float64."""
+    if dtype is torch.float64:
+        return model.to(dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _base_folder(path: Path, base: Path | None) -> Path:
@@ -213,7 +221,7 @@ def _load_adapter(path: Path, model: Any, dtype: torch.dtype, trainable: bool) -
                 f"{path}: adapter weight {key} is {stored.get(key, 'missing')}, expected shape {shape}; "
                 "the file is truncated or of another base"
             )
-    return adapted.to(dtype)
+    return _in_type(adapted, dtype)
 
 
 def _trainer_step(path: Path) -> int | None:

@@ -50,7 +50,8 @@ def make_plan(
     fit = int(VECTOR_SHARE * memory_bytes // per_unit)
 
     def size(units: int) -> str:
-        return f"{units} pairs of vectors, {_readable(units * per_unit)} of {_readable(VECTOR_SHARE * memory_bytes)}"
+        # Not what was free: the same run would then read differently from one time to the next.
+        return f"{units} pairs of vectors take {_readable(units * per_unit)}"
 
     if mode is Mode.BLOCK or blocks is not None:
         count = blocks if blocks is not None else max(2, min(LEAST_BLOCKS, prompts // 2))
