@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,3 +144,16 @@ def test_the_demo_probes_what_demo_json_names_and_writes_where_it_is_told(
     ]
     assert (tmp_path / "report.json").read_text() == (tmp_path / "report" / "report.json").read_text()
     assert result.report.headline in " ".join(outcome.out.split())
+
+
+def test_the_checkpoints_tokenizer_ends_responses_too_and_decodes_them(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, tokenizer = Recorder(), SimpleNamespace(eos_token_id=7, decode=lambda ids, skip_special_tokens: "text")
+    monkeypatch.setattr(APP, "sample_rollouts", work)
+    monkeypatch.setattr(APP, "load_tokenizer", lambda folders: tokenizer)
+    (place.root / "prompts.jsonl").write_text('{"prompt_ids": [3, 4]}\n')
+    command = ["sample", place.checkpoint, "--prompts", "prompts.jsonl", "--reward", "math:sqrt", "--responses", "2"]
+    assert_refused(run_command(*command, "--out", "out.jsonl"), "the work was reached")
+    assert work.positional[2].eos_ids == (1, 7)
+    assert tokenizer in work.positional[3:]

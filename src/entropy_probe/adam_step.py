@@ -38,9 +38,10 @@ def optimizer_step(
     """
     deltas: dict[str, Tensor] = {}
     for group in state.groups:
-        if not group.names:
+        # A parameter frozen since the state was taken has no gradient, and the optimizer would pass it by.
+        clones = {n: nn.Parameter(parameters[n].detach().clone()) for n in group.names if n in parameters}
+        if not clones:
             continue
-        clones = {name: nn.Parameter(parameters[name].detach().clone()) for name in group.names}
         optimizer_class = torch.optim.AdamW if group.decoupled_weight_decay else torch.optim.Adam
         optimizer = optimizer_class(
             list(clones.values()),

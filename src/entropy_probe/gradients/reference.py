@@ -134,6 +134,10 @@ def _two_gradients(
     with policy.arithmetic(), torch.enable_grad():
         for part in policy.microbatches(len(responses)):
             scores = policy.forward_scores(responses[part])
+            if not scores.requires_grad:
+                raise InputError(
+                    "no trainable parameter receives a gradient from these responses; is the model frozen?"
+                )
             loss_x = probe_loss(scores, entropy_coefficients[part])
             loss_y = probe_loss(scores, advantage_coefficients[part])
             _add(x_grads, torch.autograd.grad(loss_x, tensors, retain_graph=True, allow_unused=True), parameters, dtype)

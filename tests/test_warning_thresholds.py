@@ -1,0 +1,138 @@
+"""Each warning appears on its side of its threshold and not on the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from entropy_probe import diagnostics
+from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState
+from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights
+from entropy_probe.realized import RealizedChange
+from entropy_probe.report import Evidence
+from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.u_statistics import CrossStatistics, UnitDots, cross_statistics
+
+
+def codes(found: Iterable[Evidence]) -> set[str]:
+    return {evidence.code for evidence in found}
+
+
+def statistics(units: int = 10, **changed: Any) -> CrossStatistics:
+    found = cross_statistics(UnitDots.from_kernel(np.eye(units) + 1.0, [1] * units))
+    return dataclasses.replace(found, **({"self_test_residual": 0.0} | changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, set()),
+        ({"units": 9}, {"few_units"}),
+        ({"ci95": (-1.0, 1.0)}, {"interval_includes_zero"}),
+        ({"ci95": (0.0, 1.0)}, {"interval_includes_zero"}),
+        ({"ci95": (-1.0, 0.0)}, {"interval_includes_zero"}),
+        ({"ci95": (-1.0, -0.1)}, set()),
+        ({"ci95": (0.0, 0.0)}, set()),
+        ({"ci95": None}, set()),
+        ({"self_test_residual": 0.9e-6}, set()),
+        ({"self_test_residual": 1.1e-6}, {"self_test"}),
+    ],
+)
+def test_warnings_about_the_interval(changed: dict[str, Any], expected: set[str]) -> None:
+    changed = dict(changed)
+    interval = changed.pop("ci95", (0.1, 2.0))
+    assert codes(diagnostics.interval_warnings(statistics(**changed), interval)) == expected
+
+
+def group(names: tuple[str, ...], learning_rate: float) -> AdamGroup:
+    return AdamGroup(names, learning_rate, 0.9, 0.999, 1e-8, 0.0, False, False, True)
+
+
+def test_a_learning_rate_of_zero_counts_where_it_trains_something_and_its_source_is_named() -> None:
+    idle = AdamState((group((), 0.0), group(("a",), 1e-3)), {})
+    assert diagnostics.learning_rate_warnings(idle, False) == []
+    (stored,), (given,) = (
+        diagnostics.learning_rate_warnings(AdamState((group(("a",), 0.0),), {}), overridden)
+        for overridden in (False, True)
+    )
+    assert "stored in optimizer.pt" in stored.seen
+    assert "given" in given.seen
+
+
+def test_a_prompt_counts_as_without_advantage_only_if_every_response_is() -> None:
+    half = torch.tensor([1.0, 0.0, -1.0] * 2 + [0.0] * 6)
+    assert diagnostics.advantage_warnings(half, [3] * 4) == []
+    assert codes(diagnostics.advantage_warnings(torch.cat([half, torch.zeros(3)]), [3] * 5)) == {
+        "zero_advantage_groups"
+    }
+
+
+def off_policy(gaps: list[float], tokens: int = 2) -> set[str]:
+    """Codes for responses whose sampler was off by these gaps a token, S being −tokens."""
+    rows = [
+        Rollout(f"p{n // 2}", (3,), (4,) * tokens, 0.0, logprobs=(-1.0 + gap,) * tokens) for n, gap in enumerate(gaps)
+    ]
+    return codes(diagnostics.on_policy_warnings(group_rollouts(rows), torch.full((len(gaps),), -float(tokens))))
+
+
+def test_off_policy_is_the_mean_distance_a_token_or_a_response() -> None:
+    assert off_policy([0.019] * 4) == set()
+    assert off_policy([0.021] * 4) == {"off_policy"}
+    assert off_policy([0.021, -0.021] * 2) == {"off_policy"}  # differences do not cancel
+    assert off_policy([0.0009] * 4, tokens=110) == set()
+    assert off_policy([0.0011] * 4, tokens=110) == {"off_policy"}  # 0.12 nats a response
+
+
+def test_a_second_moment_of_zero_counts_where_there_is_a_gradient() -> None:
+    v, y = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 2.0])
+    state = AdamState((group(("a",), 1e-3),), {"a": AdamMoments(1, torch.zeros(3), v)})
+    assert diagnostics.parameter_warnings((), {"a": torch.tensor([0.0, 1.0, 0.0])}, state, ()) == []
+    (found,) = diagnostics.parameter_warnings((), {"a": y}, state, ())
+    assert found.seen.startswith("1 elements (a)")
+    (rival,) = diagnostics.parameter_warnings((), {}, state, ("another rule",))
+    assert (rival.code, "another rule" in rival.seen) == ("ambiguous_mapping", True)
+    (untouched,) = diagnostics.parameter_warnings(list("abcde"), {}, state, ())
+    assert untouched.seen.endswith("a, b, c and 2 more")
+
+
+def realized(
+    *,
+    delta_h: float = 1e-3,
+    predicted: float = 1e-3,
+    floor: float = 1e-6,
+    ess: float = 9.0,
+    k: float | None = None,
+    smoothed: float | None = None,
+) -> set[str]:
+    weights = ImportanceWeights(np.full(10, 0.1), ess, ess / 10, k, None, "" if k is None else None)
+    change = EntropyChange(1.0, 1.0 + delta_h, delta_h, 0.1, smoothed, weights)
+    return codes(diagnostics.realized_warnings([RealizedChange("adamw", "clone", change, predicted, floor, 1.0)]))
+
+
+def test_warnings_about_a_realised_step() -> None:
+    assert realized() == set()
+    assert realized(ess=2.9) == {"low_ess"}
+    assert realized(ess=3.1) == set()
+    assert realized(k=0.69) == set()
+    assert realized(k=0.71) == {"heavy_weights"}
+    assert realized(k=0.71, ess=9.6) == set()
+    assert realized(k=0.71, ess=9.6, smoothed=0.12) == {"heavy_weights"}
+    assert realized(k=0.71, ess=9.6, smoothed=0.09) == set()
+    assert realized(delta_h=-1e-6) == {"below_noise_floor"}
+    assert realized(delta_h=-1.1e-6) == set()
+    assert realized(delta_h=0.0, predicted=0.0) == set()
+
+
+def test_going_on_after_an_end_token_is_not_ending_with_it() -> None:
+    def batch(*responses: tuple[int, ...]) -> RolloutBatch:
+        return group_rollouts(Rollout(f"p{n // 2}", (3,), ids, 0.0) for n, ids in enumerate(responses))
+
+    ends = ((4, 1), (1,), (4, 5), (4, 1))
+    assert diagnostics.end_token_warnings(batch(*ends), (1,)) == []
+    (found,) = diagnostics.end_token_warnings(batch(*ends[:3], (1, 4)), (1,))
+    assert found.seen.startswith("1 of 4 responses")
