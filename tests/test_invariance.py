@@ -270,3 +270,23 @@ def test_a_wholly_frozen_model_is_refused() -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
         probe(model, adam, support.random_batch(3, 2))
+
+
+def test_a_model_whose_only_trainable_parameter_is_out_of_reach_is_refused() -> None:
+    model = support.tiny_model("llama-tied")
+    model.requires_grad_(False)
+    model.register_parameter("spare", torch.nn.Parameter(torch.ones(3)))
+    optimizer = torch.optim.AdamW([model.spare])
+    model.spare.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(ValueError, match="no trainable parameter receives a gradient"):
+        probe(model, state_of_optimizer(optimizer, model), support.random_batch(3, 2))
+
+
+def test_a_parameter_frozen_since_its_state_was_taken_stays() -> None:
+    model = support.tiny_model("llama-tied", dtype=torch.float64)
+    adam = state_of_optimizer(support.trained_optimizer(model), model)
+    model.model.norm.weight.requires_grad_(False)
+    report = probe(model, adam, support.random_batch(4, 3)).report
+    assert report.realized[1].delta_h != 0
+    assert report.checkpoint.frozen_parameters == model.model.norm.weight.numel()
