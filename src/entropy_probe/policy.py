@@ -37,9 +37,9 @@ class PaddedResponses:
     targets: Tensor
 
 
-def pad_right(responses: Sequence[Rollout], device: torch.device) -> PaddedResponses:
-    """Prompt and response ids side by side, padded with masked zeros on the right."""
-    length = max(len(r.prompt_ids) + len(r.response_ids) for r in responses)
+def pad_right(responses: Sequence[Rollout], device: torch.device, length: int | None = None) -> PaddedResponses:
+    """Prompt and response ids side by side, padded with masked zeros on the right to ``length``, or to the longest."""
+    length = max(r.length for r in responses) if length is None else length
     input_ids = torch.zeros((len(responses), length), dtype=torch.long)
     attention_mask = torch.zeros((len(responses), length), dtype=torch.long)
     rows: list[int] = []
@@ -60,6 +60,15 @@ def pad_right(responses: Sequence[Rollout], device: torch.device) -> PaddedRespo
         torch.tensor(positions, device=device),
         torch.tensor(targets, device=device),
     )
+
+
+def sum_over_tokens(values: Tensor, batch: PaddedResponses) -> Tensor:
+    """One value a response token, [tokens], summed for each response: float64 [n].
+
+    In float32 the sum over a long response would lose what its tokens still hold.
+    """
+    totals = torch.zeros(len(batch.input_ids), dtype=torch.float64, device=values.device)
+    return totals.index_add(0, batch.rows, values.double())
 
 
 @dataclass(frozen=True)
@@ -113,16 +122,18 @@ class Policy:
                 for module, training in flags:
                     module.training = training
 
-    def forward_scores(self, responses: Sequence[Rollout]) -> Tensor:
-        """S of each response by one forward, float64 [n], with the graph if gradients are enabled; under ``arithmetic``."""
-        batch = pad_right(responses, self.device)
+    def token_log_probs(self, batch: PaddedResponses) -> Tensor:
+        """log π of each response token by one forward, [tokens], float32 or float64; under ``arithmetic``."""
         output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         logits = output.logits[batch.rows, batch.positions]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         log_probs = torch.log_softmax(wide / self.temperature, dim=-1)
-        # Summed in float64: in float32 the sum over a long response would lose what its tokens still hold.
-        chosen = log_probs.gather(1, batch.targets[:, None])[:, 0].double()
-        return torch.zeros(len(responses), dtype=torch.float64, device=chosen.device).index_add(0, batch.rows, chosen)
+        return log_probs.gather(1, batch.targets[:, None])[:, 0]
+
+    def forward_scores(self, responses: Sequence[Rollout]) -> Tensor:
+        """S of each response by one forward, float64 [n], with the graph if gradients are enabled; under ``arithmetic``."""
+        batch = pad_right(responses, self.device)
+        return sum_over_tokens(self.token_log_probs(batch), batch)
 
     def scores(self, responses: Sequence[Rollout], progress: Progress | None = None) -> Tensor:
         """S of every response without gradients, float64 [N] on the CPU."""
@@ -133,6 +144,20 @@ class Policy:
                 self.forward_scores(responses[part]).cpu() for part in progress.track(parts, "log-probs", len(parts))
             ]
         return torch.cat(found)
+
+
+def check_finite(scores: Tensor, responses: Sequence[Rollout]) -> None:
+    """Refuse scores that are not finite.
+
+    Raises:
+        InputError: a response that the model gives probability zero, or NaN; its prompt is named.
+    """
+    for response, score in zip(responses, scores.tolist(), strict=True):
+        if not -float("inf") < score < float("inf"):
+            raise InputError(
+                f"prompt_id {response.prompt_id!r}: a response has log-probability {score} under this checkpoint; "
+                "the weights are damaged, or it was sampled from another model"
+            )
 
 
 def input_limits(model: nn.Module) -> tuple[int | None, int | None]:

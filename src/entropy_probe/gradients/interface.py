@@ -19,10 +19,26 @@ class Storage(StrEnum):
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """How trainable parameters got their sequences' gradients, by name. All are exact; they differ in cost.
+
+    Attributes:
+        recomputed: their module ran once more in the backward, a sequence at a time.
+        fallback: a forward and two backwards of whole units; rules could not tell their sequences apart.
+        fallback_share: of the trainable elements, by fallback.
+    """
+
+    recomputed: tuple[str, ...] = ()
+    fallback: tuple[str, ...] = ()
+    fallback_share: float = 0.0
+
+
+@dataclass(frozen=True)
 class UnitGradients:
     """Dots of unit sums XS_u, YS_u, and the mean update direction.
 
     Attributes:
+        scores: S of every response as this backend's own forward found it, float64 [N], on the CPU.
         dots: by learning rate, the dots over the parameters that have it; their sum is the dots over all parameters.
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
@@ -32,6 +48,8 @@ class UnitGradients:
     dots: Mapping[float, UnitDots]
     ascent: Mapping[str, Tensor]
     untouched: tuple[str, ...]
+    scores: Tensor
+    coverage: Coverage = Coverage()
 
     @property
     def total(self) -> UnitDots:

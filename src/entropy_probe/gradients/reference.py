@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.interface import Storage, UnitGradients
-from entropy_probe.policy import Policy
+from entropy_probe.policy import Policy, check_finite, pad_right
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
+from entropy_probe.scores import entropy_coefficients as score_coefficients
 from entropy_probe.scores import probe_loss
 from entropy_probe.u_statistics import UnitDots
 from entropy_probe.units import Units
@@ -29,7 +30,7 @@ def unit_gradients(
     policy: Policy,
     batch: RolloutBatch,
     units: Units,
-    entropy_coefficients: Tensor,
+    entropy_coefficients: Tensor | None,
     advantage_coefficients: Tensor,
     preconditioners: Mapping[str, Tensor],
     learning_rates: Mapping[str, float],
@@ -43,7 +44,7 @@ def unit_gradients(
         policy: the model at θ; trainable parameters are those that require grad.
         batch: the rollouts, flat order as in ``batch.responses``.
         units: a partition of its prompts.
-        entropy_coefficients: c_i, [N].
+        entropy_coefficients: c, one a response [N] or one a response token [tokens], flat; None takes the score estimator's.
         advantage_coefficients: a_i, [N].
         preconditioners: P by parameter name.
         learning_rates: η by parameter name; dots are kept apart by it.
@@ -61,6 +62,11 @@ def unit_gradients(
     responses = batch.responses
     starts = [0, *itertools.accumulate(batch.group_sizes)]
     spans = [slice(starts[unit.start], starts[unit.stop]) for unit in units.ranges]
+    scores = policy.scores(responses, progress)
+    check_finite(scores, responses)
+    if entropy_coefficients is None:
+        entropy_coefficients = score_coefficients(scores, batch.group_sizes)
+    c, a = (_by_token(values, responses) for values in (entropy_coefficients, advantage_coefficients))
     prompts = len(batch.groups)
     sizes = units.sizes
 
@@ -69,7 +75,7 @@ def unit_gradients(
 
     def vectors(span: slice, *, first_pass: bool) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
         x_grads, y_grads = _two_gradients(
-            policy, parameters, responses[span], entropy_coefficients[span], advantage_coefficients[span], dtype
+            policy, parameters, responses[span], torch.cat(c[span]), torch.cat(a[span]), dtype
         )
         if first_pass:
             reached.update(x_grads, y_grads)
@@ -97,6 +103,7 @@ def unit_gradients(
         dots=dots,
         ascent={name: total / prompts for name, total in ascent_sum.items()},
         untouched=tuple(name for name in parameters if name not in reached),
+        scores=scores,
     )
 
 
@@ -131,18 +138,28 @@ def _two_gradients(
     x_grads: dict[str, Tensor] = {}
     y_grads: dict[str, Tensor] = {}
     tensors = list(parameters.values())
+    starts = [0, *itertools.accumulate(len(r.response_ids) for r in responses)]
     with policy.arithmetic(), torch.enable_grad():
         for part in policy.microbatches(len(responses)):
-            scores = policy.forward_scores(responses[part])
-            if not scores.requires_grad:
+            log_probs = policy.token_log_probs(pad_right(responses[part], policy.device))
+            if not log_probs.requires_grad:
                 raise InputError(
                     "no trainable parameter receives a gradient from these responses; is the model frozen?"
                 )
-            loss_x = probe_loss(scores, entropy_coefficients[part])
-            loss_y = probe_loss(scores, advantage_coefficients[part])
+            tokens = slice(starts[part.start], starts[part.stop])
+            loss_x = probe_loss(log_probs.double(), entropy_coefficients[tokens])
+            loss_y = probe_loss(log_probs.double(), advantage_coefficients[tokens])
             _add(x_grads, torch.autograd.grad(loss_x, tensors, retain_graph=True, allow_unused=True), parameters, dtype)
             _add(y_grads, torch.autograd.grad(loss_y, tensors, allow_unused=True), parameters, dtype)
     return x_grads, y_grads
+
+
+def _by_token(coefficients: Tensor, responses: Sequence[Rollout]) -> tuple[Tensor, ...]:
+    """One tensor a response, [its tokens], from coefficients a response or a token."""
+    lengths = [len(response.response_ids) for response in responses]
+    if len(coefficients) == len(responses):
+        coefficients = torch.repeat_interleave(coefficients, torch.tensor(lengths))
+    return torch.split(coefficients, lengths)
 
 
 def _add(

@@ -45,6 +45,11 @@ class Rollout:
     on_policy: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
 
 @dataclass(frozen=True)
 class PromptGroup:

@@ -1,0 +1,163 @@
+"""Watch a model's forwards so that each use of a trainable parameter hands its sequences' gradients over in the backward.
+
+Capture looks at the torch functions that a model calls and not at its classes: ``F.linear(x, W)`` with a trainable W is the same
+whether an ``nn.Linear``, a LoRA factor, a router or a head calls it, and a tied weight is the same tensor wherever it is used.
+Rules by function are in :mod:`~entropy_probe.gradients.layers`. What no function shows (norms spelled by hand, expert tensors)
+is handled by module, :mod:`~entropy_probe.gradients.modules`. A parameter that a rule cannot serve stays in autograd's graph,
+where :func:`leaked` finds it: nothing is skipped unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from entropy_probe.gradients.sequences import Strip
+from entropy_probe.gradients.unit_vectors import UnitVectors
+
+Rule = Callable[["Capture", tuple[Any, ...], Mapping[str, Any]], Any]
+"""Computes what a torch function would, with trainable parameters captured; NotImplemented leaves it to torch."""
+
+Leaf = tuple[str, Tensor, Strip]
+"""A parameter's name, its copy with a leading sequence dimension, and the rows that it was made for."""
+
+
+class Capture(TorchFunctionMode):
+    """While active, uses of ``parameters`` are captured by ``rules``.
+
+    Args:
+        parameters: captured ones, by name. Others, trainable or not, are left to autograd.
+        rules: by torch function.
+        anchor: a scalar that requires grad: it makes a backward run where neither input nor weight would ask for one.
+
+    ``used`` holds the names of the parameters that a rule has met.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], rules: Mapping[Any, Rule], anchor: Tensor) -> None:
+        super().__init__()
+        self.anchor = anchor
+        self.vectors: UnitVectors | None = None
+        self.used: set[str] = set()
+        self._leaves: list[Leaf] = []
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._parameters = dict(parameters)  # keeps the ids alive
+        self._rules = rules
+        self._strips: list[Strip] = []
+        self._collects = True
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the function's rule where it has one and a captured parameter is among its arguments."""
+        rule = self._rules.get(func)
+        if rule is not None and torch.is_grad_enabled() and self._concerns(args, kwargs):
+            found = rule(self, args, kwargs or {})
+            if found is not NotImplemented:
+                return found
+        return func(*args, **(kwargs or {}))
+
+    def _concerns(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
+        if any(id(value) in self._names for value in args):
+            return True
+        return kwargs is not None and any(id(value) in self._names for value in kwargs.values())
+
+    def name_of(self, tensor: Any) -> str | None:
+        """The captured parameter that this very tensor is; it counts as used."""
+        name = self._names.get(id(tensor))
+        if name is not None:
+            self.used.add(name)
+        return name
+
+    @property
+    def strip(self) -> Strip:
+        """The rows of the forward, or of the part of it, that runs."""
+        return self._strips[-1]
+
+    @contextmanager
+    def over(self, strip: Strip) -> Iterator[None]:
+        """Forwards within the block are of these rows."""
+        self._strips.append(strip)
+        try:
+            yield
+        finally:
+            self._strips.pop()
+
+    @contextmanager
+    def into(self, vectors: UnitVectors) -> Iterator[None]:
+        """Backwards within the block add to ``vectors``; what checkpointing recomputes there makes no new leaves."""
+        self.vectors, self._collects = vectors, False
+        try:
+            yield
+        finally:
+            self.vectors, self._collects = None, True
+
+    @contextmanager
+    def collecting(self) -> Iterator[list[Leaf]]:
+        """A list of its own for the leaves that a forward inside a backward makes."""
+        before = self._leaves, self._collects
+        self._leaves, self._collects = [], True
+        try:
+            yield self._leaves
+        finally:
+            self._leaves, self._collects = before
+
+    @property
+    def sink(self) -> UnitVectors:
+        """Where gradients go; only within :meth:`into`."""
+        assert self.vectors is not None, "a captured backward ran outside of the engine's"
+        return self.vectors
+
+    def leaf(self, name: str, parameter: Tensor, like: Tensor) -> Tensor | None:
+        """The parameter once a sequence, shaped to broadcast against ``like`` [n, …]; autograd then keeps sequences apart.
+
+        None where the rows of ``like`` cannot be told apart.
+        """
+        strip = self.strip
+        self.used.add(name)
+        apart = strip.by_sequence(like)
+        if apart is None or like.dim() <= parameter.dim():
+            return None
+        leaf = parameter.detach().expand(strip.count, *parameter.shape).requires_grad_()
+        if self._collects:
+            self._leaves.append((name, leaf, strip))
+        if apart is like:
+            return leaf.unflatten(0, (strip.count, *[1] * (like.dim() - 1 - parameter.dim())))
+        if strip.count == 1:
+            return leaf[0]
+        repeated = leaf[:, None].expand(strip.count, strip.length, *parameter.shape).flatten(0, 1)
+        return repeated.unflatten(0, (len(repeated), *[1] * (like.dim() - 1 - parameter.dim())))
+
+    def take_leaves(self) -> list[Leaf]:
+        """The leaves made since the last call."""
+        taken, self._leaves = self._leaves, []
+        return taken
+
+
+def leaked(roots: Iterable[Tensor], parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of the parameters that autograd's graph below ``roots`` reaches: those that no rule captured."""
+    names = {id(p): name for name, p in parameters.items()}
+    stack: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen = set(stack)
+    found: dict[str, None] = {}
+    while stack:
+        node = stack.pop()
+        # Only the node that accumulates into a leaf has a variable.
+        if type(node).__name__ == "AccumulateGrad":
+            name = names.get(id(node.variable))
+            if name is not None:
+                found[name] = None
+            continue
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return list(found)

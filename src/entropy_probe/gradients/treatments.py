@@ -1,0 +1,140 @@
+"""Which rule serves which parameter, settled by trying: two short made-up sequences, the engine beside autograd.
+
+A rule is believed where it gives sequence by sequence what autograd gives for one sequence alone. Where it does not, the next
+slower one is tried, and the fallback in the end. The check runs at every call: a model's code, not its name, decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.errors import InputError
+from entropy_probe.gradients.capture import Capture, leaked
+from entropy_probe.gradients.layers import RULES
+from entropy_probe.gradients.modules import Treatment, first_treatment, next_treatment, parameter_owners, treated
+from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
+from entropy_probe.gradients.unit_vectors import UnitVectors
+from entropy_probe.policy import Policy, pad_right, sum_over_tokens
+from entropy_probe.rollouts import Rollout, RolloutBatch
+
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3}
+"""Relative difference between a rule and autograd that is rounding; a wrong rule is off by a good part of the whole."""
+
+LOW_PRECISION_TOLERANCE = 0.15
+"""The same where arithmetic is in bfloat16 or float16, whose rounding differs between a batch and one sequence alone."""
+
+NEGLIGIBLE = 1e-4
+"""A parameter's gradient below this share of the whole gradient is compared with that share: a key's bias has gradient
+exactly zero, and all of what is computed for it is rounding."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Treatments by parameter name, and the names that the short sequences did not reach: their rule is unproven."""
+
+    treatments: dict[str, Treatment]
+    unproven: frozenset[str]
+
+
+def choose_treatments(policy: Policy, parameters: Mapping[str, nn.Parameter], batch: RolloutBatch) -> Chosen:
+    """The fastest exact treatment of every trainable parameter.
+
+    Raises:
+        InputError: a sequence's score depends on the other sequences in its batch.
+    """
+    rows = short_rows(batch)
+    owners = parameter_owners(policy.model, parameters)
+    treatments = {
+        name: first_treatment(module, parameters[name]) for module, names in owners.items() for name in names.values()
+    }
+    with policy.arithmetic(), torch.enable_grad():
+        score, alone = _alone(policy, parameters, rows[0])
+        while True:
+            active = {name: p for name, p in parameters.items() if treatments[name] is not Treatment.FALLBACK}
+            wrong = _wrong(policy, active, owners, treatments, rows, score, alone)
+            if not wrong:
+                return Chosen(treatments, frozenset(name for name, g in alone.items() if g is None))
+            for name in wrong:
+                treatments[name] = next_treatment(treatments[name])
+
+
+def short_rows(batch: RolloutBatch) -> tuple[Rollout, Rollout]:
+    """Two different sequences of three and four tokens that the batch's responses hold."""
+    tokens = list(dict.fromkeys(t for r in batch.responses for t in (*r.prompt_ids, *r.response_ids)))
+    some = [tokens[k % len(tokens)] for k in range(7)]
+    return Rollout("a", (some[0],), (some[1], some[2], some[3]), 0.0), Rollout("b", (some[4],), (some[6], some[5]), 0.0)
+
+
+def _alone(
+    policy: Policy, parameters: Mapping[str, nn.Parameter], row: Rollout
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    padded = pad_right([row], policy.device)
+    score = sum_over_tokens(policy.token_log_probs(padded), padded)[0]
+    if not score.requires_grad:
+        raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
+    gradients = torch.autograd.grad(score, list(parameters.values()), allow_unused=True)
+    return score.detach(), dict(zip(parameters, gradients, strict=True))
+
+
+def _wrong(
+    policy: Policy,
+    parameters: Mapping[str, nn.Parameter],
+    owners: Mapping[nn.Module, Mapping[str, str]],
+    treatments: Mapping[str, Treatment],
+    rows: tuple[Rollout, Rollout],
+    score: Tensor,
+    alone: Mapping[str, Tensor | None],
+) -> list[str]:
+    """Names of parameters whose treatment does not capture them, or not as autograd has it for the first row alone."""
+    strip = Strip((0, 1), padded_length([row.length for row in rows]))
+    padded = pad_right(rows, policy.device, strip.length)
+    capture = Capture(parameters, RULES, torch.zeros((), device=policy.device, requires_grad=True))
+    with capture, treated(capture, owners, treatments):
+        with capture.over(strip):
+            log_probs = policy.token_log_probs(padded)
+        together = sum_over_tokens(log_probs.detach(), padded)[0]
+        tolerance = _tolerance(policy)
+        if not abs(float(together - score)) <= tolerance * max(1.0, abs(float(score))):
+            raise InputError(
+                f"a sequence scores {float(score):.9g} nats alone and {float(together):.9g} beside another: in this model "
+                "sequences of a batch depend on each other (expert capacity, batch statistics), so a response has no "
+                "gradient of its own; switch that off"
+            )
+        if not log_probs.requires_grad:
+            return []
+        escaped = leaked([log_probs], parameters)
+        if escaped:
+            return escaped
+        dtype = torch.promote_types(policy.dtype, torch.float32)
+        vectors = UnitVectors({n: p.shape for n, p in parameters.items()}, 2, dtype, policy.device, channels=1)
+        vectors.open(range(2))
+        strip.mix(Mixing(torch.ones((1, 2), device=policy.device, dtype=dtype), slice(0, 1)))
+        leaves = capture.take_leaves()
+        with torch.autocast(policy.device.type, enabled=False), capture.into(vectors):
+            wanted = [capture.anchor, *[leaf for _, leaf, _ in leaves]]
+            found = torch.autograd.grad([log_probs], wanted, [torch.ones_like(log_probs)], allow_unused=True)
+            for (name, _, of), gradient in zip(leaves, found[1:], strict=True):
+                if gradient is not None:
+                    vectors.add(name, gradient, of)
+    vectors.settle(range(2))
+    norms = {name: 0.0 if g is None else float(g.norm()) for name, g in alone.items()}
+    whole = sum(norm**2 for norm in norms.values()) ** 0.5
+    return [
+        name
+        for name in parameters
+        if not _distance(vectors.of(name, [0])[0, 0], alone[name]) <= tolerance * max(norms[name], NEGLIGIBLE * whole)
+    ]
+
+
+def _distance(found: Tensor, expected: Tensor | None) -> float:
+    return float(found.norm()) if expected is None else float((found - expected.flatten().to(found)).norm())
+
+
+def _tolerance(policy: Policy) -> float:
+    if policy.autocast is not None:
+        return LOW_PRECISION_TOLERANCE
+    return TOLERANCE.get(policy.dtype, LOW_PRECISION_TOLERANCE)

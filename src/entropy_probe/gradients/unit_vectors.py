@@ -1,0 +1,162 @@
+"""X_u and Y_u of many units, built from each use of a parameter in a backward pass.
+
+At a use of W with input x and output gradient δ, sequence i's gradient is g_i = δ_iᵀ x_i and enters X_u += c_i g_i,
+Y_u += a_i g_i. A chunk of g_i is formed, mixed and added while it is in cache; nothing of the size of W is kept per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_probe.gradients.sequences import Mixing, Strip, row_chunks
+
+CACHED = 1 << 18
+"""Elements of g_i, over the sequences formed together, that are mixed while they are in cache: 1 MiB in float32."""
+
+MOST_ROWS = 8
+"""Sequences whose g_i are formed together."""
+
+SHORT = 24
+"""Below so many positions a sequence, two GEMMs with weighted rows cost less than forming and mixing g_i."""
+
+
+class UnitVectors:
+    """Unpreconditioned XS_u, YS_u by parameter: [slots, 2, elements], a slot for each unit that is open.
+
+    Args:
+        shapes: of the parameters, by name.
+        slots: units held at a time.
+        dtype: of the stored values (bfloat16 halves the memory of float32); sums of products are taken in float32 or better.
+        device: where they live.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], slots: int, dtype: torch.dtype, device: torch.device, channels: int = 2
+    ) -> None:
+        self.values = {
+            name: torch.empty((slots, channels, shape.numel()), dtype=dtype, device=device)
+            for name, shape in shapes.items()
+        }
+        self.arithmetic = torch.promote_types(dtype, torch.float32)
+        self._shapes = dict(shapes)
+        self._slot_of: dict[int, int] = {}
+        self._free = list(range(slots))
+        self._touched: set[tuple[str, int, int]] = set()
+        self.reached: set[str] = set()
+
+    def open(self, units: Iterable[int]) -> None:
+        """Give each unit that has none a slot."""
+        for unit in units:
+            if unit not in self._slot_of:
+                self._slot_of[unit] = self._free.pop(0)
+
+    def close(self, unit: int) -> None:
+        """Take the unit's slot back."""
+        slot = self._slot_of.pop(unit)
+        self._free.append(slot)
+        self._touched = {(name, s, channel) for name, s, channel in self._touched if s != slot}
+
+    def settle(self, units: Iterable[int]) -> None:
+        """Zero what no sequence of these units has reached, so that every slot can be read."""
+        for unit in units:
+            slot = self._slot_of[unit]
+            for name, values in self.values.items():
+                for channel in range(values.shape[1]):
+                    if (name, slot, channel) not in self._touched:
+                        values[slot, channel].zero_()
+                        self._touched.add((name, slot, channel))
+
+    def of(self, name: str, units: Sequence[int]) -> Tensor:
+        """[units, 2, elements], a view where the slots lie in order."""
+        slots = [self._slot_of[unit] for unit in units]
+        if slots == list(range(slots[0], slots[0] + len(slots))):
+            return self.values[name][slots[0] : slots[0] + len(slots)]
+        return self.values[name][slots]
+
+    def add_outer(self, name: str, left: Tensor, right: Tensor, strip: Strip) -> None:
+        """g_i = left_iᵀ right_i: left [n, T, p], right [n, T, q], the parameter [p, q]."""
+        mixing = self._mixing(strip)
+        rows, columns = left.shape[-1], right.shape[-1]
+        for segment in strip.segments:
+            target = self._target(name, segment.unit, mixing)
+            fresh = self._first_touch(name, segment.unit, mixing)
+            for part in row_chunks(segment.rows, MOST_ROWS):
+                l_part, r_part = left[part].to(self.arithmetic), right[part].to(self.arithmetic)
+                weights = mixing.weights[:, part]
+                if left.shape[1] < SHORT:
+                    _add_weighted(target.view(-1, rows, columns), l_part, r_part, weights, fresh)
+                else:
+                    step = max(1, CACHED // (len(l_part) * columns))
+                    for start in range(0, rows, step):
+                        stop = min(start + step, rows)
+                        g = torch.bmm(l_part[:, :, start:stop].transpose(1, 2), r_part)
+                        _mix(target[:, start * columns : stop * columns], weights, g.flatten(1), fresh)
+                fresh = False
+
+    def add_rows(self, name: str, indices: Tensor, values: Tensor, strip: Strip) -> None:
+        """Σ_t values_it at row indices_it: indices [n, T], values [n, T, q], the parameter [V, q]."""
+        mixing = self._mixing(strip)
+        columns = values.shape[-1]
+        for segment in strip.segments:
+            target = self._target(name, segment.unit, mixing)
+            if self._first_touch(name, segment.unit, mixing):
+                target.zero_()
+            where = indices[segment.rows].flatten()
+            for channel, weights in enumerate(mixing.weights[:, segment.rows]):
+                weighted = (values[segment.rows] * weights[:, None, None]).flatten(0, 1)
+                target[channel].view(-1, columns).index_add_(0, where, weighted.to(target.dtype))
+
+    def add(self, name: str, gradients: Tensor, strip: Strip) -> None:
+        """g_i itself: [n, *the parameter's shape]."""
+        mixing = self._mixing(strip)
+        flat = gradients.flatten(1).to(self.arithmetic)
+        for segment in strip.segments:
+            fresh = self._first_touch(name, segment.unit, mixing)
+            target = self._target(name, segment.unit, mixing)
+            _mix(target, mixing.weights[:, segment.rows], flat[segment.rows], fresh)
+
+    def _mixing(self, strip: Strip) -> Mixing:
+        (mixing,) = strip.mixing
+        return mixing
+
+    def _target(self, name: str, unit: int, mixing: Mixing) -> Tensor:
+        return self.values[name][self._slot_of[unit], mixing.channels]
+
+    def _first_touch(self, name: str, unit: int, mixing: Mixing) -> bool:
+        """Whether these values are still unwritten memory; they count as written from now on."""
+        self.reached.add(name)
+        slot = self._slot_of[unit]
+        channels = range(*mixing.channels.indices(self.values[name].shape[1]))
+        keys = {(name, slot, channel) for channel in channels}
+        fresh = not keys & self._touched
+        assert fresh or keys <= self._touched
+        self._touched |= keys
+        return fresh
+
+
+def _mix(target: Tensor, weights: Tensor, g: Tensor, fresh: bool) -> None:
+    """target (+)= weights @ g, [channels, elements]."""
+    if target.dtype != g.dtype:
+        mixed = weights @ g
+        target.copy_(mixed if fresh else target + mixed)
+    elif fresh:
+        torch.mm(weights, g, out=target)
+    else:
+        target.addmm_(weights, g)
+
+
+def _add_weighted(target: Tensor, left: Tensor, right: Tensor, weights: Tensor, fresh: bool) -> None:
+    """target[k] (+)= Σ_i weights_ki left_iᵀ right_i as one GEMM a channel; target [channels, p, q]."""
+    flat = right.flatten(0, 1)
+    for channel, row in enumerate(weights):
+        weighted = (left * row[:, None, None]).flatten(0, 1)
+        if target.dtype != flat.dtype:
+            product = weighted.T @ flat
+            target[channel].copy_(product if fresh else target[channel] + product)
+        elif fresh:
+            torch.mm(weighted.T, flat, out=target[channel])
+        else:
+            target[channel].addmm_(weighted.T, flat)
