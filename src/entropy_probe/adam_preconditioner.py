@@ -89,7 +89,9 @@ def preconditioner(moments: AdamMoments, group: AdamGroup) -> Tensor:
     largest = moments.max_exp_avg_sq if group.amsgrad else None
     second_moment = moments.exp_avg_sq if largest is None else largest
     bias_correction = 1.0 - group.beta2**moments.step
-    return 1.0 / ((second_moment.double() / bias_correction).sqrt() + group.eps)
+    # In place on one copy: at the size of a model each temporary costs as much as the arithmetic.
+    v_hat = second_moment.to(torch.float64, copy=True).div_(bias_correction)
+    return v_hat.sqrt_().add_(group.eps).reciprocal_()
 
 
 def preconditioners(state: AdamState) -> dict[str, Tensor]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from entropy_probe.gradients.unit_vectors import UnitVectors
+from entropy_probe.gradients.unit_vectors import UnitVectors, uninitialised
 from entropy_probe.u_statistics import UnitDots
 
-CHUNK = 1 << 17
-"""Float64 elements, over all units, that a product is taken over at a time: 1 MiB."""
+CHUNK = 1 << 19
+"""Float64 elements, over all units, that a product is taken over at a time: 4 MiB."""
+
+FEW_UNITS = 8
+"""Up to so many, the kernel's rows are matrix-vector products: a GEMM of that shape is slower."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,26 @@ def stored_dots(
     kernels: dict[float, Tensor] = {}
     sum_dots: dict[float, float] = {}
     y_sums: dict[str, Tensor] = {}
+    width = max(1, CHUNK // (2 * len(units)))
+    # One buffer for all chunks: memory that is allocated anew is paged in anew, which costs more than the products.
+    buffer = torch.empty((2, len(units), width), dtype=torch.float64, device=device)
     for name in vectors.values:
         values, p, rate = vectors.of(name, units), preconditioners[name].flatten(), learning_rates[name]
         kernel = kernels.setdefault(rate, torch.zeros((len(units), len(units)), dtype=torch.float64, device=device))
         total = torch.zeros((), dtype=torch.float64, device=device)
-        y_sum = torch.empty(values.shape[-1], dtype=torch.float64, device=device)
-        for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
-            # [2, units, chunk], so that each side is one matrix.
-            wide = torch.empty((2, len(units), part.stop - part.start), dtype=torch.float64, device=device)
-            wide.copy_(values[:, :, part].transpose(0, 1))
-            x, y = wide[0], wide[1]
-            scale = p[part].to(device, torch.float64)
+        y_sum = uninitialised((values.shape[-1],), torch.float64, device)
+        for part in _chunks(values.shape[-1], width):
+            x, y = buffer[:, :, : part.stop - part.start]
+            x.copy_(values[:, 0, part])
+            y.copy_(values[:, 1, part])
+            x *= p[part].to(device, torch.float64)
             torch.sum(y, dim=0, out=y_sum[part])
-            total += torch.dot(x.sum(0) * scale, y_sum[part])
-            x *= scale
-            kernel.addmm_(x, y.T)
+            total += torch.dot(x.sum(0), y_sum[part])
+            if len(units) <= FEW_UNITS:
+                for row, x_row in zip(kernel, x, strict=True):
+                    row += torch.mv(y, x_row)
+            else:
+                kernel.addmm_(x, y.T)
         sum_dots[rate] = sum_dots.get(rate, 0.0) + float(total)
         if name in vectors.reached:
             y_sums[name] = y_sum

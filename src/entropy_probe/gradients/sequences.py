@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-import torch
 from torch import Tensor
 
 
@@ -45,7 +45,7 @@ class Strip:
         """n, sequences."""
         return len(self.units)
 
-    @property
+    @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """Runs of rows of one unit."""
         found: list[Segment] = []
@@ -90,8 +90,3 @@ def row_chunks(rows: slice, most: int) -> Iterator[slice]:
     """``rows`` in pieces of at most ``most``."""
     for start in range(rows.start, rows.stop, most):
         yield slice(start, min(start + most, rows.stop))
-
-
-def unit_mixing(count: int, device: torch.device, dtype: torch.dtype) -> Mixing:
-    """Every sequence with coefficient 1, in the first channel: plain sums."""
-    return Mixing(torch.ones((1, count), device=device, dtype=dtype), slice(0, 1))

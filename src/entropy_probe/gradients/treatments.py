@@ -110,8 +110,8 @@ def _wrong(
         if escaped:
             return escaped
         dtype = torch.promote_types(policy.dtype, torch.float32)
-        vectors = UnitVectors({n: p.shape for n, p in parameters.items()}, 2, dtype, policy.device, channels=1)
-        vectors.open(range(2))
+        vectors = UnitVectors({n: p.shape for n, p in parameters.items()}, 1, dtype, policy.device, channels=1)
+        vectors.open([0])
         strip.mix(Mixing(torch.ones((1, 2), device=policy.device, dtype=dtype), slice(0, 1)))
         leaves = capture.take_leaves()
         with torch.autocast(policy.device.type, enabled=False), capture.into(vectors):
@@ -120,7 +120,7 @@ def _wrong(
             for (name, _, of), gradient in zip(leaves, found[1:], strict=True):
                 if gradient is not None:
                     vectors.add(name, gradient, of)
-    vectors.settle(range(2))
+    vectors.settle([0])
     norms = {name: 0.0 if g is None else float(g.norm()) for name, g in alone.items()}
     whole = sum(norm**2 for norm in norms.values()) ** 0.5
     return [

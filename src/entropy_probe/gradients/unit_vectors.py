@@ -6,15 +6,17 @@ Y_u += a_i g_i. A chunk of g_i is formed, mixed and added while it is in cache; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_probe.gradients.sequences import Mixing, Strip, row_chunks
+from entropy_probe.gradients.sequences import Mixing, Segment, Strip, row_chunks
 
-CACHED = 1 << 18
-"""Elements of g_i, over the sequences formed together, that are mixed while they are in cache: 1 MiB in float32."""
+CACHED = 1 << 20
+"""Elements of g_i, over the sequences formed together, that are mixed while they are in cache: 4 MiB in float32."""
 
 MOST_ROWS = 8
 """Sequences whose g_i are formed together."""
@@ -36,11 +38,9 @@ class UnitVectors:
     def __init__(
         self, shapes: Mapping[str, torch.Size], slots: int, dtype: torch.dtype, device: torch.device, channels: int = 2
     ) -> None:
-        self.values = {
-            name: torch.empty((slots, channels, shape.numel()), dtype=dtype, device=device)
-            for name, shape in shapes.items()
-        }
+        self.values = {name: uninitialised((slots, channels, shape.numel()), dtype, device) for name, shape in shapes.items()}
         self.arithmetic = torch.promote_types(dtype, torch.float32)
+        self._scratch = torch.empty(CACHED, dtype=self.arithmetic, device=device)
         self._shapes = dict(shapes)
         self._slot_of: dict[int, int] = {}
         self._free = list(range(slots))
@@ -80,7 +80,11 @@ class UnitVectors:
         """g_i = left_iᵀ right_i: left [n, T, p], right [n, T, q], the parameter [p, q]."""
         mixing = self._mixing(strip)
         rows, columns = left.shape[-1], right.shape[-1]
-        for segment in strip.segments:
+        if left.shape[1] >= SHORT and strip.count * rows * columns <= len(self._scratch):
+            g = self._formed(left.transpose(1, 2).to(self.arithmetic), right.to(self.arithmetic))
+            self.add(name, g, strip)
+            return
+        for segment in self._segments(strip):
             target = self._target(name, segment.unit, mixing)
             fresh = self._first_touch(name, segment.unit, mixing)
             for part in row_chunks(segment.rows, MOST_ROWS):
@@ -92,7 +96,7 @@ class UnitVectors:
                     step = max(1, CACHED // (len(l_part) * columns))
                     for start in range(0, rows, step):
                         stop = min(start + step, rows)
-                        g = torch.bmm(l_part[:, :, start:stop].transpose(1, 2), r_part)
+                        g = self._formed(l_part[:, :, start:stop].transpose(1, 2), r_part)
                         _mix(target[:, start * columns : stop * columns], weights, g.flatten(1), fresh)
                 fresh = False
 
@@ -100,7 +104,7 @@ class UnitVectors:
         """Σ_t values_it at row indices_it: indices [n, T], values [n, T, q], the parameter [V, q]."""
         mixing = self._mixing(strip)
         columns = values.shape[-1]
-        for segment in strip.segments:
+        for segment in self._segments(strip):
             target = self._target(name, segment.unit, mixing)
             if self._first_touch(name, segment.unit, mixing):
                 target.zero_()
@@ -113,10 +117,22 @@ class UnitVectors:
         """g_i itself: [n, *the parameter's shape]."""
         mixing = self._mixing(strip)
         flat = gradients.flatten(1).to(self.arithmetic)
-        for segment in strip.segments:
+        for segment in self._segments(strip):
             fresh = self._first_touch(name, segment.unit, mixing)
             target = self._target(name, segment.unit, mixing)
             _mix(target, mixing.weights[:, segment.rows], flat[segment.rows], fresh)
+
+    def _formed(self, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right, [n, p, q], in memory that is used again: what is allocated anew is paged in anew."""
+        shape = (len(left), left.shape[1], right.shape[2])
+        count = math.prod(shape)
+        if count > len(self._scratch):
+            return torch.bmm(left, right)
+        return torch.bmm(left, right, out=self._scratch[:count].view(shape))
+
+    def _segments(self, strip: Strip) -> list[Segment]:
+        """The strip's rows by unit; units that are not open receive nothing."""
+        return [segment for segment in strip.segments if segment.unit in self._slot_of]
 
     def _mixing(self, strip: Strip) -> Mixing:
         (mixing,) = strip.mixing
@@ -135,6 +151,13 @@ class UnitVectors:
         assert fresh or keys <= self._touched
         self._touched |= keys
         return fresh
+
+
+def uninitialised(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory. On the CPU from NumPy, which asks for huge pages: paging in is then a tenth of the work."""
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.empty(shape, np.float32 if dtype == torch.float32 else np.float64))
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _mix(target: Tensor, weights: Tensor, g: Tensor, fresh: bool) -> None:
