@@ -4,16 +4,17 @@
     python benchmarks/probe_cost.py --quick                            fewer repeats, for a look
     python benchmarks/probe_cost.py --scaling                          rows in B, T, G, parameters, chunked head
 
-A Llama (6 layers, hidden 384, MLP 1536, vocabulary 2048, tied, float32, SDPA, no checkpointing) and B = 4 prompts of 16 tokens with
-G = 4 responses, T positions a sequence in all. Legs:
+A Llama (6 layers, hidden 384, MLP 1536, vocabulary 2048, tied, float32, SDPA, no checkpointing) and B = 4 prompts of 16
+tokens with G = 4 responses, T positions a sequence in all. Legs:
 
     training      forward, loss a token, backward into .grad: what a step costs before the optimizer
     forward       the same forward alone
     probe         the engine: scores, both coefficients, X_u and Y_u of every prompt, P, the kernel and its statistics
     streamed      the same in two passes, no unit vectors kept
     two_backward  one forward and two backwards a prompt with retain_graph, X_u and Y_u stored, and the same products
-    guide         the guide's recipe: bars (forward, backward of L_X; forward, backward of L_Y) over all rows, the diagonal prompt by prompt
-                  (one forward, two backwards with retain_graph): 3 forwards, 4 backwards; the guide's row means are not in it
+    guide         the guide's recipe: bars (forward, backward of L_X; forward, backward of L_Y) over all rows, the diagonal
+                  prompt by prompt (one forward, two backwards with retain_graph): 3 forwards, 4 backwards;
+                  the guide's row means are not in it
 
 Ratios are medians of ratios within a repeat, with the interval between their order statistics of 95 % coverage or more.
 """
@@ -233,8 +234,6 @@ def guide(case: Case) -> None:
     parameters = [p for p in case.policy.model.parameters() if p.requires_grad]
     root = _flat_root(case)
     sizes = case.batch.group_sizes
-    with torch.no_grad():
-        pass
     scores = _scores(case, slice(0, sum(sizes)))
     c = entropy_coefficients(scores.detach().cpu(), sizes).to(scores.device)
     x = torch.autograd.grad(probe_loss(scores, c), parameters)
@@ -322,9 +321,7 @@ def measure(shape: Shape, repeats: int, legs: Iterable[str], *, memory: bool = T
     case = make_case(shape)
     trainable = case.policy.trainable()
     units = exact_units(len(case.batch.groups))
-    found = unit_gradients(
-        case.policy, case.batch, units, None, case.advantage, preconditioners(case.adam), case.rates
-    )
+    found = unit_gradients(case.policy, case.batch, units, None, case.advantage, preconditioners(case.adam), case.rates)
     count = sum(p.numel() for p in trainable.values())
     vectors = 2 * len(units.ranges) * count * 4
     seconds: dict[str, list[float]] = {leg: [] for leg in legs}
@@ -381,10 +378,12 @@ def large_shapes() -> list[Shape]:
 
 def markdown(rows: list[Row], device: str, repeats: int) -> str:
     lines = [
-        f"Device: {device}. Torch {torch.__version__}. {repeats} repeats, legs interleaved; ratios to one training forward and backward "
-        "of the same batch: median [interval].",
+        f"Device: {device}. Torch {torch.__version__}. {repeats} repeats, legs interleaved; ratios to one training "
+        "forward and backward of the same batch: median [interval].",
         "",
-        "| training | T | shape | " + " | ".join(leg for leg in LEGS[1:]) + " | FLOPs, probe | peak memory | fallback |",
+        "| training | T | shape | "
+        + " | ".join(leg for leg in LEGS[1:])
+        + " | FLOPs, probe | peak memory | fallback |",
         "|" + "---|" * (len(LEGS) + 5),
     ]
     for row in rows:
@@ -402,7 +401,11 @@ def markdown(rows: list[Row], device: str, repeats: int) -> str:
             + " | ".join(cells)
             + f" | {row.flops_ratio['probe']:.3f} | {memory} | {100 * row.fallback_share:.0f} % |"
         )
-    lines += ["", "Seconds of the training leg, by row: " + ", ".join(f"{min(r.seconds['training']):.2f} to {max(r.seconds['training']):.2f}" for r in rows)]
+    lines += [
+        "",
+        "Seconds of the training leg, by row: "
+        + ", ".join(f"{min(r.seconds['training']):.2f} to {max(r.seconds['training']):.2f}" for r in rows),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -439,10 +442,18 @@ def main() -> None:
             table.add_column(column)
         for leg, r in row.ratio.items():
             f = row.flops_ratio.get(leg)
-            table.add_row(leg, f"{r['median']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", "" if f is None else f"{f:.3f}")
-        table.add_row("peak memory", f"{row.peak_memory_ratio:.3f}", f"training {min(row.seconds['training']):.2f} s", "")
+            table.add_row(
+                leg, f"{r['median']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", "" if f is None else f"{f:.3f}"
+            )
+        table.add_row(
+            "peak memory", f"{row.peak_memory_ratio:.3f}", f"training {min(row.seconds['training']):.2f} s", ""
+        )
         console.print(table)
-    device = torch.cuda.get_device_name() if shapes[0].device == "cuda" else f"CPU, {platform.machine()}, {args.threads} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if shapes[0].device == "cuda"
+        else f"CPU, {platform.machine()}, {args.threads} threads"
+    )
     if args.json:
         args.json.write_text(json.dumps({"device": device, "rows": [asdict(row) for row in rows]}, indent=1))
     if args.markdown:

@@ -37,10 +37,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from entropy_probe.errors import InputError, first_line
 from entropy_probe.float64_mode import Float64Mode
-from entropy_probe.gradients.reference import unit_gradients
+from entropy_probe.gradients.engine import unit_gradients
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
-from entropy_probe.scores import entropy_coefficients
 from entropy_probe.units import Units, exact_units
 
 EXACT = 1e-9
@@ -524,13 +523,12 @@ def engine(
     advantage_coefficients: Tensor,
     preconditioners: Mapping[str, Tensor],
 ) -> EngineResult:
-    """The package's gradients. The reference backend has no rules: every parameter is autograd's."""
-    coefficients = entropy_coefficients(policy.scores(batch.responses), batch.group_sizes)
+    """The engine's kernel and mean update."""
     rates = dict.fromkeys(preconditioners, 1.0)
-    found = unit_gradients(policy, batch, units, coefficients, advantage_coefficients, preconditioners, rates)
+    found = unit_gradients(policy, batch, units, None, advantage_coefficients, preconditioners, rates)
     kernel = found.total.kernel
     assert kernel is not None
-    return EngineResult(kernel, found.ascent, fallback_share=1.0)
+    return EngineResult(kernel, found.ascent, found.coverage.fallback_share)
 
 
 # --- one family --------------------------------------------------------------------------------------------------------

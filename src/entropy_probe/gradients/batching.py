@@ -1,7 +1,7 @@
 """Which responses go through a forward together.
 
-A microbatch holds whole prompts where it can, because the entropy coefficient of a response needs the scores of all responses to
-its prompt. Within a microbatch, responses of similar length share a strip: what is padded is computed for nothing.
+A microbatch holds whole prompts where it can, because the entropy coefficient of a response needs the scores of all
+responses to its prompt. Within a microbatch, responses of similar length share a strip: what is padded is computed for nothing.
 """
 
 from __future__ import annotations

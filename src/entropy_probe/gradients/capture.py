@@ -1,7 +1,9 @@
 """Watch a model's forwards so that each use of a trainable parameter hands its sequences' gradients over in the backward.
 
-Capture looks at the torch functions that a model calls and not at its classes: ``F.linear(x, W)`` with a trainable W is the same
-whether an ``nn.Linear``, a LoRA factor, a router or a head calls it, and a tied weight is the same tensor wherever it is used.
+Capture looks at the torch functions that a model calls and not at its classes: ``F.linear(x, W)`` with a trainable W is the
+same whether an ``nn.Linear``, a LoRA factor, a router or a head calls it, and a tied weight is the same tensor wherever it
+is used.
+
 Rules by function are in :mod:`~entropy_probe.gradients.layers`. What no function shows (norms spelled by hand, expert tensors)
 is handled by module, :mod:`~entropy_probe.gradients.modules`. A parameter that a rule cannot serve stays in autograd's graph,
 where :func:`leaked` finds it: nothing is skipped unseen.
@@ -10,13 +12,14 @@ where :func:`leaked` finds it: nothing is skipped unseen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from entropy_probe.float64_mode import Float64Mode
 from entropy_probe.gradients.sequences import Strip
 from entropy_probe.gradients.unit_vectors import UnitVectors
 
@@ -34,12 +37,22 @@ class Capture(TorchFunctionMode):
         parameters: captured ones, by name. Others, trainable or not, are left to autograd.
         rules: by torch function.
         anchor: a scalar that requires grad: it makes a backward run where neither input nor weight would ask for one.
+        float64: whether forwards run under :class:`Float64Mode`.
 
     ``used`` holds the names of the parameters that a rule has met.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], rules: Mapping[Any, Rule], anchor: Tensor) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rules: Mapping[Any, Rule],
+        anchor: Tensor,
+        *,
+        float64: bool = False,
+    ) -> None:
+        """See the class."""
         super().__init__()
+        self._float64 = float64
         self.anchor = anchor
         self.vectors: UnitVectors | None = None
         self.used: set[str] = set()
@@ -110,6 +123,12 @@ class Capture(TorchFunctionMode):
         finally:
             self._leaves, self._collects = before
 
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """The forward's modes within a backward: ``torch.autograd.grad`` takes every function mode off while it runs."""
+        with Float64Mode() if self._float64 else nullcontext(), self:
+            yield
+
     @property
     def sink(self) -> UnitVectors:
         """Where gradients go; only within :meth:`into`."""
@@ -130,11 +149,13 @@ class Capture(TorchFunctionMode):
         if self._collects:
             self._leaves.append((name, leaf, strip))
         if apart is like:
-            return leaf.unflatten(0, (strip.count, *[1] * (like.dim() - 1 - parameter.dim())))
+            per_sequence: Tensor = leaf.unflatten(0, (strip.count, *[1] * (like.dim() - 1 - parameter.dim())))
+            return per_sequence
         if strip.count == 1:
             return leaf[0]
         repeated = leaf[:, None].expand(strip.count, strip.length, *parameter.shape).flatten(0, 1)
-        return repeated.unflatten(0, (len(repeated), *[1] * (like.dim() - 1 - parameter.dim())))
+        shaped: Tensor = repeated.unflatten(0, (len(repeated), *[1] * (like.dim() - 1 - parameter.dim())))
+        return shaped
 
     def take_leaves(self) -> list[Leaf]:
         """The leaves made since the last call."""

@@ -1,16 +1,15 @@
 """The engine: every unit's X_u and Y_u from one forward and one activation backward, exactly.
 
-Sequences do not interact, so one backward of Σ_i S_i with unit coefficients leaves at every use of a parameter each sequence's
-own output gradient; its gradient g_i is one GEMM, and enters X_u += c_i g_i and Y_u += a_i g_i (design section 6). Coefficients a
-token need a backward for X and one for Y. Parameters without a rule get both gradients from autograd, unit by unit, in two backwards.
-Compared in float64 with :mod:`~entropy_probe.gradients.reference`.
+Sequences do not interact, so one backward of Σ_i S_i with unit coefficients leaves at every use of a parameter each
+sequence's own output gradient; its gradient g_i is one GEMM, and enters X_u += c_i g_i and Y_u += a_i g_i (design section
+6). Coefficients a token need a backward for X and one for Y. Parameters without a rule get both gradients from autograd,
+unit by unit, in two backwards. Compared in float64 with :mod:`~entropy_probe.gradients.reference`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +20,7 @@ from entropy_probe.gradients.batching import Microbatch, microbatches, strips
 from entropy_probe.gradients.capture import Capture, leaked
 from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
 from entropy_probe.gradients.layers import RULES
-from entropy_probe.gradients.modules import Treatment, parameter_owners, treated
+from entropy_probe.gradients.modules import Treatment, fall_back_around, parameter_owners, treated
 from entropy_probe.gradients.products import StreamedDots, stored_dots
 from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
 from entropy_probe.gradients.treatments import choose_treatments
@@ -52,8 +51,8 @@ def unit_gradients(
         policy: the model at θ; trainable parameters are those that require grad.
         batch: the rollouts, flat order as in ``batch.responses``.
         units: a partition of its prompts.
-        entropy_coefficients: c, one a response [N] or one a response token [tokens], flat; None takes the score estimator's from
-            the scores of this very forward.
+        entropy_coefficients: c, one a response [N] or one a response token [tokens], flat; None takes the score estimator's
+            from the scores of this very forward.
         advantage_coefficients: a_i, [N].
         preconditioners: P by parameter name.
         learning_rates: η by parameter name; dots are kept apart by it.
@@ -151,7 +150,9 @@ class _Run:
 
     def closed_by(self, part: Microbatch, vectors: UnitVectors) -> list[int]:
         """The units whose last row ``part`` held, ready to be read."""
-        closed = [unit for unit in sorted({self.unit_of_row[row] for row in part.rows}) if self.last_row[unit] in part.rows]
+        closed = [
+            unit for unit in sorted({self.unit_of_row[row] for row in part.rows}) if self.last_row[unit] in part.rows
+        ]
         vectors.settle(closed)
         return closed
 
@@ -184,7 +185,7 @@ class _Run:
         with policy.arithmetic(), torch.enable_grad():
             captured = {name: p for name, p in self.parameters.items() if name not in fallback}
             anchor = torch.zeros((), device=policy.device, requires_grad=True)
-            capture = Capture(captured, RULES, anchor)
+            capture = Capture(captured, RULES, anchor, float64=policy.dtype == torch.float64)
             forwards: list[_Forward] = []
             with capture, treated(capture, self.owners, self.treatments):
                 for rows in strips(part.rows, self.lengths, self.unit_of_row):
@@ -193,26 +194,25 @@ class _Run:
                     padded = pad_right([self.responses[row] for row in rows], policy.device, strip.length)
                     with capture.over(strip):
                         forwards.append(_Forward(rows, strip, padded, policy.token_log_probs(padded)))
-                if not any(forward.log_probs.requires_grad for forward in forwards):
-                    raise InputError(
-                        "no trainable parameter receives a gradient from these responses; is the model frozen?"
-                    )
                 escaped = {*leaked([forward.log_probs for forward in forwards], captured)}
                 escaped |= capture.used & self.unproven - fallback.keys()
-                if escaped:
-                    self.treatments.update(dict.fromkeys(escaped, Treatment.FALLBACK))
-                    return single_unit and self._captured_backward(part, vectors)
-                self._record_scores(part, forwards)
-                with torch.autocast(policy.device.type, enabled=False), capture.into(vectors):
-                    self._differentiate(forwards, capture, vectors, fallback)
-        return True
+                if not escaped:
+                    self._record_scores(part, forwards)
+                    if not any(forward.log_probs.requires_grad for forward in forwards):
+                        return True
+                    with torch.autocast(policy.device.type, enabled=False), capture.into(vectors):
+                        self._differentiate(forwards, capture, vectors, fallback)
+        if not escaped:
+            return True
+        # Only now, with this capture gone, may the rows be tried again.
+        self.treatments.update(dict.fromkeys(escaped, Treatment.FALLBACK))
+        fall_back_around(self.owners, self.treatments, self.unproven)
+        return single_unit and self._captured_backward(part, vectors)
 
     def _score_ahead(self, rows: range) -> None:
         """S of every response to the prompts that these rows belong to, where a microbatch does not hold them all."""
         groups = {self.group_of_row[row] for row in rows}
-        missing = [
-            row for row, n in enumerate(self.group_of_row) if n in groups and bool(self.scores[row].isnan())
-        ]
+        missing = [row for row, n in enumerate(self.group_of_row) if n in groups and bool(self.scores[row].isnan())]
         if missing:
             self.scores[missing] = self.policy.scores([self.responses[row] for row in missing])
             check_finite(self.scores[missing], [self.responses[row] for row in missing])

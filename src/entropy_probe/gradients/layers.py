@@ -1,7 +1,8 @@
 """Rules by torch function: how a use of a trainable parameter tells its sequences' gradients apart.
 
-GEMMs and embeddings keep (input, output gradient) and hand both to the unit vectors. Parameters that are broadcast over positions
-(norm weights, biases of norms, depthwise filters) become one leaf a sequence, and autograd keeps them apart by itself.
+GEMMs and embeddings keep (input, output gradient) and hand both to the unit vectors. Parameters that are broadcast over
+positions (norm weights, biases of norms, depthwise filters) become one leaf a sequence, and autograd keeps them
+apart by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class _Linear(torch.autograd.Function):
     """x Wᵀ + b, or x W + b for ``input_first`` weights [in, out] (GPT-2's Conv1D)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         anchor: Tensor,
         x: Tensor,
@@ -37,7 +38,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight.T if input_first else weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         weight_name, bias_name = ctx.names
         strip, vectors = ctx.strip, ctx.capture.sink
@@ -57,7 +58,7 @@ class _Embedding(torch.autograd.Function):
     """Rows of a table, for indices [n, T]."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         anchor: Tensor,
         indices: Tensor,
@@ -72,7 +73,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(indices, weight)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         if ctx.padding_index is not None:
             # As torch has it: the padding row receives nothing, wherever it is used.
@@ -208,7 +209,9 @@ def _conv1d(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         shift: Tensor | None = None
         if bias is not None:
             shift_name = capture.name_of(bias)
-            shift = bias.expand(strip.count, -1) if shift_name is None else capture.leaf(shift_name, bias, input[..., 0])
+            shift = (
+                bias.expand(strip.count, -1) if shift_name is None else capture.leaf(shift_name, bias, input[..., 0])
+            )
             assert shift is not None
             shift = shift.flatten()
         out = F.conv1d(

@@ -7,7 +7,7 @@ state-space mixers): in the backward the module runs again, one sequence at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -55,6 +55,26 @@ def parameter_owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -
         if own:
             found[module] = own
     return found
+
+
+def fall_back_around(
+    owners: Mapping[nn.Module, Mapping[str, str]], treatments: dict[str, Treatment], unproven: Collection[str]
+) -> None:
+    """Let what a module recomputes fall back too where a parameter inside it does, or where one inside it is unproven.
+
+    Neither autograd's graph nor the capture sees into a module that will be recomputed.
+    """
+    name_of = {id(module._parameters[a]): name for module, names in owners.items() for a, name in names.items()}
+    changed = True
+    while changed:
+        changed = False
+        for module, names in owners.items():
+            inside = {name_of[id(p)] for p in module.parameters() if id(p) in name_of}
+            if any(treatments[name] is Treatment.FALLBACK or name in unproven for name in inside):
+                for name in names.values():
+                    if treatments[name] is Treatment.RECOMPUTE:
+                        treatments[name] = Treatment.FALLBACK
+                        changed = True
 
 
 @contextmanager
@@ -116,7 +136,7 @@ def _broadcasting(
             return original(*args, **kwargs)
         tensors = {}
         for attribute, name in names.items():
-            leaf = capture.leaf(name, module._parameters[attribute], like)
+            leaf = capture.leaf(name, module.get_parameter(attribute), like)
             if leaf is not None:
                 tensors[attribute] = leaf
         try:
@@ -150,7 +170,7 @@ def _recomputing(
         call = _Call(again, module, dict(names), capture, capture.strip)
         try:
             found = _Recomputed.apply(capture.anchor, call, *[values[k] for k in positions])
-        except _NotApart:
+        except _NotApartError:
             return original(*args, **kwargs)
         outputs, output_structure = call.outputs.pop()
         arrived = iter(found)
@@ -161,7 +181,7 @@ def _recomputing(
     return forward
 
 
-class _NotApart(Exception):
+class _NotApartError(Exception):
     """A module's outputs have rows that cannot be told apart."""
 
 
@@ -181,11 +201,11 @@ class _Recomputed(torch.autograd.Function):
     """A module's outputs, whose backward runs the module again for each sequence with parameters of its own."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, anchor: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         values, structure = tree_flatten(call.again(tensors))
         outputs = [value for value in values if isinstance(value, Tensor)]
-        if any(call.strip.by_sequence(output) is None for output in outputs):
-            raise _NotApart
+        if not outputs or any(call.strip.by_sequence(output) is None for output in outputs):
+            raise _NotApartError
         call.outputs[:] = [(list(values), structure)]
         ctx.call = call
         ctx.needs = [t.requires_grad for t in tensors]
@@ -196,7 +216,7 @@ class _Recomputed(torch.autograd.Function):
         return tuple(output.clone() if id(output) in inputs else output for output in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         strip, tensors = call.strip, ctx.saved_tensors
         totals = [torch.zeros_like(t) if need else None for t, need in zip(tensors, ctx.needs, strict=True)]
@@ -204,12 +224,12 @@ class _Recomputed(torch.autograd.Function):
         for row in range(strip.count):
             single = strip.single(row)
             inputs = [
-                _part(t, strip, row).detach().requires_grad_(need)
-                for t, need in zip(tensors, ctx.needs, strict=True)
+                _part(t, strip, row).detach().requires_grad_(need) for t, need in zip(tensors, ctx.needs, strict=True)
             ]
-            own = {a: call.module._parameters[a].detach().requires_grad_() for a in call.names}
+            own = {a: call.module.get_parameter(a).detach().requires_grad_() for a in call.names}
             with (
                 torch.enable_grad(),
+                call.capture.resumed(),
                 call.capture.over(single),
                 call.capture.collecting() as leaves,
                 _with_parameters(call.module, own),

@@ -69,7 +69,8 @@ class Strip:
         if tensor.dim() and tensor.shape[0] == self.count:
             return tensor
         if tensor.dim() and tensor.shape[0] == self.count * self.length:
-            return tensor.unflatten(0, (self.count, self.length))
+            apart: Tensor = tensor.unflatten(0, (self.count, self.length))
+            return apart
         return tensor.unsqueeze(0) if self.count == 1 else None
 
     def single(self, row: int) -> Strip:

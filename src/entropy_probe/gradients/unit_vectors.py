@@ -38,7 +38,10 @@ class UnitVectors:
     def __init__(
         self, shapes: Mapping[str, torch.Size], slots: int, dtype: torch.dtype, device: torch.device, channels: int = 2
     ) -> None:
-        self.values = {name: uninitialised((slots, channels, shape.numel()), dtype, device) for name, shape in shapes.items()}
+        """See the class."""
+        self.values = {
+            name: uninitialised((slots, channels, shape.numel()), dtype, device) for name, shape in shapes.items()
+        }
         self.arithmetic = torch.promote_types(dtype, torch.float32)
         self._scratch = torch.empty(CACHED, dtype=self.arithmetic, device=device)
         self._shapes = dict(shapes)
