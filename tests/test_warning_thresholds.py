@@ -136,3 +136,10 @@ def test_going_on_after_an_end_token_is_not_ending_with_it() -> None:
     assert diagnostics.end_token_warnings(batch(*ends), (1,)) == []
     (found,) = diagnostics.end_token_warnings(batch(*ends[:3], (1, 4)), (1,))
     assert found.seen.startswith("1 of 4 responses")
+
+
+def test_parameters_without_a_rule_are_named_with_their_share() -> None:
+    assert diagnostics.coverage_warnings((), 0.0) == []
+    (found,) = diagnostics.coverage_warnings(("gain",), 0.25)
+    assert "gain" in found.seen
+    assert "25 %" in found.seen

@@ -173,6 +173,20 @@ def end_token_warnings(batch: RolloutBatch, end_tokens: Sequence[int]) -> list[E
     ]
 
 
+def coverage_warnings(fallback: Sequence[str], share: float) -> list[Evidence]:
+    """Parameters whose gradients are exact but slow, for want of a rule that tells their sequences apart."""
+    if not fallback:
+        return []
+    return [
+        Evidence(
+            "slow_parameters",
+            f"{len(fallback)} trainable parameters, {100 * share:.2g} % of the elements, have no rule ({_some(fallback)}): "
+            "their gradients are exact, by two backwards a unit",
+            "Nothing to do about the figures; freeze them if they need not train and the probe is too slow",
+        )
+    ]
+
+
 def parameter_warnings(
     untouched: Sequence[str], ascent: Mapping[str, Tensor], state: AdamState, rivals: Sequence[str]
 ) -> list[Evidence]:

@@ -23,7 +23,7 @@ from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, make_plan, unit_gradients
 from entropy_probe.importance_sampling import linear_weights
-from entropy_probe.policy import Policy, check_fits, end_token_ids, input_limits
+from entropy_probe.policy import Policy, check_finite, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.realized import RealizedChange, realize_optimizer_step, realize_preconditioned_step
 from entropy_probe.report import CheckpointSection, ConfigSection, Report
@@ -33,7 +33,6 @@ from entropy_probe.scores import (
     Estimator,
     LengthWeight,
     advantages_from_rewards,
-    entropy_coefficients,
     length_weights,
 )
 from entropy_probe.u_statistics import FloatArray, cross_statistics
@@ -186,10 +185,7 @@ def _probe(
     p = preconditioners(adam)
     rates = {name: group.learning_rate for name, group in adam.group_of().items()}
 
-    with clock.stage("scores"):
-        scores = finite_scores(policy, batch, progress)
     advantages, rule = resolve_advantages(batch, settings.advantage)
-    x_coefficients = entropy_coefficients(scores, batch.group_sizes)
     y_coefficients = advantages * resolve_length_weights(batch, settings)
 
     plan = make_plan(
@@ -202,8 +198,9 @@ def _probe(
     )
     with clock.stage("gradients"):
         gradients = unit_gradients(
-            policy, batch, plan.units, x_coefficients, y_coefficients, p, rates, storage=plan.storage, progress=progress
+            policy, batch, plan.units, None, y_coefficients, p, rates, storage=plan.storage, progress=progress
         )
+    scores = gradients.scores
     statistics = cross_statistics(gradients.total)
 
     with clock.stage("realized"):
@@ -219,6 +216,7 @@ def _probe(
         *diagnostics.pairing_warnings(batch, facts.trainer_step, settings.length_weight),
         *diagnostics.end_token_warnings(batch, end_token_ids(model)),
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, rivals),
+        *diagnostics.coverage_warnings(gradients.coverage.fallback, gradients.coverage.fallback_share),
         *diagnostics.realized_warnings(realized),
     ]
     report = assemble_report(
@@ -283,12 +281,7 @@ def finite_scores(policy: Policy, batch: RolloutBatch, progress: Progress) -> Te
         InputError: a response that the model gives probability zero, or NaN; its prompt is named.
     """
     scores = policy.scores(batch.responses, progress)
-    for response, score in zip(batch.responses, scores.tolist(), strict=True):
-        if not -float("inf") < score < float("inf"):
-            raise InputError(
-                f"prompt_id {response.prompt_id!r}: a response has log-probability {score} under this checkpoint; "
-                "the weights are damaged, or it was sampled from another model"
-            )
+    check_finite(scores, batch.responses)
     return scores
 
 

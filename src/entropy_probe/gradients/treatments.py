@@ -25,7 +25,7 @@ from entropy_probe.gradients.modules import (
 )
 from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
 from entropy_probe.gradients.unit_vectors import UnitVectors
-from entropy_probe.policy import Policy, pad_right, sum_over_tokens
+from entropy_probe.policy import Policy, check_finite, pad_right, sum_over_tokens
 from entropy_probe.rollouts import Rollout, RolloutBatch
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
@@ -51,7 +51,7 @@ def choose_treatments(policy: Policy, parameters: Mapping[str, nn.Parameter], ba
     """The fastest exact treatment of every trainable parameter.
 
     Raises:
-        InputError: a sequence's score depends on the other sequences in its batch.
+        InputError: a sequence's score depends on the other sequences in its batch, or is not finite.
     """
     rows = short_rows(batch)
     owners = parameter_owners(policy.model, parameters)
@@ -60,6 +60,8 @@ def choose_treatments(policy: Policy, parameters: Mapping[str, nn.Parameter], ba
     }
     with policy.arithmetic(), torch.enable_grad():
         score, alone = _alone(policy, parameters, rows[1])
+        if not bool(score.isfinite()):
+            check_finite(policy.scores(batch.responses), batch.responses)  # names the prompt
         while True:
             active = {name: p for name, p in parameters.items() if treatments[name] is not Treatment.FALLBACK}
             try:
