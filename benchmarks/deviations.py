@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_probe import Settings, probe_checkpoint, read_batch
-from entropy_probe.adam_preconditioner import preconditioners
+from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.demo import demo_files
 from entropy_probe.gradients import unit_gradients
@@ -45,7 +45,7 @@ def detached_coefficient(batch: RolloutBatch) -> str:
 def one_geometry(batch: RolloutBatch) -> str:
     """The guide's text: P on both sides in the bars, on one side in the diagonal."""
     checkpoint = load_checkpoint(demo_files().checkpoint)
-    policy, p = Policy(checkpoint.model), preconditioners(checkpoint.adam)
+    policy, p = Policy(checkpoint.model), Preconditioners(checkpoint.adam)
     x = entropy_coefficients(policy.scores(batch.responses), batch.group_sizes)
     advantages, _ = resolve_advantages(batch, None)
     y = advantages * resolve_length_weights(batch, Settings(length_weight=LengthWeight.GUIDE))

@@ -9,14 +9,21 @@ tokens with G = 4 responses, T positions a sequence in all. Legs:
 
     training      forward, loss a token, backward into .grad: what a step costs before the optimizer
     forward       the same forward alone
+    preparation   what the first probe of a model does once: head, microbatch, rules (``entropy_probe.gradients.prepare``)
     probe         the engine: scores, both coefficients, X_u and Y_u of every prompt, P, the kernel and its statistics
-    streamed      the same in two passes, no unit vectors kept
+    streamed      the same in two passes, no unit vectors kept (full training alone)
     two_backward  one forward and two backwards a prompt with retain_graph, X_u and Y_u stored, and the same products
     guide         the guide's recipe: bars (forward, backward of L_X; forward, backward of L_Y) over all rows, the diagonal
                   prompt by prompt (one forward, two backwards with retain_graph): 3 forwards, 4 backwards;
                   the guide's row means are not in it
 
-Ratios are medians of ratios within a repeat, with the interval between their order statistics of 95 % coverage or more.
+Ratios are medians of ratios within a repeat, with the interval between their order statistics of 95 % coverage or more (or
+all values, where there are too few: the two slowest legs run in every third repeat at T = 512).
+
+On a CPU every leg runs with glibc told to keep freed memory (the process starts itself again with MALLOC_* set). By default it
+hands blocks above 32 MiB back, and the training leg, whose microbatch is the whole batch, pages its activations in anew at
+every layer; the probe, which chooses smaller microbatches, does not. ``--default-malloc`` shows that; the limits are held
+against the harder figure.
 """
 
 from __future__ import annotations
@@ -26,9 +33,12 @@ import gc
 import json
 import math
 import multiprocessing
+import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,15 +50,20 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from entropy_probe.adam_preconditioner import AdamState, preconditioners, state_of_optimizer
-from entropy_probe.gradients import Storage, unit_gradients
+from entropy_probe.adam_preconditioner import AdamState, Preconditioners, state_of_optimizer
+from entropy_probe.gradients import Preparation, Storage, UnitGradients, prepare, unit_gradients
 from entropy_probe.policy import PaddedResponses, Policy, pad_right
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.scores import entropy_coefficients, probe_loss
 from entropy_probe.u_statistics import cross_statistics
 from entropy_probe.units import exact_units
 
-LEGS = ("training", "forward", "probe", "streamed", "two_backward", "guide")
+LEGS = ("training", "forward", "preparation", "probe", "streamed", "two_backward", "guide")
+SLOW_LEGS = ("two_backward", "guide")
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "268435456"}
+LONG = 512
+"""Positions from which the slowest legs run in every third repeat only."""
+
 TARGETS = {
     ("lora", 512): {"probe": 1.00},
     ("lora", 128): {"probe": 1.05},
@@ -104,6 +119,7 @@ class Case:
     padded: PaddedResponses
     advantage: Tensor
     rates: dict[str, float]
+    preparation: Preparation | None = None
 
 
 def make_case(shape: Shape) -> Case:
@@ -143,7 +159,7 @@ def make_case(shape: Shape) -> Case:
             Rollout(n, prompt, draw(shape.tokens - shape.prompt_tokens), float(g % 2)) for g in range(shape.responses)
         ]
     batch = group_rollouts(rows)
-    policy = Policy(model, microbatch_size=len(rows))
+    policy = Policy(model)
     padded = pad_right(batch.responses, policy.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     short = pad_right([replace(r, response_ids=r.response_ids[:16]) for r in batch.responses], policy.device)
@@ -155,7 +171,13 @@ def make_case(shape: Shape) -> Case:
     advantage = torch.tensor([r.reward - 0.5 for r in rows], dtype=torch.float64) / shape.tokens
     adam = state_of_optimizer(optimizer, model)
     rates = {name: group.learning_rate for name, group in adam.group_of().items()}
-    return Case(policy, adam, batch, padded, advantage, rates)
+    case = Case(policy, adam, batch, padded, advantage, rates)
+    return replace(case, preparation=preparation(case))
+
+
+def preparation(case: Case) -> Preparation:
+    """What the first probe of a model finds out, and later ones are handed."""
+    return prepare(case.policy, case.batch, memory_bytes=float(psutil.virtual_memory().available))
 
 
 def log_probs(case: Case) -> Tensor:
@@ -184,10 +206,22 @@ def forward(case: Case) -> None:
 
 
 def probe(case: Case, storage: Storage = Storage.STORED) -> None:
-    p = preconditioners(case.adam)
-    units = exact_units(len(case.batch.groups))
-    found = unit_gradients(case.policy, case.batch, units, None, case.advantage, p, case.rates, storage=storage)
-    cross_statistics(found.total)
+    cross_statistics(gradients_of(case, storage).total)
+
+
+def gradients_of(case: Case, storage: Storage) -> UnitGradients:
+    assert case.preparation is not None
+    return unit_gradients(
+        case.preparation.applied(case.policy),
+        case.batch,
+        exact_units(len(case.batch.groups)),
+        None,
+        case.advantage,
+        Preconditioners(case.adam),
+        case.rates,
+        storage=storage,
+        rules=case.preparation.rules,
+    )
 
 
 def streamed(case: Case) -> None:
@@ -215,7 +249,7 @@ def _both(case: Case, rows: slice) -> tuple[tuple[Tensor, ...], tuple[Tensor, ..
 
 
 def _flat_root(case: Case) -> Tensor:
-    p = preconditioners(case.adam)
+    p = Preconditioners(case.adam)
     names = [name for name, q in case.policy.model.named_parameters() if q.requires_grad]
     return torch.cat([p[name].flatten() for name in names]).sqrt().to(case.policy.device, torch.float32)
 
@@ -247,9 +281,14 @@ def guide(case: Case) -> None:
         total = total - torch.dot(x_n, y_n)
 
 
+def prepared_anew(case: Case) -> None:
+    preparation(case)
+
+
 RUN: dict[str, Callable[[Case], None]] = {
     "training": training,
     "forward": forward,
+    "preparation": prepared_anew,
     "probe": probe,
     "streamed": streamed,
     "two_backward": two_backward,
@@ -306,12 +345,31 @@ def _peak(leg: str, shape: Shape, threads: int, pipe: multiprocessing.connection
     pipe.send(high - resting)
 
 
+@contextmanager
+def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+
+    def put(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    put(changes)
+    try:
+        yield
+    finally:
+        put(before)
+
+
 def peak_memory(leg: str, shape: Shape) -> int:
     """Bytes above the resting model and Adam state, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_peak, args=(leg, shape, torch.get_num_threads(), sender))
-    process.start()
+    with _environment(dict.fromkeys(KEEP_MEMORY)):  # resident memory is what is asked about: freed memory goes back
+        process.start()
     found: int = receiver.recv()
     process.join()
     return found
@@ -320,24 +378,21 @@ def peak_memory(leg: str, shape: Shape) -> int:
 def measure(shape: Shape, repeats: int, legs: Iterable[str], *, memory: bool = True) -> Row:
     case = make_case(shape)
     trainable = case.policy.trainable()
-    units = exact_units(len(case.batch.groups))
-    found = unit_gradients(case.policy, case.batch, units, None, case.advantage, preconditioners(case.adam), case.rates)
+    found = gradients_of(case, Storage.STORED)
     count = sum(p.numel() for p in trainable.values())
-    vectors = 2 * len(units.ranges) * count * 4
+    vectors = 2 * len(case.batch.groups) * count * 4
+    if shape.training == "lora":
+        legs = [leg for leg in legs if leg != "streamed"]
+    counted = {leg: flops(leg, case) for leg in legs}  # warms up too
     seconds: dict[str, list[float]] = {leg: [] for leg in legs}
-    for leg in seconds:
-        timed(leg, case)  # warm
+    ratios: dict[str, list[float]] = {leg: [] for leg in legs}
     for repeat in range(repeats):
-        order = list(seconds) if repeat % 2 == 0 else list(reversed(seconds))
-        for leg in order:
+        now = [leg for leg in seconds if repeat % 3 == 0 or shape.tokens < LONG or leg not in SLOW_LEGS]
+        for leg in now if repeat % 2 == 0 else reversed(now):
             seconds[leg].append(timed(leg, case))
-    base = seconds["training"]
-    ratio = {
-        leg: interval([s / t for s, t in zip(values, base, strict=True)])
-        for leg, values in seconds.items()
-        if leg != "training"
-    }
-    training_flops = flops("training", case)
+        for leg in now:
+            ratios[leg].append(seconds[leg][-1] / seconds["training"][-1])
+    ratio = {leg: interval(values) for leg, values in ratios.items() if leg != "training"}
     memory_ratio = math.nan
     if memory:
         memory_ratio = peak_memory("probe", shape) / (peak_memory("training", shape) + vectors)
@@ -349,7 +404,7 @@ def measure(shape: Shape, repeats: int, legs: Iterable[str], *, memory: bool = T
         trainable=count,
         seconds=seconds,
         ratio=ratio,
-        flops_ratio={leg: flops(leg, case) / training_flops for leg in seconds if leg not in ("training", "forward")},
+        flops_ratio={leg: counted[leg] / counted["training"] for leg in seconds if leg != "training"},
         peak_memory_ratio=memory_ratio,
         fallback_share=found.coverage.fallback_share,
         stored_vectors_bytes=vectors,
@@ -420,7 +475,10 @@ def main() -> None:
     parser.add_argument("--only", help="training and tokens, as in full-128")
     parser.add_argument("--legs", help="comma-separated; training is always there")
     parser.add_argument("--large", action="store_true", help="0.5B and 1.5B shapes in bfloat16, on a GPU")
+    parser.add_argument("--default-malloc", action="store_true", help="leave glibc's allocator as it is")
     args = parser.parse_args()
+    if not (args.large or args.default_malloc) and any(name not in os.environ for name in KEEP_MEMORY):
+        os.execve(sys.executable, [sys.executable, *sys.argv], dict(os.environ) | KEEP_MEMORY)
     torch.set_num_threads(args.threads)
     repeats = 3 if args.quick else args.repeats
     shapes = [Shape(training, tokens) for tokens in (512, 128) for training in ("lora", "full")]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from entropy_probe import group_rollouts, state_of_optimizer, write_rollouts
-from entropy_probe.adam_preconditioner import preconditioners
+from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.checkpoints import load_checkpoint, load_model
 from entropy_probe.policy import Policy
 from entropy_probe.scores import AdvantageRule, advantages_from_rewards
@@ -117,7 +117,7 @@ def test_groups_of_different_learning_rates_add_up_group_by_group(tmp_path: Path
     # X_n and Y_n one prompt at a time by autograd, then one kernel X P Y for each group's parameters.
     loaded = load_checkpoint(tmp_path / "checkpoint", dtype=torch.float64)
     batch = group_rollouts(random_rollouts(5, 3))
-    policy, p = Policy(loaded.model), preconditioners(loaded.adam)
+    policy, p = Policy(loaded.model), Preconditioners(loaded.adam)
     parameters = policy.trainable()
     kernels = {name: torch.zeros(5, 5, dtype=torch.float64) for name in parameters}
     xs, ys = [], []

@@ -13,7 +13,7 @@ import enumerable
 import oracle
 import support
 from entropy_probe import probe, state_of_optimizer
-from entropy_probe.adam_preconditioner import preconditioners
+from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.adam_step import optimizer_step, preconditioned_step
 from entropy_probe.policy import Policy
 from entropy_probe.scores import entropy_coefficients, leave_one_out_mean, probe_loss
@@ -135,7 +135,7 @@ def test_row_5_with_beta1_zero_no_decay_and_the_renewed_state_the_two_steps_are_
     optimizer.step()
     renewed = state_of_optimizer(optimizer, model)
     rates = dict.fromkeys(parameters, 0.001)
-    ours = preconditioned_step(ascent, preconditioners(renewed), rates)
+    ours = preconditioned_step(ascent, Preconditioners(renewed), rates)
     for name in parameters:
         torch.testing.assert_close(ours[name], moved[name], rtol=1e-10, atol=1e-15)
         torch.testing.assert_close(parameters[name].detach() - before[name], moved[name], rtol=1e-12, atol=1e-15)

@@ -110,9 +110,9 @@ def test_unequal_group_sizes_equal_the_slow_truth(setting: tuple[Any, Any]) -> N
 
 
 def _preconditioners(model: Any, adam: Any) -> list[torch.Tensor]:
-    from entropy_probe.adam_preconditioner import preconditioners
+    from entropy_probe.adam_preconditioner import Preconditioners
 
-    p = preconditioners(adam)
+    p = Preconditioners(adam)
     return [p[name] for name, _ in model.named_parameters()]
 
 
@@ -134,9 +134,9 @@ def test_streamed_and_stored_agree(setting: tuple[Any, Any], units: Any) -> None
     policy = Policy(model, microbatch_size=4)
     c = entropy_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
-    from entropy_probe.adam_preconditioner import preconditioners
+    from entropy_probe.adam_preconditioner import Preconditioners
 
-    p = preconditioners(adam)
+    p = Preconditioners(adam)
     rates = dict.fromkeys(p, 1.0)
     stored, streamed = (unit_gradients(policy, batch, units, c, a, p, rates, storage=storage) for storage in Storage)
     one, two = cross_statistics(stored.total), cross_statistics(streamed.total)
@@ -156,9 +156,9 @@ def test_gradients_reach_parameters_on_both_sides(setting: tuple[Any, Any]) -> N
     policy = Policy(model)
     c = entropy_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
-    from entropy_probe.adam_preconditioner import preconditioners
+    from entropy_probe.adam_preconditioner import Preconditioners
 
-    p = preconditioners(adam)
+    p = Preconditioners(adam)
     found = unit_gradients(policy, batch, exact_units(4), c, a, p, dict.fromkeys(p, 1.0))
     assert found.untouched == ()
     assert set(found.ascent) == set(policy.trainable())

@@ -194,7 +194,8 @@ def test_autocast_changes_the_gradients_arithmetic_and_not_the_realised_one() ->
     assert mixed.first_order.u_cross != plain.first_order.u_cross
     scale = max(map(abs, plain.first_order.row_means))
     assert mixed.first_order.u_cross == pytest.approx(plain.first_order.u_cross, abs=0.1 * scale)
-    assert mixed.realized[0].entropy_before == plain.realized[0].entropy_before
+    # The same arithmetic, rows grouped otherwise; scores in bfloat16 would be off by 1e-3.
+    assert mixed.realized[0].entropy_before == pytest.approx(plain.realized[0].entropy_before, rel=1e-6)
 
 
 def test_an_autocast_that_the_caller_is_in_does_not_reach_the_probe() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
-from entropy_probe.adam_preconditioner import preconditioners
+from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.adam_step import preconditioned_step
 from entropy_probe.gradients import Storage, loss_gradient, reference, unit_gradients
 from entropy_probe.importance_sampling import entropy_change, linear_weights
@@ -31,7 +31,7 @@ def test_the_floor_is_the_largest_of_eight_gaps_and_the_norm_is_the_whole_steps(
     policy = Policy(model)
     scores = policy.scores(batch.responses).numpy()
     linear = loss_gradient(policy, batch.responses, torch.from_numpy(linear_weights(scores, batch.group_sizes)))
-    p = preconditioners(adam)
+    p = Preconditioners(adam)
     rates = dict.fromkeys(p, 1e-3)
     found = realize_preconditioned_step(policy, batch, scores, linear, linear, p, rates)
     deltas = preconditioned_step(linear, p, rates)

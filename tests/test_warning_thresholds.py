@@ -12,6 +12,7 @@ import torch
 
 from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState
+from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights
 from entropy_probe.realized import RealizedChange
 from entropy_probe.report import Evidence
@@ -139,7 +140,7 @@ def test_going_on_after_an_end_token_is_not_ending_with_it() -> None:
 
 
 def test_parameters_without_a_rule_are_named_with_their_share() -> None:
-    assert diagnostics.coverage_warnings((), 0.0) == []
-    (found,) = diagnostics.coverage_warnings(("gain",), 0.25)
+    assert diagnostics.coverage_warnings(Coverage()) == []
+    (found,) = diagnostics.coverage_warnings(Coverage(fallback=("gain",), fallback_share=0.25))
     assert "gain" in found.seen
     assert "25 %" in found.seen

@@ -9,8 +9,9 @@ With amsgrad the running maximum of v takes v's place. Source: guide section 3; 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -94,10 +95,40 @@ def preconditioner(moments: AdamMoments, group: AdamGroup) -> Tensor:
     return v_hat.sqrt_().add_(group.eps).reciprocal_()
 
 
-def preconditioners(state: AdamState) -> dict[str, Tensor]:
-    """P of every parameter, by name, float64."""
-    groups = state.group_of()
-    return {name: preconditioner(moments, groups[name]) for name, moments in state.moments.items()}
+@dataclass(frozen=True)
+class Preconditioners(Mapping[str, Tensor]):
+    """P of every parameter, by name, float64, computed when asked for: of a large model no copy stands in memory."""
+
+    state: AdamState
+
+    def __getitem__(self, name: str) -> Tensor:
+        """P of one parameter."""
+        return preconditioner(self.state.moments[name], self._groups[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, in the state's order."""
+        return iter(self.state.moments)
+
+    def __len__(self) -> int:
+        """Number of parameters."""
+        return len(self.state.moments)
+
+    def chunk(self, name: str, part: slice) -> Tensor:
+        """Elements ``part`` of P of one parameter laid flat: computed while they are in cache."""
+        moments = self.state.moments[name]
+        largest = moments.max_exp_avg_sq
+        return preconditioner(
+            replace(
+                moments,
+                exp_avg_sq=moments.exp_avg_sq.flatten()[part],
+                max_exp_avg_sq=None if largest is None else largest.flatten()[part],
+            ),
+            self._groups[name],
+        )
+
+    @cached_property
+    def _groups(self) -> Mapping[str, AdamGroup]:
+        return self.state.group_of()
 
 
 @dataclass(frozen=True)

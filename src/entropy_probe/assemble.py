@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest
 from entropy_probe.checkpoints import Checkpoint
-from entropy_probe.gradients import Plan
+from entropy_probe.gradients import Coverage, Plan, Preparation
 from entropy_probe.importance_sampling import entropy_estimate
 from entropy_probe.realized import RealizedChange
 from entropy_probe.report.schema import (
     CheckpointSection,
     ConfigSection,
+    EngineSection,
     EntropySection,
     Evidence,
     FirstOrder,
@@ -51,6 +52,8 @@ def assemble_report(
     warnings: Sequence[Evidence],
     config: ConfigSection,
     checkpoint: CheckpointSection,
+    preparation: Preparation,
+    coverage: Coverage,
     timing: Mapping[str, float],
 ) -> Report:
     """All sections. ``step_statistics`` are those of the η-weighted inner product, in which δH₁ = −U_cross."""
@@ -68,6 +71,14 @@ def assemble_report(
             tokens=batch.tokens,
             storage=plan.storage.value,
             reason=plan.reason,
+        ),
+        engine=EngineSection(
+            head=preparation.head.value,
+            microbatch=preparation.microbatch_size,
+            reason=preparation.reason,
+            fallback=list(coverage.fallback),
+            fallback_share=coverage.fallback_share,
+            recomputed=list(coverage.recomputed),
         ),
         entropy=EntropySection(entropy, entropy_se, entropy / batch.mean_length, batch.mean_length),
         realized=[_row(change, config.estimator) for change in realized],

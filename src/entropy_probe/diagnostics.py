@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.gradients import Coverage
 from entropy_probe.realized import RealizedChange
 from entropy_probe.report import Evidence
 from entropy_probe.rollouts import RolloutBatch
@@ -173,14 +174,15 @@ def end_token_warnings(batch: RolloutBatch, end_tokens: Sequence[int]) -> list[E
     ]
 
 
-def coverage_warnings(fallback: Sequence[str], share: float) -> list[Evidence]:
+def coverage_warnings(coverage: Coverage) -> list[Evidence]:
     """Parameters whose gradients are exact but slow, for want of a rule that tells their sequences apart."""
-    if not fallback:
+    if not coverage.fallback:
         return []
+    count, share = len(coverage.fallback), 100 * coverage.fallback_share
     return [
         Evidence(
             "slow_parameters",
-            f"{len(fallback)} trainable parameters, {100 * share:.2g} % of the elements, have no rule ({_some(fallback)}): "
+            f"{count} trainable parameters, {share:.2g} % of the elements, have no rule ({_some(coverage.fallback)}): "
             "their gradients are exact, by two backwards a unit",
             "Nothing to do about the figures; freeze them if they need not train and the probe is too slow",
         )

@@ -6,17 +6,18 @@ differ from the sampler's and from pass to pass), padding is on the right, and l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from entropy_probe.errors import InputError
+from entropy_probe.errors import InputError, first_line
 from entropy_probe.float64_mode import Float64Mode
+from entropy_probe.language_head import HeadMode, chunkable, chunked_log_probs, head_calls, output_head
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
 from entropy_probe.wrappers import without_accelerate_autocast
@@ -26,8 +27,9 @@ from entropy_probe.wrappers import without_accelerate_autocast
 class PaddedResponses:
     """Sequences padded on the right.
 
-    ``input_ids`` and ``attention_mask`` are [n, L]; ``rows``, ``positions`` and ``targets`` hold, for each response token, its
-    sequence, the position whose logits predict it, and its id: [tokens].
+    ``input_ids`` and ``attention_mask`` are [n, L]; ``rows``, ``positions``, ``targets`` and ``places`` hold, for each response
+    token, its sequence, the position whose logits predict it, its id, and its place in the response: [tokens].
+    ``first`` is each sequence's first such position, ``longest`` the length R of the longest response.
     """
 
     input_ids: Tensor
@@ -35,6 +37,26 @@ class PaddedResponses:
     rows: Tensor
     positions: Tensor
     targets: Tensor
+    places: Tensor
+    first: tuple[int, ...]
+    longest: int
+
+    def on_responses(self, hidden: Tensor) -> Tensor:
+        """Of [n, L, d] the positions whose logits predict response tokens: [n, R, d]; short responses repeat a later one."""
+        if len(set(self.first)) == 1 and self.first[0] + self.longest <= hidden.shape[1]:
+            return hidden[:, self.first[0] : self.first[0] + self.longest]
+        starts = torch.tensor(self.first, device=hidden.device)[:, None]
+        window = starts + torch.arange(self.longest, device=hidden.device)
+        # Flat: the backward of indexing by two is several times slower.
+        row_starts = torch.arange(len(hidden), device=hidden.device)[:, None] * hidden.shape[1]
+        flat = window.clamp(max=hidden.shape[1] - 1) + row_starts
+        return hidden.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, hidden.shape[-1])
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Of [n, R, …] the entries of response tokens: [tokens, …]."""
+        if len(self.rows) == values.shape[0] * values.shape[1]:
+            return values.flatten(0, 1)
+        return values.flatten(0, 1).index_select(0, self.rows * values.shape[1] + self.places)
 
 
 def pad_right(responses: Sequence[Rollout], device: torch.device, length: int | None = None) -> PaddedResponses:
@@ -45,6 +67,7 @@ def pad_right(responses: Sequence[Rollout], device: torch.device, length: int | 
     rows: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
+    places: list[int] = []
     for row, response in enumerate(responses):
         ids = (*response.prompt_ids, *response.response_ids)
         input_ids[row, : len(ids)] = torch.tensor(ids)
@@ -53,12 +76,16 @@ def pad_right(responses: Sequence[Rollout], device: torch.device, length: int | 
         rows.extend([row] * len(response.response_ids))
         positions.extend(range(first, first + len(response.response_ids)))
         targets.extend(response.response_ids)
+        places.extend(range(len(response.response_ids)))
     return PaddedResponses(
         input_ids.to(device),
         attention_mask.to(device),
         torch.tensor(rows, device=device),
         torch.tensor(positions, device=device),
         torch.tensor(targets, device=device),
+        torch.tensor(places, device=device),
+        tuple(len(response.prompt_ids) - 1 for response in responses),
+        max(len(response.response_ids) for response in responses),
     )
 
 
@@ -76,13 +103,15 @@ class Policy:
     """A causal language model at a temperature, with how its forwards are run.
 
     ``microbatch_size`` responses go through one forward; it changes memory and rounding, nothing else. ``autocast`` is the
-    type of mixed-precision arithmetic over float32 weights, or None.
+    type of mixed-precision arithmetic over float32 weights, or None. ``head`` says where logits are computed
+    (:func:`choose_head`).
     """
 
     model: nn.Module
     temperature: float = 1.0
     microbatch_size: int = 32
     autocast: torch.dtype | None = None
+    head: HeadMode = HeadMode.WHOLE
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +140,8 @@ class Policy:
             if self.dtype == torch.float64:
                 stack.enter_context(Float64Mode())
             stack.enter_context(without_accelerate_autocast(self.model))
+            # Hooks, replaced forwards and function modes do not reach into compiled code.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             # Entered also to switch off an autocast that the caller may be in.
             stack.enter_context(
                 torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
@@ -123,12 +154,37 @@ class Policy:
                 for module in training:
                     module.training = True
 
+    def modes(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What enters the function modes of :meth:`arithmetic` again where autograd has taken them off."""
+        return Float64Mode if self.dtype == torch.float64 else nullcontext
+
     def token_log_probs(self, batch: PaddedResponses) -> Tensor:
         """log π of each response token by one forward, [tokens], float32 or float64; under ``arithmetic``."""
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        # One flat index: the backward of indexing by two is several times slower.
-        chosen = batch.rows * batch.input_ids.shape[1] + batch.positions
-        logits = output.logits.flatten(0, 1).index_select(0, chosen)
+        ids = batch.input_ids
+
+        def logits() -> Tensor:
+            found: Tensor = self.model(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            return found
+
+        if self.head is HeadMode.WHOLE:
+            # One flat index: the backward of indexing by two is several times slower.
+            chosen = batch.rows * ids.shape[1] + batch.positions
+            return self._log_probs(logits().flatten(0, 1).index_select(0, chosen), batch)
+        head = output_head(self.model)
+        assert head is not None, "choose_head found one"
+        if self.head is HeadMode.RESPONSES:
+            with head_calls(head, batch.on_responses, stop=False):
+                return self._log_probs(batch.of_tokens(logits()), batch)
+        with head_calls(head, batch.on_responses, stop=True) as calls:
+            logits()
+        assert isinstance(head, nn.Linear)
+        targets = torch.zeros((len(ids), batch.longest), dtype=torch.long, device=ids.device)
+        targets[batch.rows, batch.places] = batch.targets
+        log_probs = chunked_log_probs(calls[0].hidden, head.weight, head.bias, targets, self.temperature)
+        return batch.of_tokens(log_probs)
+
+    def _log_probs(self, logits: Tensor, batch: PaddedResponses) -> Tensor:
+        """log softmax(z/τ) of the target, from logits [tokens, V]."""
         wide = logits if logits.dtype == torch.float64 else logits.float()
         scaled = wide if self.temperature == 1.0 else wide / self.temperature
         return torch.log_softmax(scaled, dim=-1).gather(1, batch.targets[:, None])[:, 0]
@@ -147,6 +203,66 @@ class Policy:
                 self.forward_scores(responses[part]).cpu() for part in progress.track(parts, "log-probs", len(parts))
             ]
         return torch.cat(found)
+
+
+HEAD_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""Nats by which two ways to the same log-prob may differ, relative to 1 + its size: GEMMs of other shapes round otherwise."""
+
+LOW_PRECISION_HEAD_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """A policy with the head that serves it best; ``reason`` says why it is not the one asked for, or is None."""
+
+    policy: Policy
+    reason: str | None
+
+
+def choose_head(policy: Policy, rows: Sequence[Rollout], *, chunked: bool) -> HeadChoice:
+    """Compute logits of response positions alone, and in chunks where asked, if these rows' log-probs stay as they are.
+
+    Chunks need more: that the model hands out the head's very logits, bit for bit. A scale or a cap after the head would be
+    left out, and one near 1 would hide in the rounding of bfloat16.
+
+    Args:
+        policy: with the whole head.
+        rows: two short responses to prompts of different lengths.
+        chunked: whether logits are too large to stand in memory.
+    """
+    head = output_head(policy.model)
+    if head is None:
+        return HeadChoice(policy, "the model names no output head: logits of every position, whole")
+    found = replace(policy, head=HeadMode.RESPONSES)
+    with torch.no_grad(), policy.arithmetic():
+        padded = pad_right(rows, policy.device)
+        truth = policy.token_log_probs(padded)
+        try:
+            with head_calls(head, lambda hidden: hidden, stop=False) as calls:
+                logits = policy.model(
+                    input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+                ).logits
+            if len(calls) != 1:
+                return HeadChoice(
+                    policy, f"the model calls its head {len(calls)} times: logits of every position, whole"
+                )
+            gap = float(((found.token_log_probs(padded) - truth).abs() / (1 + truth.abs())).max())
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            return HeadChoice(policy, f"logits of every position, whole: {first_line(error, 80)}")
+    if not gap <= _head_tolerance(policy):
+        return HeadChoice(policy, f"logits of response positions alone change a log-prob by {gap:.1e} of its size")
+    if not chunked:
+        return HeadChoice(found, None)
+    raw = calls[0].logits
+    if not chunkable(head) or raw.shape != logits.shape or not torch.equal(raw.double(), logits.double()):
+        return HeadChoice(found, "not in chunks: the model's logits are more than one linear layer's output")
+    return HeadChoice(replace(policy, head=HeadMode.CHUNKED), None)
+
+
+def _head_tolerance(policy: Policy) -> float:
+    if policy.autocast is not None:
+        return LOW_PRECISION_HEAD_TOLERANCE
+    return HEAD_TOLERANCE.get(policy.dtype, LOW_PRECISION_HEAD_TOLERANCE)
 
 
 def check_finite(scores: Tensor, responses: Sequence[Rollout]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe import diagnostics
-from entropy_probe.adam_preconditioner import AdamState, preconditioners, validate_preconditioner
+from entropy_probe.adam_preconditioner import AdamState, Preconditioners, validate_preconditioner
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import loss_gradient, make_plan, unit_gradients
+from entropy_probe.gradients import Preparation, loss_gradient, make_plan, marked, prepare, unit_gradients
 from entropy_probe.importance_sampling import linear_weights
 from entropy_probe.policy import Policy, check_finite, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
@@ -55,8 +55,11 @@ class Settings:
         max_completion_length: Dr. GRPO's constant; None takes the rollouts' own.
         dtype: of weights and arithmetic, where a checkpoint is loaded.
         autocast: mixed precision over float32 weights, for the gradients only.
-        microbatch_size: responses in one forward.
+        microbatch_size: responses in one forward; None takes what fits.
         memory_bytes: what the probe may use; None takes what is free.
+        vector_dtype: of stored unit vectors; None takes that of the weights, float32 at least. bfloat16 halves the memory.
+        gradient_checkpointing: layers keep their inputs alone and run once more in the backward; a live model's own setting
+            counts too.
         seed: of the validator's test vectors.
     """
 
@@ -69,13 +72,15 @@ class Settings:
     max_completion_length: int | None = None
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
-    microbatch_size: int = 32
+    microbatch_size: int | None = None
     memory_bytes: float | None = None
+    vector_dtype: torch.dtype | None = None
+    gradient_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
-        if self.microbatch_size < 1:
+        if self.microbatch_size is not None and self.microbatch_size < 1:
             raise InputError(f"microbatch size is {self.microbatch_size}; expected at least 1")
         if self.memory_bytes is not None and not 0 < self.memory_bytes < float("inf"):
             raise InputError(f"memory is {self.memory_bytes} bytes; expected a finite number above 0")
@@ -87,16 +92,22 @@ class Settings:
             )
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise InputError(f"max-completion-length is {self.max_completion_length}; expected at least 1")
+        if self.vector_dtype is not None and (self.dtype is torch.float64) is not (self.vector_dtype is torch.float64):
+            raise InputError(
+                f"vectors in {_name(self.vector_dtype)} with arithmetic in {_name(self.dtype)}: float64 goes with float64 alone"
+            )
         if self.autocast is not None and self.dtype is not torch.float32:
             raise InputError("--autocast goes with --dtype float32: mixed precision is over float32 weights")
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The report, and K_uw = XS_u · YS_w over all parameters (None where vectors were streamed)."""
+    """The report, K_uw = XS_u · YS_w over all parameters (None where vectors were streamed), and what to hand to the next probe
+    of the same model."""
 
     report: Report
     kernel: FloatArray | None
+    preparation: Preparation
 
 
 def probe_checkpoint(
@@ -136,6 +147,7 @@ def probe(
     batch: RolloutBatch,
     settings: Settings = Settings(),
     *,
+    preparation: Preparation | None = None,
     progress: Progress | None = None,
 ) -> ProbeResult:
     """Probe a live model; it is left as it was, gradients, flags and random state included.
@@ -145,10 +157,11 @@ def probe(
         adam: its optimizer's state (:func:`entropy_probe.adam_preconditioner.state_of_optimizer`).
         batch: rollouts (:func:`entropy_probe.rollouts.group_rollouts`).
         settings: see :class:`Settings`; ``dtype`` is the model's own and ``learning_rate`` overrides the optimizer's.
+        preparation: of an earlier probe of this very model (``result.preparation``); None finds it anew.
         progress: told of long work.
 
     Raises:
-        InputError: the optimizer's state or the rollouts do not do.
+        InputError: the optimizer's state, the rollouts or the preparation do not do.
     """
     if torch.is_inference_mode_enabled():
         raise InputError(
@@ -161,7 +174,8 @@ def probe(
     test = validate_preconditioner(adam, shapes, seed=settings.seed)
     check_fits(batch, *input_limits(model))
     settings = replace(settings, dtype=next(model.parameters()).dtype)
-    return _probe(model, adam, batch, settings, describe_model(model, adam, test), (), Clock(), progress)
+    facts = describe_model(model, adam, test)
+    return _probe(model, adam, batch, settings, facts, (), Clock(), progress, preparation=preparation)
 
 
 def _probe(
@@ -174,31 +188,65 @@ def _probe(
     clock: Clock,
     progress: Progress | None,
     rollouts: Path | None = None,
+    preparation: Preparation | None = None,
 ) -> ProbeResult:
-    progress = progress if progress is not None else Silent()
-    policy = Policy(model, batch.temperature, settings.microbatch_size, settings.autocast)
+    with marked(model) if settings.gradient_checkpointing else nullcontext():
+        return _marked_probe(
+            model, adam, batch, settings, facts, rivals, clock, progress or Silent(), rollouts, preparation
+        )
+
+
+def _marked_probe(
+    model: nn.Module,
+    adam: AdamState,
+    batch: RolloutBatch,
+    settings: Settings,
+    facts: CheckpointSection,
+    rivals: tuple[str, ...],
+    clock: Clock,
+    progress: Progress,
+    rollouts: Path | None,
+    preparation: Preparation | None,
+) -> ProbeResult:
+    policy = Policy(model, batch.temperature, autocast=settings.autocast)
     trainable = policy.trainable()
     if not trainable:
         raise InputError(
             "the model has no trainable parameter; is it frozen? Set requires_grad on what the optimizer trains"
         )
-    p = preconditioners(adam)
+    p = Preconditioners(adam)
     rates = {name: group.learning_rate for name, group in adam.group_of().items()}
 
     advantages, rule = resolve_advantages(batch, settings.advantage)
     y_coefficients = advantages * resolve_length_weights(batch, settings)
 
+    memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device)
+    vector_dtype = settings.vector_dtype or torch.promote_types(policy.dtype, torch.float32)
     plan = make_plan(
         settings.mode,
         settings.blocks,
         prompts=len(batch.groups),
         parameters=sum(parameter.numel() for parameter in trainable.values()),
-        bytes_per_value=8 if policy.dtype == torch.float64 else 4,
-        memory_bytes=settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device),
+        bytes_per_value=vector_dtype.itemsize,
+        memory_bytes=memory,
     )
+    with clock.stage("prepare"):
+        if preparation is None:
+            preparation = prepare(policy, batch, memory_bytes=memory, microbatch_size=settings.microbatch_size)
+        policy = preparation.applied(policy)
     with clock.stage("gradients"):
         gradients = unit_gradients(
-            policy, batch, plan.units, None, y_coefficients, p, rates, storage=plan.storage, progress=progress
+            policy,
+            batch,
+            plan.units,
+            None,
+            y_coefficients,
+            p,
+            rates,
+            storage=plan.storage,
+            vector_dtype=vector_dtype,
+            rules=preparation.rules,
+            progress=progress,
         )
     scores = gradients.scores
     statistics = cross_statistics(gradients.total)
@@ -216,7 +264,7 @@ def _probe(
         *diagnostics.pairing_warnings(batch, facts.trainer_step, settings.length_weight),
         *diagnostics.end_token_warnings(batch, end_token_ids(model)),
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, rivals),
-        *diagnostics.coverage_warnings(gradients.coverage.fallback, gradients.coverage.fallback_share),
+        *diagnostics.coverage_warnings(gradients.coverage),
         *diagnostics.realized_warnings(realized),
     ]
     report = assemble_report(
@@ -241,14 +289,19 @@ def _probe(
             dtype=_name(settings.dtype),
             autocast=None if settings.autocast is None else _name(settings.autocast),
             microbatch_size=settings.microbatch_size,
+            vector_dtype=_name(vector_dtype),
+            gradient_checkpointing=settings.gradient_checkpointing,
             memory_bytes=settings.memory_bytes,
             device=str(policy.device),
             seed=settings.seed,
         ),
         checkpoint=facts,
+        preparation=preparation,
+        coverage=gradients.coverage,
         timing=clock.seconds(),
     )
-    return ProbeResult(report, gradients.total.kernel)
+    preparation = replace(preparation, rules=gradients.rules or preparation.rules)
+    return ProbeResult(report, gradients.total.kernel, preparation)
 
 
 def realize(

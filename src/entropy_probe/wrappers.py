@@ -1,23 +1,47 @@
-"""Modules around a model that are not the model."""
+"""Modules around a model that are not the model, and forwards put in a module's place for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel or DataParallel, whose hooks would all-reduce the probe's gradients."""
-    while isinstance(model, DistributedDataParallel | DataParallel):
-        model = model.module
-    return model
+    """The module inside DistributedDataParallel, DataParallel or ``torch.compile``.
+
+    DDP's hooks would all-reduce the probe's gradients; what is compiled is run as it was written (:mod:`entropy_probe.policy`).
+    """
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 @contextmanager
-def without_accelerate_autocast(model: nn.Module) -> Iterator[None]:
+def forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block ``module`` runs ``forward``; afterwards what it ran before, on every exit."""
+    attributes = vars(module)
+    missing = object()
+    before = attributes.get("forward", missing)
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is missing:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = before
+
+
+def without_accelerate_autocast(model: nn.Module) -> AbstractContextManager[None]:
     """Within the block ``model`` runs the forward that accelerate found, without the mixed precision it wrapped around it.
 
     That autocast is entered inside ``forward``, where no caller can switch it off, and would be there even in a probe that asks
@@ -25,11 +49,5 @@ def without_accelerate_autocast(model: nn.Module) -> Iterator[None]:
     """
     attributes = vars(model)
     if "_original_forward" not in attributes or "forward" not in attributes:
-        yield
-        return
-    wrapped = attributes["forward"]
-    try:
-        attributes["forward"] = attributes["_original_forward"]
-        yield
-    finally:
-        attributes["forward"] = wrapped
+        return nullcontext()
+    return forward_is(model, attributes["_original_forward"])

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from entropy_probe.checkpoints import load_model
 from entropy_probe.cli.bar import TerminalProgress
 from entropy_probe.cli.inspection import print_inspection
-from entropy_probe.cli.options import Autocast, Device, DType
+from entropy_probe.cli.options import Autocast, Device, DType, Vectors
 from entropy_probe.demo import demo_files
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
@@ -103,10 +103,23 @@ def run(
         int | None, typer.Option(min=1, metavar="L", help="Constant of --length-weight dr_grpo.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of rows that declare none; else 1.")] = None,
-    microbatch: Annotated[int, typer.Option(min=1, help="Responses in one forward.")] = 32,
-    memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="Unit vectors take at most half of this; default: what is free.")
+    microbatch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Responses in one forward; default: what fits.")
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB", help="Unit vectors take at most half of this, activations a quarter; default: what is free."
+        ),
+    ] = None,
+    vectors: Annotated[
+        Vectors | None,
+        typer.Option(help="Type of stored unit vectors; default: that of the weights, float32 at least."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Recompute layers in the backward: less memory, a forward more."),
+    ] = False,
     base: BaseOption = None,
     device: DeviceOption = Device.AUTO,
     seed: Annotated[int, typer.Option(help="Of the preconditioner's test vectors.")] = 0,
@@ -126,6 +139,8 @@ def run(
         dtype=dtype.torch_dtype,
         autocast=None if autocast is None else autocast.torch_dtype,
         microbatch_size=microbatch,
+        vector_dtype=None if vectors is None else vectors.torch_dtype,
+        gradient_checkpointing=gradient_checkpointing,
         memory_bytes=None if memory is None else memory * 1e9,
         seed=seed,
     )

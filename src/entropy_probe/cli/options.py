@@ -41,6 +41,19 @@ class Autocast(StrEnum):
         return TORCH_DTYPES[self.value]
 
 
+class Vectors(StrEnum):
+    """Type of stored unit vectors."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch type."""
+        return TORCH_DTYPES[self.value]
+
+
 class Device(StrEnum):
     """Where to compute."""
 

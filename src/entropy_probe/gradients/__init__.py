@@ -1,12 +1,27 @@
 """Unit gradients X̃_u, Ỹ_u under Adam's geometry, and the dots between them.
 
-One interface (:mod:`~entropy_probe.gradients.interface`), a slow obvious backend (:mod:`~entropy_probe.gradients.reference`)
-and a planner that fits the vectors into memory (:mod:`~entropy_probe.gradients.plan`).
+One interface (:mod:`~entropy_probe.gradients.interface`), the engine (:mod:`~entropy_probe.gradients.engine`) and a slow
+obvious backend (:mod:`~entropy_probe.gradients.reference`), a planner that fits the vectors into memory
+(:mod:`~entropy_probe.gradients.plan`), and what a model is asked before its first probe
+(:mod:`~entropy_probe.gradients.preparation`).
 """
 
+from entropy_probe.gradients.checkpointing import marked
 from entropy_probe.gradients.engine import unit_gradients
-from entropy_probe.gradients.interface import Storage, UnitGradients
+from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
 from entropy_probe.gradients.plan import Plan, make_plan
+from entropy_probe.gradients.preparation import Preparation, prepare
 from entropy_probe.gradients.reference import loss_gradient
 
-__all__ = ["Plan", "Storage", "UnitGradients", "loss_gradient", "make_plan", "unit_gradients"]
+__all__ = [
+    "Coverage",
+    "Plan",
+    "Preparation",
+    "Storage",
+    "UnitGradients",
+    "loss_gradient",
+    "make_plan",
+    "marked",
+    "prepare",
+    "unit_gradients",
+]

@@ -12,7 +12,7 @@ where :func:`leaked` finds it: nothing is skipped unseen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -122,6 +122,17 @@ class Capture(TorchFunctionMode):
             yield self._leaves
         finally:
             self._leaves, self._collects = before
+
+    def modes(self) -> Callable[[], AbstractContextManager[None]]:
+        """What enters this forward's modes and rows again in the backward (:mod:`~entropy_probe.gradients.checkpointing`)."""
+        strip = self.strip
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self.resumed(), self.over(strip):
+                yield
+
+        return again
 
     @contextmanager
     def resumed(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.batching import Microbatch, microbatches, strips
 from entropy_probe.gradients.capture import Capture, leaked
+from entropy_probe.gradients.checkpointing import checkpointing
 from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import Treatment, fall_back_around, parameter_owners, treated
 from entropy_probe.gradients.products import StreamedDots, stored_dots
 from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
-from entropy_probe.gradients.treatments import choose_treatments
+from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import PaddedResponses, Policy, check_finite, pad_right, sum_over_tokens
 from entropy_probe.progress import Progress, Silent
@@ -43,6 +44,7 @@ def unit_gradients(
     *,
     storage: Storage = Storage.STORED,
     vector_dtype: torch.dtype | None = None,
+    rules: Rules | None = None,
     progress: Progress | None = None,
 ) -> UnitGradients:
     """XS_u and YS_u for every unit, and their dots under P.
@@ -58,17 +60,24 @@ def unit_gradients(
         learning_rates: η by parameter name; dots are kept apart by it.
         storage: keep all vectors (and get the kernel), or stream them in two passes.
         vector_dtype: of stored vectors; None takes the weights', float32 at least.
+        rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
 
     Raises:
-        InputError: no trainable parameter receives a gradient, a score is not finite, or sequences depend on each other.
+        InputError: no trainable parameter receives a gradient, a score is not finite, sequences depend on each other, or the
+            rules are another model's.
     """
     progress = progress if progress is not None else Silent()
     parameters = policy.trainable()
-    chosen = choose_treatments(policy, parameters, batch)
+    if rules is None:
+        rules = prove_rules(policy, batch)
+    else:
+        rules.check(policy)
     shapes = {name: p.shape for name, p in parameters.items()}
     dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
-    run = _Run(policy, batch, units, entropy_coefficients, advantage_coefficients, chosen.treatments, chosen.unproven)
+    run = _Run(
+        policy, batch, units, entropy_coefficients, advantage_coefficients, dict(rules.treatments), rules.unproven
+    )
     parts = run.parts()
     if storage is Storage.STORED:
         vectors = UnitVectors(shapes, len(units.ranges), dtype, policy.device)
@@ -79,16 +88,12 @@ def unit_gradients(
     else:
         vectors = UnitVectors(shapes, run.most_open_units(parts), dtype, policy.device)
         streamed = StreamedDots(preconditioners, learning_rates)
-        for part in progress.track(parts, "unit gradients, first pass", len(parts)):
-            run.backward(part, vectors)
-            for unit in run.closed_by(part, vectors):
-                streamed.add(vectors, unit)
-                vectors.close(unit)
-        for part in progress.track(parts, "unit gradients, second pass", len(parts)):
-            run.backward(part, vectors)
-            for unit in run.closed_by(part, vectors):
-                streamed.contract(vectors, unit)
-                vectors.close(unit)
+        for name, use in (("first", streamed.add), ("second", streamed.contract)):
+            for part in progress.track(parts, f"unit gradients, {name} pass", len(parts)):
+                run.backward(part, vectors)
+                if closed := run.closed_by(part, vectors):
+                    use(vectors, closed)
+                    vectors.close(closed)
         dots = streamed.finish(vectors, units.sizes)
     if not vectors.reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
@@ -99,6 +104,7 @@ def unit_gradients(
         untouched=tuple(name for name in parameters if name not in vectors.reached),
         scores=run.scores,
         coverage=run.coverage(),
+        rules=replace(rules, treatments=run.treatments),
     )
 
 
@@ -169,7 +175,8 @@ class _Run:
         """Add every sequence's gradient of these rows to its unit."""
         if not part.whole and self.entropy is None:
             self._score_ahead(part.rows)
-        if not self._captured_backward(part, vectors):
+        units = {self.unit_of_row[row] for row in part.rows}
+        if (len(units) > 1 and self.fallback) or not self._captured_backward(part, vectors):
             # A parameter that the short rows did not show to be outside of the rules: from here on unit by unit.
             for _, rows in itertools.groupby(part.rows, key=self.unit_of_row.__getitem__):
                 of_unit = list(rows)
@@ -187,7 +194,12 @@ class _Run:
             anchor = torch.zeros((), device=policy.device, requires_grad=True)
             capture = Capture(captured, RULES, anchor, float64=policy.dtype == torch.float64)
             forwards: list[_Forward] = []
-            with capture, treated(capture, self.owners, self.treatments):
+            # The backward is inside too: what it recomputes runs by the same rules.
+            with (
+                capture,
+                treated(capture, self.owners, self.treatments),
+                checkpointing(policy.model, capture.modes),
+            ):
                 for rows in strips(part.rows, self.lengths, self.unit_of_row):
                     lengths = [self.lengths[row] for row in rows]
                     strip = Strip(tuple(self.unit_of_row[row] for row in rows), padded_length(lengths))

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from torch import Tensor
 
+from entropy_probe.gradients.treatments import Rules
 from entropy_probe.u_statistics import UnitDots
 
 
@@ -43,6 +44,8 @@ class UnitGradients:
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
         untouched: trainable parameters that no response reaches (autograd gives None for them).
+        coverage: how parameters got their gradients.
+        rules: for the next call on the same model; None where the backend has none.
     """
 
     dots: Mapping[float, UnitDots]
@@ -50,6 +53,7 @@ class UnitGradients:
     untouched: tuple[str, ...]
     scores: Tensor
     coverage: Coverage = Coverage()
+    rules: Rules | None = None
 
     @property
     def total(self) -> UnitDots:

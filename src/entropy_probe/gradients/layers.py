@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from entropy_probe.gradients.capture import Capture, Rule
 from entropy_probe.gradients.sequences import Strip
+from entropy_probe.language_head import chunk_gradient, chunked_log_probs, position_chunks
 
 
 class _Linear(torch.autograd.Function):
@@ -83,6 +84,52 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None, None, None, None
 
 
+class _ChunkedHead(torch.autograd.Function):
+    """Log-probs of targets from hidden states [n, R, d] through a captured head, a chunk of positions at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        names: tuple[str | None, str | None],
+        capture: Capture,
+        strip: Strip,
+    ) -> Tensor:
+        ctx.temperature, ctx.names, ctx.capture, ctx.strip = temperature, names, capture, strip
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        return chunked_log_probs(hidden, weight, bias, targets, temperature)
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        (weight_name, bias_name), strip, vectors = ctx.names, ctx.strip, ctx.capture.sink
+        d_hidden = torch.empty_like(hidden)
+        for part in position_chunks(targets.shape, len(weight)):
+            d = chunk_gradient(hidden[:, part], weight, bias, targets[:, part], delta[:, part], ctx.temperature)
+            d_hidden[:, part] = d @ weight
+            if weight_name is not None:
+                vectors.add_outer(weight_name, d, hidden[:, part], strip)
+            if bias_name is not None:
+                vectors.add(bias_name, d.sum(1, dtype=vectors.arithmetic), strip)
+        return None, d_hidden, *[None] * 7
+
+
+def _chunked_head(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def read(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float) -> Any:
+        names = (capture.name_of(weight), capture.name_of(bias))
+        if len(hidden) != capture.strip.count or _lost(weight, names[0]) or _lost(bias, names[1]):
+            return NotImplemented
+        cast = _in_autocast(hidden, weight.detach(), None if bias is None else bias.detach())
+        return _ChunkedHead.apply(capture.anchor, *cast, targets, temperature, names, capture, capture.strip)
+
+    return read(*args, **kwargs)
+
+
 def _positions(tensor: Tensor, strip: Strip) -> Tensor:
     """[n, positions, features]."""
     apart = strip.by_sequence(tensor)
@@ -99,12 +146,15 @@ def _in_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(dtype) if t.dtype != torch.float64 else t for t in tensors]
 
 
+def _lost(tensor: Tensor | None, name: str | None) -> bool:
+    """Whether a weight or bias that autograd computed, or a trainable one left to it, would lose its gradient in a rule."""
+    return name is None and tensor is not None and tensor.requires_grad
+
+
 def _affine(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, *, input_first: bool) -> Any:
     names = (capture.name_of(weight), capture.name_of(bias))
-    # A bias or weight that autograd computed, or a trainable one left to it, would lose its gradient here.
-    for tensor, name in ((weight, names[0]), (bias, names[1])):
-        if name is None and tensor is not None and tensor.requires_grad:
-            return NotImplemented
+    if _lost(weight, names[0]) or _lost(bias, names[1]):
+        return NotImplemented
     if x.dim() < 2 or weight.dim() != 2 or capture.strip.by_sequence(x) is None:
         return NotImplemented
     # Detached only now: a cast of the parameter itself would be a node of the graph.
@@ -230,6 +280,7 @@ RULES: dict[Any, Rule] = {
     F.rms_norm: _rms_norm,
     torch.rms_norm: _rms_norm,
     F.conv1d: _conv1d,
+    chunked_log_probs: _chunked_head,
 }
 """By function; ``nn`` modules and PEFT's factors call these with their parameters themselves."""
 

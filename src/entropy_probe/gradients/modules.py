@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from entropy_probe.gradients.capture import Capture
 from entropy_probe.gradients.layers import FUNCTIONAL_MODULES
 from entropy_probe.gradients.sequences import Strip
+from entropy_probe.wrappers import forward_is
 
 
 class Treatment(StrEnum):
@@ -94,25 +95,10 @@ def treated(
             broadcast = {a: names[a] for a, how in chosen.items() if how is Treatment.BROADCAST}
             recompute = {a: names[a] for a, how in chosen.items() if how is Treatment.RECOMPUTE}
             if broadcast:
-                stack.enter_context(_forward_is(module, _broadcasting(module, module.forward, capture, broadcast)))
+                stack.enter_context(forward_is(module, _broadcasting(module, module.forward, capture, broadcast)))
             if recompute:
-                stack.enter_context(_forward_is(module, _recomputing(module, module.forward, capture, recompute)))
+                stack.enter_context(forward_is(module, _recomputing(module, module.forward, capture, recompute)))
         yield
-
-
-@contextmanager
-def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    attributes = vars(module)
-    missing = object()
-    before = attributes.get("forward", missing)
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is missing:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = before
 
 
 @contextmanager

@@ -16,7 +16,7 @@ LEAST_BLOCKS = 16
 """Fewer units than this make error bars too wide to choose BLOCK unasked."""
 
 VECTOR_SHARE = 0.5
-"""The share of the memory that unit vectors may take; the rest is for weights, activations and one unit's gradients."""
+"""The share of the memory that unit vectors may take; the rest is for activations, sums and one unit's gradients."""
 
 
 @dataclass(frozen=True)

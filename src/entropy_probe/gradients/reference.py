@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import InputError
+from entropy_probe.gradients.checkpointing import checkpointing
 from entropy_probe.gradients.interface import Storage, UnitGradients
 from entropy_probe.policy import Policy, check_finite, pad_right
 from entropy_probe.progress import Progress, Silent
@@ -115,7 +116,7 @@ def loss_gradient(
     parameters = policy.trainable()
     totals: dict[str, Tensor] = {}
     parts = list(policy.microbatches(len(responses)))
-    with policy.arithmetic(), torch.enable_grad():
+    with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad():
         for part in progress.track(parts, "linear prediction", len(parts)):
             loss = probe_loss(policy.forward_scores(responses[part]), coefficients[part])
             _add(
@@ -139,7 +140,7 @@ def _two_gradients(
     y_grads: dict[str, Tensor] = {}
     tensors = list(parameters.values())
     starts = [0, *itertools.accumulate(len(r.response_ids) for r in responses)]
-    with policy.arithmetic(), torch.enable_grad():
+    with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad():
         for part in policy.microbatches(len(responses)):
             log_probs = policy.token_log_probs(pad_right(responses[part], policy.device))
             if not log_probs.requires_grad:

@@ -59,6 +59,17 @@ class Strip:
     def mix(self, mixing: Mixing) -> None:
         """Set the coefficients of the next backward."""
         self.mixing[:] = [mixing]
+        vars(self).pop("block_weights", None)
+
+    @cached_property
+    def block_weights(self) -> Tensor:
+        """All units' coefficients at once, block-diagonal: [units · channels, n]."""
+        (mixing,) = self.mixing
+        channels = len(mixing.weights)
+        blocks = mixing.weights.new_zeros((len(self.segments), channels, self.count))
+        for block, segment in zip(blocks, self.segments, strict=True):
+            block[:, segment.rows] = mixing.weights[:, segment.rows]
+        return blocks.flatten(0, 1)
 
     def by_sequence(self, tensor: Tensor) -> Tensor | None:
         """``tensor`` with one leading entry a sequence, [n, …]; None where its rows cannot be told apart.

@@ -1,7 +1,8 @@
 """Which rule serves which parameter, settled by trying: the beginnings of two sequences, the engine beside autograd.
 
 A rule is believed where it gives sequence by sequence what autograd gives for one sequence alone. Where it does not, the next
-slower one is tried, and the fallback in the end. The check runs at every call: a model's code, not its name, decides.
+slower one is tried, and the fallback in the end. A model's code, not its name, decides; who probes one model again and again
+may hand the rules of the first call to the next ones.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.capture import Capture, leaked
+from entropy_probe.gradients.checkpointing import checkpointing
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import (
     Treatment,
@@ -40,20 +42,46 @@ exactly zero, and all of what is computed for it is rounding."""
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Treatments by parameter name, and the names that the short sequences did not reach: their rule is unproven."""
+class Rules:
+    """Which treatment serves which parameter of one model, as :func:`prove_rules` found it.
 
-    treatments: dict[str, Treatment]
+    Attributes:
+        treatments: by parameter name.
+        unproven: names that the short sequences did not reach: a rule is not believed where one of them is met.
+        model: what they were proved for, module by module: rules of another model are refused.
+    """
+
+    treatments: Mapping[str, Treatment]
     unproven: frozenset[str]
+    model: tuple[str, ...]
+
+    def check(self, policy: Policy) -> None:
+        """Refuse to serve another model.
+
+        Raises:
+            InputError: modules, trainable parameters or arithmetic are not those that the rules were proved for.
+        """
+        if self.model != _description(policy):
+            raise InputError(
+                "these rules were proved for another model, other trainable parameters or another arithmetic; leave them out, "
+                "and they are proved anew"
+            )
 
 
-def choose_treatments(policy: Policy, parameters: Mapping[str, nn.Parameter], batch: RolloutBatch) -> Chosen:
-    """The fastest exact treatment of every trainable parameter.
+def _description(policy: Policy) -> tuple[str, ...]:
+    modules = (f"{name} {type(module).__qualname__}" for name, module in policy.model.named_modules())
+    parameters = (f"{name} {tuple(p.shape)}" for name, p in policy.trainable().items())
+    return (*modules, *parameters, f"{policy.dtype} {policy.autocast} {policy.head}")
+
+
+def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
+    """The fastest exact treatment of every trainable parameter, on the beginnings of two of the batch's sequences.
 
     Raises:
         InputError: a sequence's score depends on the other sequences in its batch, or is not finite.
     """
     rows = short_rows(batch)
+    parameters = policy.trainable()
     owners = parameter_owners(policy.model, parameters)
     treatments = {
         name: first_treatment(module, parameters[name]) for module, names in owners.items() for name in names.values()
@@ -76,7 +104,7 @@ def choose_treatments(policy: Policy, parameters: Mapping[str, nn.Parameter], ba
             if not wrong:
                 unproven = frozenset(name for name, gradient in alone.items() if gradient is None)
                 fall_back_around(owners, treatments, unproven)
-                return Chosen(treatments, unproven)
+                return Rules(treatments, unproven, _description(policy))
             for name in wrong:
                 treatments[name] = next_treatment(treatments[name])
 
@@ -118,7 +146,7 @@ def _wrong(
         torch.zeros((), device=policy.device, requires_grad=True),
         float64=policy.dtype == torch.float64,
     )
-    with capture, treated(capture, owners, treatments):
+    with capture, treated(capture, owners, treatments), checkpointing(policy.model, capture.modes):
         with capture.over(strip):
             log_probs = policy.token_log_probs(padded)
         together = sum_over_tokens(log_probs.detach(), padded)[1]

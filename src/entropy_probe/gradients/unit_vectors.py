@@ -56,11 +56,11 @@ class UnitVectors:
             if unit not in self._slot_of:
                 self._slot_of[unit] = self._free.pop(0)
 
-    def close(self, unit: int) -> None:
-        """Take the unit's slot back."""
-        slot = self._slot_of.pop(unit)
-        self._free.append(slot)
-        self._touched = {(name, s, channel) for name, s, channel in self._touched if s != slot}
+    def close(self, units: Iterable[int]) -> None:
+        """Take the units' slots back."""
+        slots = {self._slot_of.pop(unit) for unit in units}
+        self._free = sorted({*self._free, *slots})
+        self._touched = {(name, slot, channel) for name, slot, channel in self._touched if slot not in slots}
 
     def settle(self, units: Iterable[int]) -> None:
         """Zero what no sequence of these units has reached, so that every slot can be read."""
@@ -120,6 +120,18 @@ class UnitVectors:
         """g_i itself: [n, *the parameter's shape]."""
         mixing = self._mixing(strip)
         flat = gradients.flatten(1).to(self.arithmetic)
+        units = [segment.unit for segment in strip.segments]
+        slots = [self._slot_of.get(unit, -1) for unit in units]
+        if slots[0] >= 0 and slots == list(range(slots[0], slots[0] + len(slots))):
+            # Many small parameters: one product with a block-diagonal matrix costs less than one a unit.
+            first = [self._first_touch(name, unit, mixing) for unit in units]
+            if not all(first):
+                for unit, untouched in zip(units, first, strict=True):
+                    if untouched:
+                        self._target(name, unit, mixing).zero_()
+            target = self.values[name][slots[0] : slots[-1] + 1, mixing.channels]
+            _mix(target.view(-1, flat.shape[1]), strip.block_weights, flat, all(first))
+            return
         for segment in self._segments(strip):
             fresh = self._first_touch(name, segment.unit, mixing)
             target = self._target(name, segment.unit, mixing)

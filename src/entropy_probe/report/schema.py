@@ -69,6 +69,22 @@ class UnitsSection:
 
 
 @dataclass(frozen=True)
+class EngineSection:
+    """How the gradients were computed. Every treatment is exact; ``fallback`` and ``recomputed`` cost more.
+
+    ``head`` says where logits were computed (whole, responses, chunked), ``reason`` why, with the responses in a forward;
+    ``fallback_share`` is of the trainable elements.
+    """
+
+    head: str
+    microbatch: int
+    reason: str
+    fallback: list[str]
+    fallback_share: float
+    recomputed: list[str]
+
+
+@dataclass(frozen=True)
 class EntropySection:
     """Ĥ(θ) with its standard error clustered by prompt; per token is Σ over responses divided by the mean length."""
 
@@ -116,7 +132,9 @@ class ConfigSection:
     temperature: float
     dtype: str
     autocast: str | None
-    microbatch_size: int
+    microbatch_size: int | None
+    vector_dtype: str
+    gradient_checkpointing: bool
     memory_bytes: float | None
     device: str
     seed: int
@@ -154,6 +172,7 @@ class Report:
     headline: str
     first_order: FirstOrder
     units: UnitsSection
+    engine: EngineSection
     entropy: EntropySection
     realized: list[RealizedRow]
     warnings: list[Evidence]

@@ -124,11 +124,17 @@ def _realized(report: Report) -> RenderableType:
     return Group(table, *notes)
 
 
+def _coverage(report: Report) -> str:
+    share = report.engine.fallback_share
+    return "by rules" if share == 0.0 else f"{100 * (1 - share):.3g} % by rules"
+
+
 def _facts(report: Report) -> Table:
     units, checkpoint = report.units, report.checkpoint
     return _rows(
         ("units", f"{units.count}", units.reason),
         ("rollouts", f"{units.responses}", f"responses to {units.prompts} prompts, {units.tokens} tokens"),
+        ("gradients", _coverage(report), report.engine.reason),
         ("trainable", f"{checkpoint.parameters:,}", f"parameters, {report.config.dtype}"),
         ("Adam step", str(checkpoint.adam_step), f"names by: {checkpoint.mapping}"),
         ("advantages", str(report.config.advantage), f"length weight {report.config.length_weight}"),
