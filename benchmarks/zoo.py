@@ -37,7 +37,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from entropy_probe.errors import InputError, first_line
 from entropy_probe.float64_mode import Float64Mode
-from entropy_probe.gradients.engine import unit_gradients
+from entropy_probe.gradients import prepare, unit_gradients
+from entropy_probe.language_head import HeadMode
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.units import Units, exact_units
@@ -47,6 +48,9 @@ EXACT = 1e-9
 
 NEGLIGIBLE = 1e-6
 """A parameter whose true gradient is a smaller share of the whole gradient's norm is measured against that share."""
+
+MEMORY = 1e9
+"""Bytes a probe may use here."""
 
 VOCABULARY = 31
 TOKENS = range(3, 25)
@@ -514,6 +518,7 @@ class EngineResult:
     kernel: np.ndarray
     ascent: Mapping[str, Tensor]
     fallback_share: float
+    head: HeadMode
 
 
 def engine(
@@ -523,12 +528,21 @@ def engine(
     advantage_coefficients: Tensor,
     preconditioners: Mapping[str, Tensor],
 ) -> EngineResult:
-    """The engine's kernel and mean update."""
-    rates = dict.fromkeys(preconditioners, 1.0)
-    found = unit_gradients(policy, batch, units, None, advantage_coefficients, preconditioners, rates)
+    """The engine's kernel and mean update, prepared as a probe prepares it."""
+    prepared = prepare(policy, batch, memory_bytes=MEMORY)
+    found = unit_gradients(
+        prepared.applied(policy),
+        batch,
+        units,
+        None,
+        advantage_coefficients,
+        preconditioners,
+        dict.fromkeys(preconditioners, 1.0),
+        rules=prepared.rules,
+    )
     kernel = found.total.kernel
     assert kernel is not None
-    return EngineResult(kernel, found.ascent, found.coverage.fallback_share)
+    return EngineResult(kernel, found.ascent, found.coverage.fallback_share, prepared.head)
 
 
 # --- one family --------------------------------------------------------------------------------------------------------
@@ -641,7 +655,7 @@ def measure(model_type: str) -> Row:
         row = replace(
             row,
             status="fallback" if found.fallback_share > 0 else "rules",
-            notes="; ".join(notes),
+            notes="; ".join([*notes, *(["logits of every position"] if found.head is HeadMode.WHOLE else [])]),
             fallback_share=found.fallback_share,
             kernel_error=kernel_error,
             ascent_error=ascent_error,

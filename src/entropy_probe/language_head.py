@@ -116,7 +116,8 @@ def position_chunks(shape: torch.Size, vocabulary: int) -> Iterator[slice]:
 
 def scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """(hidden Wᵀ + b) / τ in float32, or float64 as it comes."""
-    logits = F.linear(hidden, weight, bias)
+    # Laid out anew: of a slice, F.linear would make a batched product with a copy of the weight a row.
+    logits = F.linear(hidden.contiguous(), weight, bias)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return wide if temperature == 1.0 else wide / temperature
 

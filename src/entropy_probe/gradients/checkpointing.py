@@ -59,16 +59,31 @@ def checkpointing(model: nn.Module, modes: Modes) -> Iterator[None]:
         yield
 
 
+class _Anew(AbstractContextManager[None]):
+    """A context that can be entered again and again: a graph kept for two backwards is recomputed in each."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(self._make())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
+
+
 def _recomputing(original: Callable[..., Any], modes: Modes) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        again = modes()
+        again = _Anew(modes())
         # Dropout is inactive, so no random state needs to come back.
         return checkpoint(
             original,
             *args,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), again()),
+            context_fn=lambda: (nullcontext(), again),
             **kwargs,
         )
 

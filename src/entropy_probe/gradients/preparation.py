@@ -73,8 +73,8 @@ def prepare(
         InputError: see :func:`~entropy_probe.gradients.treatments.prove_rules`.
     """
     rows = head_rows(batch)
-    longest = max(response.length for response in batch.responses)
-    total = sum(response.length for response in batch.responses)
+    lengths = [response.length for response in batch.responses]
+    longest, total = max(lengths), sum(lengths)
     positions = min(total, POSITIONS.get(policy.device.type, MOST_POSITIONS))
     if microbatch_size is not None:
         positions = min(total, microbatch_size * longest)
@@ -86,12 +86,13 @@ def prepare(
     why = "asked for"
     if size is None:
         fit = int(ACTIVATION_SHARE * memory_bytes / (RESERVE * bytes_per_position(chosen, rows)))
-        why = "what fits" if fit < positions else f"about {positions} positions"
-        size = max(1, min(positions, fit) // longest)
-        largest = max(batch.group_sizes)
-        if size < largest and largest * longest <= fit:
-            size, why = largest, "the responses to one prompt"
-    reason = f"{size} responses in a forward ({why}); head: {chosen.head}"
+        # Strips hold rows of similar length, so that rows of mean length tell what a microbatch holds; what must fit, may not.
+        size, why = max(1, positions * len(lengths) // total), f"about {positions} positions"
+        if size * longest > fit:
+            size, why = max(1, min(size, fit // longest)), "what fits"
+        if size < max(batch.group_sizes) <= fit // longest:
+            size, why = max(batch.group_sizes), "the responses to one prompt"
+    reason = f"{size} responses in a forward ({why}), head {chosen.head}"
     if choice.reason is not None:
         reason += f" ({choice.reason})"
     chosen = replace(chosen, microbatch_size=size)

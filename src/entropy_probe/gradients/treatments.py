@@ -7,6 +7,7 @@ may hand the rules of the first call to the next ones.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -93,7 +94,10 @@ def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
         while True:
             active = {name: p for name, p in parameters.items() if treatments[name] is not Treatment.FALLBACK}
             try:
-                wrong = _wrong(policy, active, owners, treatments, rows, score, alone)
+                # A rule that does not fit makes torch warn of what the model's own code never does.
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    wrong = _wrong(policy, active, owners, treatments, rows, score, alone)
             except (RuntimeError, IndexError, TypeError, AssertionError):
                 # A rule broke the model's own code; the model by itself ran in _alone. Slower rules for all but functions,
                 # and if only those are left, none.
