@@ -11,11 +11,11 @@ from torch import nn
 
 import support
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import Storage, UnitGradients, engine, reference, treatments
+from entropy_probe.gradients import Storage, UnitGradients, engine, prepare, reference, treatments
 from entropy_probe.gradients.modules import Treatment, first_treatment
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import Policy
-from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.units import Units, block_units, exact_units
 
 RELATIVE = 1e-11
@@ -152,12 +152,84 @@ def test_a_wrong_rule_is_found_by_the_check_and_replaced(monkeypatch: pytest.Mon
 
 
 def test_a_rule_that_is_wrong_only_later_makes_the_comparison_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: the second microbatch's GEMMs overwrite instead of adding."""
+    """Planted after the rules were proved: the second microbatch's GEMMs overwrite instead of adding."""
     batch = support.random_batch(3, 4)
     model = support.tiny_model("llama-untied", dtype=torch.float64)
-    monkeypatch.setattr(UnitVectors, "_first_touch", lambda self, name, unit, mixing: self.reached.add(name) or True)
+    rules = treatments.prove_rules(Policy(model, 0.8), batch)
+    assert_same(*both(model, batch, exact_units(3), 2, rules=rules))
+    right = UnitVectors._first_touch
+    monkeypatch.setattr(UnitVectors, "_first_touch", lambda self, *rest: right(self, *rest) or True)
+    found, expected = both(model, batch, exact_units(3), 2, rules=rules)
+    assert found.coverage.fallback == ()
+    assert np.abs(found.total.kernel).max() > 0
     with pytest.raises(AssertionError):
-        assert_same(*both(model, batch, exact_units(3), 2))
+        assert_same(found, expected)
+
+
+class OneAtATime(nn.Module):
+    """A language model that refuses batches of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = support.tiny_model("llama-untied", dtype=torch.float64)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
+        if len(input_ids) > 1:
+            raise RuntimeError("one sequence at a time")
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+def test_a_model_that_takes_no_batches_is_refused_in_one_line() -> None:
+    with pytest.raises(InputError, match="not two of different lengths") as caught:
+        both(OneAtATime(), support.random_batch(4, 3), exact_units(4), 6)
+    assert "one sequence at a time" in str(caught.value)
+
+
+class LengthAware(nn.Module):
+    """A language model whose logits follow the padded length of long batches, as dynamic rotary tables do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = support.tiny_model("llama-untied", dtype=torch.float64)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
+        output = self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        output.logits = output.logits * (2.0 if input_ids.shape[1] > 8 else 1.0)
+        return output
+
+
+def test_what_only_real_rows_show_is_refused_too() -> None:
+    batch = support.random_batch(6, 3, longest=12)
+    assert min(r.length for r in batch.responses) <= 8 < max(r.length for r in batch.responses)
+    policy = Policy(LengthAware())
+    treatments.prove_rules(policy, batch)  # short rows do not show it
+    with pytest.raises(InputError, match="depend on each other or on padding"):
+        prepare(policy, batch, memory_bytes=1e9)
+
+
+class Experts(nn.Module):
+    """A language model with a router that sends every third token id, wherever it stands, through a trainable layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = support.tiny_model("llama-untied", dtype=torch.float64)
+        self.expert = nn.Linear(support.VOCABULARY, support.VOCABULARY, bias=False, dtype=torch.float64)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
+        output = self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        flat = output.logits.flatten(0, 1)
+        chosen = ((input_ids % 3 == 0) & (attention_mask == 1)).flatten().nonzero()[:, 0]
+        output.logits = flat.index_add(0, chosen, self.expert(flat[chosen])).view_as(output.logits)
+        return output
+
+
+def test_as_many_rows_as_sequences_are_not_taken_for_sequences() -> None:
+    """Four tokens of four sequences, two of them of one sequence and none of another; the short rows have one each."""
+    answers = ((6, 7, 5, 9, 5), (8, 7, 5), (5, 9, 8), (5, 9, 7))
+    batch = group_rollouts([Rollout(f"p{k // 2}", (4,), ids, float(k % 2)) for k, ids in enumerate(answers)])
+    found, expected = both(Experts(), batch, exact_units(2), 6)
+    assert_same(found, expected)
+    assert found.coverage.fallback == ("expert.weight",)
 
 
 def test_gradients_flags_and_forwards_are_as_they_were() -> None:

@@ -148,6 +148,29 @@ def test_a_head_with_an_adapter_or_a_hook_is_not_chunked() -> None:
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: output)
     assert choose_head(Policy(model), ROWS, chunked=True).policy.head is HeadMode.RESPONSES
     handle.remove()
+    # Nor one whose forward was replaced, which the layer's own weight knows nothing of.
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 2.0 * original(hidden)
+    choice = choose_head(Policy(model), ROWS, chunked=True)
+    assert choice.policy.head is HeadMode.RESPONSES
+    assert vars(model.lm_head)["forward"](torch.ones(1, 1, 16)).shape[-1] == support.VOCABULARY
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_the_chunked_head_in_low_precision_is_the_whole_head(how: str, bias: bool) -> None:
+    """Against whole logits in the same arithmetic: chunks round no other way than a product of other shape does."""
+    dtype, autocast = (torch.bfloat16, None) if how == "bfloat16" else (torch.float32, torch.bfloat16)
+    model = support.tiny_model("phi" if bias else "llama-tied", dtype=dtype, std=0.1)
+    batch = support.random_batch(4, 3)
+    policy = Policy(model, 0.8, microbatch_size=5, autocast=autocast)
+    whole, chunked = (
+        gradients(engine, replace(policy, head=mode), batch) for mode in (HeadMode.WHOLE, HeadMode.CHUNKED)
+    )
+    assert chunked.coverage.fallback == ()
+    assert torch.allclose(chunked.scores, whole.scores, rtol=1e-2)
+    for name, y in whole.ascent.items():
+        assert float((chunked.ascent[name] - y).norm()) <= 0.03 * max(float(y.norm()), 1e-2), name
 
 
 def test_a_model_without_a_head_gives_whole_logits_and_says_so() -> None:

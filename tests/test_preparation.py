@@ -13,6 +13,7 @@ from torch import nn
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
 from entropy_probe.gradients import Storage, engine, prepare, reference, treatments, unit_vectors
+from entropy_probe.gradients.preparation import ACTIVATION_SHARE, RESERVE
 from entropy_probe.gradients.sequences import Mixing, Strip
 from entropy_probe.policy import Policy
 from entropy_probe.units import exact_units
@@ -37,6 +38,17 @@ def test_a_second_probe_takes_over_what_the_first_found(monkeypatch: pytest.Monk
     assert again.report.first_order == first.report.first_order
     with pytest.raises(AssertionError, match="proved again"):
         probe(model, adam, batch)
+    # The microbatch is this batch's own; a head that has not been tried yet is tried.
+    rows = [replace(r, prompt_id=f"{k} {r.prompt_id}") for k in range(3) for r in batch.responses]
+    larger, earlier = support.group_rollouts(rows), first.preparation
+    assert prepare(Policy(model), larger, memory_bytes=1e9, earlier=earlier).microbatch_size == 72
+    assert prepare(Policy(model), larger, memory_bytes=1e9, microbatch_size=3, earlier=earlier).microbatch_size == 3
+    for tried in (
+        lambda: prepare(Policy(model), batch, memory_bytes=2e3, earlier=earlier),
+        lambda: prepare(Policy(model), support.random_batch(4, 3, longest=30), memory_bytes=1e9, earlier=earlier),
+    ):
+        with pytest.raises(AssertionError, match="proved again"):
+            tried()
 
 
 @pytest.mark.parametrize("change", ["frozen", "other family", "float32"])
@@ -56,24 +68,36 @@ def test_what_another_model_found_is_refused(change: str) -> None:
 def test_a_microbatch_holds_what_fits_and_whole_prompts_where_they_do() -> None:
     policy = Policy(support.tiny_model("llama-tied"))
     batch = support.random_batch(6, 4)
-    each = treatments.short_rows(batch)
     longest = max(r.length for r in batch.responses)
-    from entropy_probe.gradients.preparation import ACTIVATION_SHARE, RESERVE, bytes_per_position, head_rows
+    found = prepare(policy, batch, memory_bytes=1e9)
+    row = RESERVE * found.activations.of_row(longest) / ACTIVATION_SHARE
+    constant = RESERVE * found.activations.constant / ACTIVATION_SHARE
 
-    row = RESERVE * bytes_per_position(
-        replace(policy, head=prepare(policy, batch, memory_bytes=1e9).head), head_rows(batch)
-    )
-    assert len(each) == 2
+    def plan(rows: float) -> tuple[int, str]:
+        tight = prepare(policy, batch, memory_bytes=rows * row + constant, earlier=found)
+        return tight.microbatch_size, tight.reason
 
-    def size(rows: float) -> tuple[int, str]:
-        found = prepare(policy, batch, memory_bytes=rows * longest * row / ACTIVATION_SHARE)
-        return found.microbatch_size, found.reason
-
-    assert size(1000)[0] == len(batch.responses)
-    assert size(5.5)[0] == 5
-    assert "what fits" in size(5.5)[1]
-    assert size(0.5)[0] == 1
+    assert plan(1000)[0] == len(batch.responses)
+    assert plan(5.5)[0] == 5
+    assert "what fits" in plan(5.5)[1]
     assert prepare(policy, batch, memory_bytes=1e9, microbatch_size=3).microbatch_size == 3
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_activations_of_a_long_row_follow_from_those_of_short_ones(attention: str) -> None:
+    """Eager attention keeps its matrix, which short rows hardly show: a straight line through them would be far off."""
+    from entropy_probe.gradients import preparation
+
+    model = support.tiny_model("llama-tied")
+    model.set_attn_implementation(attention)
+    policy = Policy(model)
+    rows = support.random_rollouts(2, 2, longest=60)
+    found = preparation.measure_activations(policy, support.group_rollouts(rows))
+    ids = tuple(range(3, 23)) * 20
+    true = preparation._bytes_kept(policy, replace(rows[0], prompt_ids=ids[:1], response_ids=ids[1:]))
+    predicted = found.constant + found.of_row(len(ids))
+    assert predicted == pytest.approx(true, rel=0.1)
+    assert (found.quadratic * len(ids) > 0.5 * found.linear) is (attention == "eager")
 
 
 def test_long_rows_make_microbatches_of_few_positions_but_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,25 +114,26 @@ def test_bfloat16_vectors_take_half_the_memory_and_keep_two_digits(storage: Stor
     policy = Policy(model)
     p = {n: torch.ones_like(q) for n, q in policy.trainable().items()}
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
-    seen: dict[torch.dtype, int] = {}
+    seen: list[int] = []
     original = unit_vectors.uninitialised
 
     def counted(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         made = original(shape, dtype, device)
-        seen[dtype] = seen.get(dtype, 0) + made.numel() * made.itemsize
+        seen[-1] += made.numel() * made.itemsize
         return made
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unit_vectors, "uninitialised", counted)
-        wide, narrow = (
-            engine.unit_gradients(
-                policy, batch, exact_units(6), None, a, p, dict.fromkeys(p, 1.0), storage=storage, vector_dtype=dtype
-            ).total
-            for dtype in (torch.float32, torch.bfloat16)
-        )
+        rules = treatments.prove_rules(policy, batch)
+        found = []
+        for dtype in (torch.float32, torch.bfloat16):
+            seen.append(0)
+            arguments = (policy, batch, exact_units(6), None, a, p, dict.fromkeys(p, 1.0))
+            found.append(engine.unit_gradients(*arguments, storage=storage, vector_dtype=dtype, rules=rules).total)
+        wide, narrow = found
     gap = np.abs(narrow.x_dot_sum - wide.x_dot_sum).max() / np.abs(wide.x_dot_sum).max()
     assert 1e-6 < gap < 2e-2
-    assert 0 < seen[torch.bfloat16] <= seen[torch.float32]
+    assert seen[-1] == seen[-2] / 2 > 0
 
 
 def test_a_bfloat16_models_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,8 +45,9 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def chunkable(head: nn.Module) -> bool:
-    """Whether the head is one linear layer and nothing else: no adapter, no hook."""
-    return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+    """Whether the head is one linear layer and nothing else: no adapter, no hook, no forward put in its place."""
+    hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
+    return type(head) is nn.Linear and not hooks and "forward" not in vars(head)
 
 
 @dataclass(frozen=True)

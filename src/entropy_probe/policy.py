@@ -246,15 +246,19 @@ def choose_head(policy: Policy, rows: Sequence[Rollout], *, chunked: bool) -> He
                 return HeadChoice(
                     policy, f"the model calls its head {len(calls)} times: logits of every position, whole"
                 )
-            gap = float(((found.token_log_probs(padded) - truth).abs() / (1 + truth.abs())).max())
+            modes = [replace(policy, head=HeadMode.CHUNKED)] if chunked and chunkable(head) else []
+            gaps = [
+                float(((p.token_log_probs(padded) - truth).abs() / (1 + truth.abs())).max()) for p in (found, *modes)
+            ]
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             return HeadChoice(policy, f"logits of every position, whole: {first_line(error, 80)}")
-    if not gap <= _head_tolerance(policy):
-        return HeadChoice(policy, f"logits of response positions alone change a log-prob by {gap:.1e} of its size")
+    if not gaps[0] <= _head_tolerance(policy):
+        return HeadChoice(policy, f"logits of response positions alone change a log-prob by {gaps[0]:.1e} of its size")
     if not chunked:
         return HeadChoice(found, None)
     raw = calls[0].logits
-    if not chunkable(head) or raw.shape != logits.shape or not torch.equal(raw.double(), logits.double()):
+    same = raw.shape == logits.shape and torch.equal(raw.double(), logits.double())
+    if not (modes and same and gaps[1] <= _head_tolerance(policy)):
         return HeadChoice(found, "not in chunks: the model's logits are more than one linear layer's output")
     return HeadChoice(replace(policy, head=HeadMode.CHUNKED), None)
 

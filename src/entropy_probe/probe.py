@@ -231,8 +231,9 @@ def _marked_probe(
         memory_bytes=memory,
     )
     with clock.stage("prepare"):
-        if preparation is None:
-            preparation = prepare(policy, batch, memory_bytes=memory, microbatch_size=settings.microbatch_size)
+        preparation = prepare(
+            policy, batch, memory_bytes=memory, microbatch_size=settings.microbatch_size, earlier=preparation
+        )
         policy = preparation.applied(policy)
     with clock.stage("gradients"):
         gradients = unit_gradients(

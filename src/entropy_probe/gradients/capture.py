@@ -62,6 +62,7 @@ class Capture(TorchFunctionMode):
         self._rules = rules
         self._strips: list[Strip] = []
         self._collects = True
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self,
@@ -89,6 +90,14 @@ class Capture(TorchFunctionMode):
         if name is not None:
             self.used.add(name)
         return name
+
+    def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """The parameter's values in another type, cast once for all the strips of a microbatch."""
+        found = self._casts.get(id(parameter))
+        if found is None or found[0] is not parameter:
+            # Held with the tensor, so that its id stays its own.
+            found = self._casts[id(parameter)] = (parameter, parameter.detach().to(dtype))
+        return found[1]
 
     @property
     def strip(self) -> Strip:

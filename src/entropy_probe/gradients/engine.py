@@ -180,8 +180,7 @@ class _Run:
             # A parameter that the short rows did not show to be outside of the rules: from here on unit by unit.
             for _, rows in itertools.groupby(part.rows, key=self.unit_of_row.__getitem__):
                 of_unit = list(rows)
-                whole = self._captured_backward(Microbatch(range(of_unit[0], of_unit[-1] + 1), part.whole), vectors)
-                assert whole, "a parameter left the rules twice"
+                self._captured_backward(Microbatch(range(of_unit[0], of_unit[-1] + 1), part.whole), vectors)
 
     def _captured_backward(self, part: Microbatch, vectors: UnitVectors) -> bool:
         """False, with nothing added, where a parameter turned out to need the fallback and the rows are of several units."""
@@ -216,7 +215,8 @@ class _Run:
                         self._differentiate(forwards, capture, vectors, fallback)
         if not escaped:
             return True
-        # Only now, with this capture gone, may the rows be tried again.
+        # Only now, with this capture and its activations gone, may the rows be tried again.
+        del forwards, capture
         self.treatments.update(dict.fromkeys(escaped, Treatment.FALLBACK))
         fall_back_around(self.owners, self.treatments, self.unproven)
         return single_unit and self._captured_backward(part, vectors)
@@ -232,7 +232,10 @@ class _Run:
     def _record_scores(self, part: Microbatch, forwards: Sequence[_Forward]) -> None:
         for forward in forwards:
             found = sum_over_tokens(forward.log_probs.detach(), forward.padded).cpu()
-            self.scores[list(forward.rows)] = found
+            for row, score in zip(forward.rows, found, strict=True):
+                # The first one found stays: a second pass, or a prompt in pieces, must not mix two roundings of one score.
+                if bool(self.scores[row].isnan()):
+                    self.scores[row] = score
         check_finite(self.scores[part.rows.start : part.rows.stop], self.responses[part.rows.start : part.rows.stop])
 
     def _entropy_of(self, rows: Sequence[int]) -> Tensor:

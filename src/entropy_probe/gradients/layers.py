@@ -109,13 +109,17 @@ class _ChunkedHead(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         (weight_name, bias_name), strip, vectors = ctx.names, ctx.strip, ctx.capture.sink
         d_hidden = torch.empty_like(hidden)
-        for part in position_chunks(targets.shape, len(weight)):
-            d = chunk_gradient(hidden[:, part], weight, bias, targets[:, part], delta[:, part], ctx.temperature)
-            d_hidden[:, part] = d @ weight
-            if weight_name is not None:
-                vectors.add_outer(weight_name, d, hidden[:, part], strip)
-            if bias_name is not None:
-                vectors.add(bias_name, d.sum(1, dtype=vectors.arithmetic), strip)
+        for row in range(strip.count):
+            # A sequence at a time: its positions together fill a chunk, and its unit's vectors are gone over once a chunk.
+            here, single = slice(row, row + 1), strip.single(row)
+            for part in position_chunks(targets[here].shape, len(weight)):
+                h = hidden[here, part]
+                d = chunk_gradient(h, weight, bias, targets[here, part], delta[here, part], ctx.temperature)
+                d_hidden[here, part] = d @ weight
+                if weight_name is not None:
+                    vectors.add_outer(weight_name, d, h, single)
+                if bias_name is not None:
+                    vectors.add(bias_name, d.sum(1, dtype=vectors.arithmetic), single)
         return None, d_hidden, *[None] * 7
 
 
@@ -124,7 +128,7 @@ def _chunked_head(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, 
         names = (capture.name_of(weight), capture.name_of(bias))
         if len(hidden) != capture.strip.count or _lost(weight, names[0]) or _lost(bias, names[1]):
             return NotImplemented
-        cast = _in_autocast(hidden, weight.detach(), None if bias is None else bias.detach())
+        cast = _in_autocast(capture, hidden, weight, bias)
         return _ChunkedHead.apply(capture.anchor, *cast, targets, temperature, names, capture, capture.strip)
 
     return read(*args, **kwargs)
@@ -137,13 +141,17 @@ def _positions(tensor: Tensor, strip: Strip) -> Tensor:
     return apart.flatten(1, -2) if apart.dim() > 2 else apart.unsqueeze(1)
 
 
-def _in_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as autocast would cast them for a GEMM; as they are where it is off."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
+def _in_autocast(
+    capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias as autocast would cast them for a GEMM; as they are where it is off."""
+    # Detached only now: a cast of the parameter itself would be a node of the graph.
+    fixed, shift = weight.detach(), None if bias is None else bias.detach()
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, fixed, shift
     dtype = torch.get_autocast_dtype(device)
-    return [None if t is None else t.to(dtype) if t.dtype != torch.float64 else t for t in tensors]
+    return x.to(dtype), capture.cast(weight, dtype), None if bias is None else capture.cast(bias, dtype)
 
 
 def _lost(tensor: Tensor | None, name: str | None) -> bool:
@@ -155,11 +163,11 @@ def _affine(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, *,
     names = (capture.name_of(weight), capture.name_of(bias))
     if _lost(weight, names[0]) or _lost(bias, names[1]):
         return NotImplemented
-    if x.dim() < 2 or weight.dim() != 2 or capture.strip.by_sequence(x) is None:
+    strip = capture.strip
+    if x.dim() < 2 or weight.dim() != 2 or strip.by_sequence(x) is None:
         return NotImplemented
-    # Detached only now: a cast of the parameter itself would be a node of the graph.
-    cast = _in_autocast(x, weight.detach(), None if bias is None else bias.detach())
-    return _Linear.apply(capture.anchor, *cast, input_first, names, capture, capture.strip)
+    cast = _in_autocast(capture, x, weight, bias)
+    return _Linear.apply(capture.anchor, *cast, input_first, names, capture, strip)
 
 
 def _linear(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -128,6 +128,8 @@ def _broadcasting(
         try:
             with _with_parameters(module, tensors):
                 return original(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, ValueError, IndexError):
             # Not a broadcast after all: with the parameters themselves, which autograd's graph will then show.
             return original(*args, **kwargs)

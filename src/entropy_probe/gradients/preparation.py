@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from entropy_probe.gradients.checkpointing import checkpointing
-from entropy_probe.gradients.treatments import Rules, prove_rules, short_rows
+from entropy_probe.gradients.treatments import Rules, check_real_rows, prove_rules, short_rows
 from entropy_probe.language_head import HeadMode
 from entropy_probe.policy import Policy, choose_head, input_limits, pad_right
 from entropy_probe.rollouts import Rollout, RolloutBatch
@@ -33,8 +34,27 @@ costs more than the arithmetic (benchmarks/RESULTS.md)."""
 MOST_POSITIONS = 16384
 """The same elsewhere: enough to fill an accelerator."""
 
+TRIED = 128
+"""Positions of the longest row that is measured."""
+
 RESERVE = 2.0
 """Activations held beside those saved for the backward (the widest layer's own), as a factor."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that autograd keeps for the backward: constant + n (linear L + quadratic L²) for n rows of L positions.
+
+    The constant is weights cast by autocast; the quadratic part attention that keeps its matrix.
+    """
+
+    constant: float
+    linear: float
+    quadratic: float
+
+    def of_row(self, length: int) -> float:
+        """Bytes a row."""
+        return max(1.0, self.linear * length + self.quadratic * length**2)
 
 
 @dataclass(frozen=True)
@@ -43,14 +63,22 @@ class Preparation:
 
     Attributes:
         head: where logits are computed.
-        microbatch_size: responses in one forward.
+        head_reason: why it is not the one that was wanted, or None.
+        chunked: whether logits were too large to stand in memory.
+        activations: what autograd keeps for the backward.
+        longest: positions of the longest row that was tried.
         rules: which rule serves which parameter.
+        microbatch_size: responses in one forward of this batch.
         reason: the choices in words.
     """
 
     head: HeadMode
-    microbatch_size: int
+    head_reason: str | None
+    chunked: bool
+    activations: Activations
+    longest: int
     rules: Rules
+    microbatch_size: int
     reason: str
 
     def applied(self, policy: Policy) -> Policy:
@@ -59,7 +87,12 @@ class Preparation:
 
 
 def prepare(
-    policy: Policy, batch: RolloutBatch, *, memory_bytes: float, microbatch_size: int | None = None
+    policy: Policy,
+    batch: RolloutBatch,
+    *,
+    memory_bytes: float,
+    microbatch_size: int | None = None,
+    earlier: Preparation | None = None,
 ) -> Preparation:
     """Choose the head and the microbatch by memory, and prove the rules.
 
@@ -68,11 +101,12 @@ def prepare(
         batch: the rollouts; the beginnings of two of its sequences are what is tried.
         memory_bytes: what the probe may use.
         microbatch_size: responses in one forward, or None for what fits.
+        earlier: of this very model. What it found holds unless this batch asks for another head or has longer rows; the
+            microbatch is planned anew.
 
     Raises:
-        InputError: see :func:`~entropy_probe.gradients.treatments.prove_rules`.
+        InputError: see :func:`~entropy_probe.gradients.treatments.prove_rules`; or ``earlier`` is another model's.
     """
-    rows = head_rows(batch)
     lengths = [response.length for response in batch.responses]
     longest, total = max(lengths), sum(lengths)
     positions = min(total, POSITIONS.get(policy.device.type, MOST_POSITIONS))
@@ -80,23 +114,33 @@ def prepare(
         positions = min(total, microbatch_size * longest)
     vocabulary, _ = input_limits(policy.model)
     logits = 0.0 if vocabulary is None else float(LOGIT_BYTES * vocabulary * max(positions, longest))
-    choice = choose_head(policy, rows, chunked=logits > LOGIT_SHARE * memory_bytes)
-    chosen = choice.policy
-    size = microbatch_size
-    why = "asked for"
+    chunked = logits > LOGIT_SHARE * memory_bytes
+    if earlier is not None:
+        earlier.rules.check(earlier.applied(policy))
+    if earlier is not None and earlier.chunked is chunked and not chunked and longest <= earlier.longest:
+        found = earlier
+    else:
+        # Chunks leave out whatever has come to stand behind the head since, so they are tried at every call.
+        choice = choose_head(policy, head_rows(batch), chunked=chunked)
+        chosen = choice.policy
+        rules = prove_rules(chosen, batch)
+        check_real_rows(chosen, batch)
+        kept = measure_activations(chosen, batch)
+        found = Preparation(chosen.head, choice.reason, chunked, kept, longest, rules, 1, "")
+    size, why = microbatch_size, "asked for"
     if size is None:
-        fit = int(ACTIVATION_SHARE * memory_bytes / (RESERVE * bytes_per_position(chosen, rows)))
+        room = ACTIVATION_SHARE * memory_bytes / RESERVE - found.activations.constant
+        fit = int(room / found.activations.of_row(longest))
         # Strips hold rows of similar length, so that rows of mean length tell what a microbatch holds; what must fit, may not.
         size, why = max(1, positions * len(lengths) // total), f"about {positions} positions"
-        if size * longest > fit:
-            size, why = max(1, min(size, fit // longest)), "what fits"
-        if size < max(batch.group_sizes) <= fit // longest:
+        if size > fit:
+            size, why = max(1, fit), "what fits"
+        if size < max(batch.group_sizes) <= fit:
             size, why = max(batch.group_sizes), "the responses to one prompt"
-    reason = f"{size} responses in a forward ({why}), head {chosen.head}"
-    if choice.reason is not None:
-        reason += f" ({choice.reason})"
-    chosen = replace(chosen, microbatch_size=size)
-    return Preparation(chosen.head, size, prove_rules(chosen, batch), reason)
+    reason = f"{size} responses in a forward ({why}), head {found.head}"
+    if found.head_reason is not None:
+        reason += f" ({found.head_reason})"
+    return replace(found, microbatch_size=size, reason=reason)
 
 
 def head_rows(batch: RolloutBatch) -> tuple[Rollout, Rollout]:
@@ -107,9 +151,23 @@ def head_rows(batch: RolloutBatch) -> tuple[Rollout, Rollout]:
     return first, replace(second, prompt_ids=ids[:split], response_ids=ids[split:])
 
 
-def bytes_per_position(policy: Policy, rows: tuple[Rollout, ...]) -> float:
-    """What autograd keeps for the backward, parameters apart, by position: measured on these rows."""
-    padded = pad_right(rows, policy.device)
+def measure_activations(policy: Policy, batch: RolloutBatch) -> Activations:
+    """Measured on the longest row, cut to three lengths of at most ``TRIED`` positions; a parabola goes through them."""
+    ids = max(((*r.prompt_ids, *r.response_ids) for r in batch.responses), key=len)
+    longest = min(len(ids), TRIED)
+    lengths = sorted({max(2, longest // 4), max(2, longest // 2), longest})
+    kept = [_bytes_kept(policy, Rollout("row", ids[:1], ids[1:length], 0.0)) for length in lengths]
+    if len(lengths) < 3:
+        return Activations(0.0, kept[-1] / lengths[-1], 0.0)
+    quadratic, linear, constant = (float(c) for c in np.polyfit(lengths, kept, 2))
+    if quadratic < 0.0:
+        linear, constant = (float(c) for c in np.polyfit(lengths, kept, 1))
+    return Activations(max(0.0, constant), max(0.0, linear), max(0.0, quadratic))
+
+
+def _bytes_kept(policy: Policy, row: Rollout) -> float:
+    """What autograd keeps of one row, parameters apart."""
+    padded = pad_right([row], policy.device)
     owned = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -122,4 +180,4 @@ def bytes_per_position(policy: Policy, rows: tuple[Rollout, ...]) -> float:
     keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad(), keeping:
         policy.token_log_probs(padded)
-    return max(1.0, sum(kept.values()) / padded.input_ids.numel())
+    return float(sum(kept.values()))

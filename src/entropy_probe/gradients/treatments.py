@@ -7,6 +7,7 @@ may hand the rules of the first call to the next ones.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.errors import InputError
+from entropy_probe.errors import InputError, first_line
 from entropy_probe.gradients.capture import Capture, leaked
-from entropy_probe.gradients.checkpointing import checkpointing
+from entropy_probe.gradients.checkpointing import checkpointed_layers, checkpointing
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import (
     Treatment,
@@ -72,7 +73,8 @@ class Rules:
 def _description(policy: Policy) -> tuple[str, ...]:
     modules = (f"{name} {type(module).__qualname__}" for name, module in policy.model.named_modules())
     parameters = (f"{name} {tuple(p.shape)}" for name, p in policy.trainable().items())
-    return (*modules, *parameters, f"{policy.dtype} {policy.autocast} {policy.head}")
+    marks = len(checkpointed_layers(policy.model))
+    return (*modules, *parameters, f"{policy.dtype} {policy.autocast} {policy.head} {marks} layers checkpointed")
 
 
 def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
@@ -98,7 +100,14 @@ def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     wrong = _wrong(policy, active, owners, treatments, rows, score, alone)
-            except (RuntimeError, IndexError, TypeError, AssertionError):
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, IndexError, TypeError, AssertionError) as error:
+                if not active:
+                    raise InputError(
+                        f"the model scores one sequence but not two of different lengths ({first_line(error, 120)}); "
+                        "the probe needs a batch padded on the right"
+                    ) from error
                 # A rule broke the model's own code; the model by itself ran in _alone. Slower rules for all but functions,
                 # and if only those are left, none.
                 wrong = [name for name in active if treatments[name] is not Treatment.FUNCTION] or list(active)
@@ -114,11 +123,40 @@ def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
 
 
 def short_rows(batch: RolloutBatch) -> tuple[Rollout, Rollout]:
-    """The first four tokens of the longest sequence, and the first three of the one that differs most from it early on."""
-    sequences = [(*r.prompt_ids, *r.response_ids) for r in batch.responses]
+    """Four tokens of the longest response and three of the one that differs most from it early on, the prompt's last one first.
+
+    Response tokens alone are scored: a model may give some tokens of a prompt (images, reserved ids) no probability at all.
+    """
+    sequences = [(r.prompt_ids[-1], *r.response_ids) for r in batch.responses]
     longest = max(sequences, key=len)[:4]
     other = max(sequences, key=lambda ids: sum(a != b for a, b in zip(ids[:3], longest, strict=False)))[:3]
     return Rollout("a", longest[:1], longest[1:], 0.0), Rollout("b", other[:1], other[1:], 0.0)
+
+
+def check_real_rows(policy: Policy, batch: RolloutBatch) -> None:
+    """The shortest response scores the same beside the longest as alone: what short rows cannot show.
+
+    Rotary tables that follow the padded length, or experts whose capacity a few tokens never fill, couple real rows only.
+
+    Raises:
+        InputError: it does not.
+    """
+    rows = sorted(batch.responses, key=lambda r: r.length)
+    if rows[0].length == rows[-1].length:
+        rows = [rows[0], next((r for r in rows if r.response_ids != rows[0].response_ids), rows[-1])]
+    pair = (rows[0], rows[-1])
+    with torch.no_grad(), policy.arithmetic():
+        alone, together = (float(policy.forward_scores(part)[0]) for part in (pair[:1], pair))
+    if math.isfinite(alone) and not abs(together - alone) <= _tolerance(policy) * max(1.0, abs(alone)):
+        raise InputError(_depend(alone, together))
+
+
+def _depend(alone: float, together: float) -> str:
+    return (
+        f"a sequence scores {alone:.9g} nats alone and {together:.9g} beside another: in this model sequences of a batch "
+        "depend on each other or on padding (expert capacity, batch statistics, rotary tables that follow the batch's length, "
+        "attention that is not causal), so a response has no gradient of its own; switch that off"
+    )
 
 
 def _alone(
@@ -159,11 +197,7 @@ def _wrong(
             changing = (Treatment.BROADCAST, Treatment.RECOMPUTE)
             if suspects := [name for name in parameters if treatments[name] in changing]:
                 return suspects  # a rule may have changed what the model computes
-            raise InputError(
-                f"a sequence scores {float(score):.9g} nats alone and {float(together):.9g} beside another: in this model "
-                "sequences of a batch depend on each other or on padding (expert capacity, batch statistics, attention that "
-                "is not causal), so a response has no gradient of its own; switch that off"
-            )
+            raise InputError(_depend(float(score), float(together)))
         if not log_probs.requires_grad:
             return []
         escaped = leaked([log_probs], parameters)

@@ -114,7 +114,14 @@ class UnitVectors:
             where = indices[segment.rows].flatten()
             for channel, weights in enumerate(mixing.weights[:, segment.rows]):
                 weighted = (values[segment.rows] * weights[:, None, None]).flatten(0, 1)
-                target[channel].view(-1, columns).index_add_(0, where, weighted.to(target.dtype))
+                table = target[channel].view(-1, columns)
+                if target.dtype == self.arithmetic:
+                    table.index_add_(0, where, weighted.to(target.dtype))
+                else:
+                    # A token that comes again and again is summed before it is rounded.
+                    rows, places = where.unique(return_inverse=True)
+                    summed = torch.zeros((len(rows), columns), dtype=self.arithmetic, device=target.device)
+                    table[rows] += summed.index_add_(0, places, weighted.to(self.arithmetic)).to(target.dtype)
 
     def add(self, name: str, gradients: Tensor, strip: Strip) -> None:
         """g_i itself: [n, *the parameter's shape]."""
