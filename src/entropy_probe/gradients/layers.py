@@ -268,7 +268,9 @@ def _conv1d(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         if bias is not None:
             shift_name = capture.name_of(bias)
             shift = (
-                bias.expand(strip.count, -1) if shift_name is None else capture.leaf(shift_name, bias, input[..., 0])
+                bias.expand(strip.count, -1)
+                if shift_name is None
+                else capture.leaf(shift_name, bias, input.transpose(1, 2))
             )
             assert shift is not None
             shift = shift.flatten()
