@@ -75,8 +75,8 @@ class Strip:
         """``tensor`` with one leading entry a sequence, [n, …]; None where its rows cannot be told apart.
 
         Taken as told apart: a leading n (the length is never n, see :func:`padded_length`), a flattened n · L, and anything at
-        all where there is one sequence. Not a matrix of n rows of features: a router may have picked as many tokens as there are
-        sequences, from wherever it liked.
+        all where there is one sequence. Not a matrix of n rows of features: a router may have picked as many tokens as there
+        are sequences, from wherever it liked.
         """
         picked = tensor.dim() == 2 and tensor.is_floating_point() and self.count > 1
         if tensor.dim() and tensor.shape[0] == self.count and not picked:
