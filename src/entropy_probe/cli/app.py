@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from entropy_probe.checkpoints import load_model
 from entropy_probe.cli.bar import TerminalProgress
 from entropy_probe.cli.inspection import print_inspection
-from entropy_probe.cli.options import Autocast, Device, DType, Vectors
+from entropy_probe.cli.options import Autocast, Device, DType
 from entropy_probe.demo import demo_files
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
@@ -113,7 +113,7 @@ def run(
         ),
     ] = None,
     vectors: Annotated[
-        Vectors | None,
+        DType | None,
         typer.Option(help="Type of stored unit vectors; default: that of the weights, float32 at least."),
     ] = None,
     gradient_checkpointing: Annotated[

@@ -17,7 +17,7 @@ TORCH_DTYPES = {
 
 
 class DType(StrEnum):
-    """Type of weights and arithmetic."""
+    """Type of weights and arithmetic, or of vectors."""
 
     FLOAT32 = "float32"
     FLOAT64 = "float64"
@@ -34,19 +34,6 @@ class Autocast(StrEnum):
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The torch type."""
-        return TORCH_DTYPES[self.value]
-
-
-class Vectors(StrEnum):
-    """Type of stored unit vectors."""
-
-    FLOAT32 = "float32"
-    FLOAT64 = "float64"
-    BFLOAT16 = "bfloat16"
 
     @property
     def torch_dtype(self) -> torch.dtype:
