@@ -127,11 +127,11 @@ def test_a_probe_that_fails_at_any_forward_leaves_everything_as_it_was(
 @pytest.mark.parametrize(
     "target",
     [
-        "entropy_probe.gradients.reference.probe_loss",
+        "entropy_probe.gradients.contractions:Contractions.add_outer",
         "entropy_probe.probe.cross_statistics",
         "torch:Tensor.double",
         "entropy_probe.realized.entropy_change",
-        "entropy_probe.realized.optimizer_step",
+        "entropy_probe.probe.optimizer_step",
         "entropy_probe.probe.assemble_report",
         "torch.autograd.grad",
     ],

@@ -88,13 +88,13 @@ def test_mode_and_length_weight_of_the_settings_are_those_of_the_probe() -> None
 
 def test_the_linear_term_is_taken_in_the_arithmetic_of_the_realised_change(monkeypatch: pytest.MonkeyPatch) -> None:
     module, seen = importlib.import_module("entropy_probe.probe"), []
-    original = module.loss_gradient
+    original = module.response_dots
 
     def spy(policy: Any, *arguments: Any, **named: Any) -> Any:
         seen.append(policy.autocast)
         return original(policy, *arguments, **named)
 
-    monkeypatch.setattr(module, "loss_gradient", spy)
+    monkeypatch.setattr(module, "response_dots", spy)
     live(dtype=torch.float32, autocast=torch.bfloat16)
     assert seen == [None]
 

@@ -16,10 +16,10 @@ import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
 from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.adam_step import preconditioned_step
-from entropy_probe.gradients import Storage, loss_gradient, reference, unit_gradients
+from entropy_probe.gradients import Storage, loss_gradient, reference, response_dots, unit_gradients
 from entropy_probe.importance_sampling import entropy_change, linear_weights
 from entropy_probe.policy import Policy, check_fits
-from entropy_probe.realized import realize_preconditioned_step, rounding_noise
+from entropy_probe.realized import Step, realize, rounding_noise
 from entropy_probe.units import Mode, block_units, exact_units
 from entropy_probe.virtual_step import at_least_float32, virtual_step
 
@@ -33,8 +33,10 @@ def test_the_floor_is_the_largest_of_eight_gaps_and_the_norm_is_the_whole_steps(
     linear = loss_gradient(policy, batch.responses, torch.from_numpy(linear_weights(scores, batch.group_sizes)))
     p = Preconditioners(adam)
     rates = dict.fromkeys(p, 1e-3)
-    found = realize_preconditioned_step(policy, batch, scores, linear, linear, p, rates)
     deltas = preconditioned_step(linear, p, rates)
+    changes = response_dots(policy, batch, [deltas])[:, 0].numpy()
+    found = realize(policy, batch, scores, Step("preconditioned", "virtual", deltas), changes)
+    assert found.predicted == pytest.approx(sum(float((linear[n] * d).sum()) for n, d in deltas.items()), rel=1e-5)
     gaps = []
     generator = torch.Generator().manual_seed(0)
     for factor in np.geomspace(1e-8, 1e-6, 8):

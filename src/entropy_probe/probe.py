@@ -18,14 +18,23 @@ from torch import Tensor, nn
 
 from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamState, Preconditioners, validate_preconditioner
+from entropy_probe.adam_step import optimizer_step, preconditioned_step
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import Preparation, loss_gradient, make_plan, marked, prepare, unit_gradients
-from entropy_probe.importance_sampling import linear_weights
+from entropy_probe.gradients import (
+    Preparation,
+    Rules,
+    UnitGradients,
+    make_plan,
+    marked,
+    prepare,
+    response_dots,
+    unit_gradients,
+)
 from entropy_probe.policy import Policy, check_finite, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
-from entropy_probe.realized import RealizedChange, realize_optimizer_step, realize_preconditioned_step
+from entropy_probe.realized import RealizedChange, Step, realize
 from entropy_probe.report import CheckpointSection, ConfigSection, Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import (
@@ -137,8 +146,10 @@ def probe_checkpoint(
             seed=settings.seed,
         )
         check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
-    facts = describe_checkpoint(loaded)
-    return _probe(loaded.model, loaded.adam, batch, settings, facts, loaded.mapping.rivals, clock, progress, rollouts)
+    subject = _Subject(
+        loaded.model, loaded.adam, batch, describe_checkpoint(loaded), loaded.mapping.rivals, str(rollouts)
+    )
+    return _probe(subject, settings, clock, progress or Silent(), None)
 
 
 def probe(
@@ -174,40 +185,33 @@ def probe(
     test = validate_preconditioner(adam, shapes, seed=settings.seed)
     check_fits(batch, *input_limits(model))
     settings = replace(settings, dtype=next(model.parameters()).dtype)
-    facts = describe_model(model, adam, test)
-    return _probe(model, adam, batch, settings, facts, (), Clock(), progress, preparation=preparation)
+    subject = _Subject(model, adam, batch, describe_model(model, adam, test), (), None)
+    return _probe(subject, settings, Clock(), progress or Silent(), preparation)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is probed, and what the report says of where it came from."""
+
+    model: nn.Module
+    adam: AdamState
+    batch: RolloutBatch
+    facts: CheckpointSection
+    rivals: tuple[str, ...]
+    rollouts: str | None
 
 
 def _probe(
-    model: nn.Module,
-    adam: AdamState,
-    batch: RolloutBatch,
-    settings: Settings,
-    facts: CheckpointSection,
-    rivals: tuple[str, ...],
-    clock: Clock,
-    progress: Progress | None,
-    rollouts: Path | None = None,
-    preparation: Preparation | None = None,
+    subject: _Subject, settings: Settings, clock: Clock, progress: Progress, preparation: Preparation | None
 ) -> ProbeResult:
-    with marked(model) if settings.gradient_checkpointing else nullcontext():
-        return _marked_probe(
-            model, adam, batch, settings, facts, rivals, clock, progress or Silent(), rollouts, preparation
-        )
+    with marked(subject.model) if settings.gradient_checkpointing else nullcontext():
+        return _probe_as_marked(subject, settings, clock, progress, preparation)
 
 
-def _marked_probe(
-    model: nn.Module,
-    adam: AdamState,
-    batch: RolloutBatch,
-    settings: Settings,
-    facts: CheckpointSection,
-    rivals: tuple[str, ...],
-    clock: Clock,
-    progress: Progress,
-    rollouts: Path | None,
-    preparation: Preparation | None,
+def _probe_as_marked(
+    subject: _Subject, settings: Settings, clock: Clock, progress: Progress, preparation: Preparation | None
 ) -> ProbeResult:
+    model, adam, batch = subject.model, subject.adam, subject.batch
     policy = Policy(model, batch.temperature, autocast=settings.autocast)
     trainable = policy.trainable()
     if not trainable:
@@ -253,7 +257,8 @@ def _marked_probe(
     statistics = cross_statistics(gradients.total)
 
     with clock.stage("realized"):
-        realized = realize(policy, batch, scores, gradients.ascent, p, rates, adam, progress)
+        preparation = replace(preparation, rules=gradients.rules or preparation.rules)
+        realized = realize_steps(policy, batch, gradients, p, rates, adam, preparation.rules, progress)
     # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
     step_statistics = cross_statistics(gradients.step_weighted)
 
@@ -262,9 +267,9 @@ def _marked_probe(
         *diagnostics.interval_warnings(statistics, step_statistics.ci95_of_minus),
         *diagnostics.advantage_warnings(advantages, batch.group_sizes),
         *diagnostics.on_policy_warnings(batch, scores),
-        *diagnostics.pairing_warnings(batch, facts.trainer_step, settings.length_weight),
+        *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, settings.length_weight),
         *diagnostics.end_token_warnings(batch, end_token_ids(model)),
-        *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, rivals),
+        *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals),
         *diagnostics.coverage_warnings(gradients.coverage),
         *diagnostics.realized_warnings(realized),
     ]
@@ -281,7 +286,7 @@ def _marked_probe(
             mode=settings.mode,
             blocks=settings.blocks,
             estimator=settings.estimator,
-            rollouts=None if rollouts is None else str(rollouts),
+            rollouts=subject.rollouts,
             advantage=rule,
             length_weight=settings.length_weight,
             max_completion_length=settings.max_completion_length,
@@ -296,35 +301,43 @@ def _marked_probe(
             device=str(policy.device),
             seed=settings.seed,
         ),
-        checkpoint=facts,
+        checkpoint=subject.facts,
         preparation=preparation,
         coverage=gradients.coverage,
         timing=clock.seconds(),
     )
-    preparation = replace(preparation, rules=gradients.rules or preparation.rules)
     return ProbeResult(report, gradients.total.kernel, preparation)
 
 
-def realize(
+def realize_steps(
     policy: Policy,
     batch: RolloutBatch,
-    scores: Tensor,
-    ascent: Mapping[str, Tensor],
+    gradients: UnitGradients,
     p: Mapping[str, Tensor],
     rates: Mapping[str, float],
     adam: AdamState,
+    rules: Rules,
     progress: Progress,
 ) -> list[RealizedChange]:
     """The preconditioned step, then the optimizer's own, each with its linear term, in float32 or better."""
     exact_policy = replace(policy, autocast=None)
     same_arithmetic = policy.autocast is None and not below_float32(policy.model)
     with at_least_float32(policy.model):
-        before = (scores if same_arithmetic else finite_scores(exact_policy, batch, progress)).numpy()
-        weights = torch.from_numpy(linear_weights(before, batch.group_sizes))
-        linear = loss_gradient(exact_policy, batch.responses, weights, progress=progress)
+        before = gradients.scores if same_arithmetic else finite_scores(exact_policy, batch, progress)
+        steps = [
+            Step("preconditioned", "virtual", preconditioned_step(gradients.ascent, p, rates)),
+            Step("adamw", "clone", optimizer_step(policy.trainable(), adam, gradients.ascent)),
+        ]
+        changes = response_dots(
+            exact_policy,
+            batch,
+            [step.deltas for step in steps],
+            rules=rules if same_arithmetic else None,
+            progress=progress,
+        ).numpy()
         return [
-            realize_preconditioned_step(exact_policy, batch, before, linear, ascent, p, rates, progress=progress),
-            realize_optimizer_step(exact_policy, batch, before, linear, ascent, adam, progress=progress),
+            realize(exact_policy, batch, before.numpy(), step, changes[:, k], progress=progress)
+            for k, step in enumerate(steps)
         ]
 
 

@@ -1,8 +1,7 @@
 """The realised entropy change: take the step, score the same responses again, compare with the linear prediction.
 
-Two steps are realised, each beside its own prediction: the preconditioned-gradient step that δH₁ describes, virtually on
-the live model, and the optimizer's real step, on clones of its parameters. The numerical floor says below which size a ΔH
-is rounding.
+Each step (:mod:`~entropy_probe.adam_step` makes them) is realised beside its own prediction. The numerical floor says below
+which size a ΔH is rounding.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.adam_step import optimizer_step, preconditioned_step
 from entropy_probe.errors import InputError
-from entropy_probe.importance_sampling import EntropyChange, entropy_change
+from entropy_probe.importance_sampling import EntropyChange, entropy_change, linear_weights
 from entropy_probe.policy import Policy
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
@@ -45,67 +42,39 @@ class RealizedChange:
     step_norm: float
 
 
-def realize_preconditioned_step(
+@dataclass(frozen=True)
+class Step:
+    """Δθ by parameter name, what it is called, and how it was made (``virtual``, or a real one on a ``clone``)."""
+
+    name: str
+    method: str
+    deltas: Mapping[str, Tensor]
+
+
+def realize(
     policy: Policy,
     batch: RolloutBatch,
     scores: FloatArray,
-    linear: Mapping[str, Tensor],
-    ascent: Mapping[str, Tensor],
-    preconditioners: Mapping[str, Tensor],
-    learning_rates: Mapping[str, float],
+    step: Step,
+    score_changes: FloatArray,
     *,
     progress: Progress | None = None,
 ) -> RealizedChange:
-    """Δθ = η P Ȳ as a virtual step on the live model, which is itself again afterwards, bit for bit.
+    """Take the step virtually on the live model, which is itself again afterwards, bit for bit, and score its responses.
+
+    A step that an optimizer took on clones is rounded to the clones' very values.
 
     Args:
         policy: the model at θ, weights in float32 or better.
         batch: the rollouts whose tokens are scored again.
         scores: S at θ by this very policy, [N].
-        linear: ∇ Σ p_i S_i by name (:func:`entropy_probe.importance_sampling.linear_weights`).
-        ascent: Ȳ by name.
-        preconditioners: P by name.
-        learning_rates: η by name.
+        step: Δθ.
+        score_changes: dS_i = ∇S_i · Δθ, [N] (:func:`entropy_probe.gradients.response_dots`).
         progress: told of every forward of the numerical floor.
 
     Raises:
         InputError: the step is so large that a log-probability is not finite after it.
     """
-    deltas = preconditioned_step(ascent, preconditioners, learning_rates)
-    return _realize("preconditioned", "virtual", policy, batch, scores, linear, deltas, progress)
-
-
-def realize_optimizer_step(
-    policy: Policy,
-    batch: RolloutBatch,
-    scores: FloatArray,
-    linear: Mapping[str, Tensor],
-    ascent: Mapping[str, Tensor],
-    state: AdamState,
-    *,
-    progress: Progress | None = None,
-) -> RealizedChange:
-    """A real ``torch.optim`` step (momentum, fresh gradient, weight decay; no clipping), taken on clones of the parameters.
-
-    The responses are scored under it on the live model, as a virtual step, which rounds to the clones' very values.
-
-    Raises:
-        InputError: the step is so large that a log-probability is not finite after it.
-    """
-    deltas = optimizer_step(policy.trainable(), state, ascent)
-    return _realize("adamw", "clone", policy, batch, scores, linear, deltas, progress)
-
-
-def _realize(
-    step: str,
-    method: str,
-    policy: Policy,
-    batch: RolloutBatch,
-    scores: FloatArray,
-    linear: Mapping[str, Tensor],
-    deltas: Mapping[str, Tensor],
-    progress: Progress | None,
-) -> RealizedChange:
     progress = progress if progress is not None else Silent()
 
     def scores_under(moves: Mapping[str, Tensor]) -> FloatArray:
@@ -113,23 +82,23 @@ def _realize(
             found: FloatArray = policy.scores(batch.responses).numpy()
             return found
 
-    scores_after = scores_under(deltas)
+    scores_after = scores_under(step.deltas)
     if not np.isfinite(scores_after).all():
         raise InputError(
-            f"after the {step} step a log-probability is {scores_after[~np.isfinite(scores_after)][0]}: the step leaves the "
-            "range of the number type; give a smaller learning rate"
+            f"after the {step.name} step a log-probability is {scores_after[~np.isfinite(scores_after)][0]}: the step leaves "
+            "the range of the number type; give a smaller learning rate"
         )
-    predicted = directional_derivative(linear, deltas)
+    predicted = float(linear_weights(scores, batch.group_sizes) @ score_changes)
     floor = 0.0
     parameters = policy.trainable()
     generator = torch.Generator().manual_seed(0)
-    for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step} step", len(FLOOR_FACTORS)):
-        rounded = {name: factor * d + rounding_noise(parameters[name], generator) for name, d in deltas.items()}
+    for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step.name} step", len(FLOOR_FACTORS)):
+        rounded = {name: factor * d + rounding_noise(parameters[name], generator) for name, d in step.deltas.items()}
         tiny = entropy_change(scores, scores_under(rounded), batch.group_sizes)
         floor = max(floor, abs(tiny.delta_h - factor * predicted))
-    norm = float(torch.sqrt(sum((delta.double() ** 2).sum() for delta in deltas.values()) + torch.tensor(0.0)))
+    norm = float(torch.sqrt(sum((delta.double() ** 2).sum() for delta in step.deltas.values()) + torch.tensor(0.0)))
     change = entropy_change(scores, scores_after, batch.group_sizes)
-    return RealizedChange(step, method, change, predicted, floor, norm)
+    return RealizedChange(step.name, step.method, change, predicted, floor, norm)
 
 
 def rounding_noise(parameter: Tensor, generator: torch.Generator) -> Tensor:
@@ -139,10 +108,3 @@ def rounding_noise(parameter: Tensor, generator: torch.Generator) -> Tensor:
     up = torch.nextafter(theta, torch.full_like(theta, torch.inf)).double() - theta.double()
     down = torch.nextafter(theta, torch.full_like(theta, -torch.inf)).double() - theta.double()
     return torch.where(draws < 1 / 24, up, torch.where(draws < 1 / 12, down, 0.0))
-
-
-def directional_derivative(gradient: Mapping[str, Tensor], deltas: Mapping[str, Tensor]) -> float:
-    """Σ over parameters of ∇ · Δθ in float64; a parameter that either side lacks contributes nothing."""
-    return sum(
-        float((gradient[name].double() * delta.double()).sum()) for name, delta in deltas.items() if name in gradient
-    )

@@ -6,6 +6,7 @@ order and not the microbatches, so that results do not depend on memory. Source:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -31,6 +32,12 @@ class Units:
     def sizes(self) -> tuple[int, ...]:
         """s_u, prompts in each unit."""
         return tuple(len(prompts) for prompts in self.ranges)
+
+    def of_rows(self, group_sizes: Sequence[int]) -> list[int]:
+        """The unit of every response, flat; ``group_sizes`` are the prompts' G_n."""
+        return [
+            unit for unit, prompts in enumerate(self.ranges) for prompt in prompts for _ in range(group_sizes[prompt])
+        ]
 
 
 def exact_units(prompts: int) -> Units:

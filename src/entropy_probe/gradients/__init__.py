@@ -7,21 +7,24 @@ obvious backend (:mod:`~entropy_probe.gradients.reference`), a planner that fits
 """
 
 from entropy_probe.gradients.checkpointing import marked
-from entropy_probe.gradients.engine import unit_gradients
+from entropy_probe.gradients.engine import response_dots, unit_gradients
 from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
 from entropy_probe.gradients.plan import Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
 from entropy_probe.gradients.reference import loss_gradient
+from entropy_probe.gradients.treatments import Rules
 
 __all__ = [
     "Coverage",
     "Plan",
     "Preparation",
+    "Rules",
     "Storage",
     "UnitGradients",
     "loss_gradient",
     "make_plan",
     "marked",
     "prepare",
+    "response_dots",
     "unit_gradients",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,27 @@ from torch.overrides import TorchFunctionMode
 
 from entropy_probe.float64_mode import Float64Mode
 from entropy_probe.gradients.sequences import Strip
-from entropy_probe.gradients.unit_vectors import UnitVectors
 
 Rule = Callable[["Capture", tuple[Any, ...], Mapping[str, Any]], Any]
 """Computes what a torch function would, with trainable parameters captured; NotImplemented leaves it to torch."""
 
 Leaf = tuple[str, Tensor, Strip]
 """A parameter's name, its copy with a leading sequence dimension, and the rows that it was made for."""
+
+
+class Sink(Protocol):
+    """Where the sequences' gradients of a backward go; ``arithmetic`` is the type in which sums over positions are taken."""
+
+    arithmetic: torch.dtype
+
+    def add_outer(self, name: str, left: Tensor, right: Tensor, strip: Strip) -> None:
+        """g_i = left_iᵀ right_i: left [n, T, p], right [n, T, q], the parameter [p, q]."""
+
+    def add_rows(self, name: str, indices: Tensor, values: Tensor, strip: Strip) -> None:
+        """g_i = Σ_t values_it at row indices_it: indices [n, T], values [n, T, q], the parameter [V, q]."""
+
+    def add(self, name: str, gradients: Tensor, strip: Strip) -> None:
+        """g_i itself: [n, *the parameter's shape]."""
 
 
 class Capture(TorchFunctionMode):
@@ -54,7 +68,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self._float64 = float64
         self.anchor = anchor
-        self.vectors: UnitVectors | None = None
+        self._sink: Sink | None = None
         self.used: set[str] = set()
         self._leaves: list[Leaf] = []
         self._names = {id(p): name for name, p in parameters.items()}
@@ -114,13 +128,13 @@ class Capture(TorchFunctionMode):
             self._strips.pop()
 
     @contextmanager
-    def into(self, vectors: UnitVectors) -> Iterator[None]:
-        """Backwards within the block add to ``vectors``; what checkpointing recomputes there makes no new leaves."""
-        self.vectors, self._collects = vectors, False
+    def into(self, sink: Sink) -> Iterator[None]:
+        """Backwards within the block add to ``sink``; what checkpointing recomputes there makes no new leaves."""
+        self._sink, self._collects = sink, False
         try:
             yield
         finally:
-            self.vectors, self._collects = None, True
+            self._sink, self._collects = None, True
 
     @contextmanager
     def collecting(self) -> Iterator[list[Leaf]]:
@@ -150,10 +164,10 @@ class Capture(TorchFunctionMode):
             yield
 
     @property
-    def sink(self) -> UnitVectors:
+    def sink(self) -> Sink:
         """Where gradients go; only within :meth:`into`."""
-        assert self.vectors is not None, "a captured backward ran outside of the engine's"
-        return self.vectors
+        assert self._sink is not None, "a captured backward ran outside of the engine's"
+        return self._sink
 
     def leaf(self, name: str, parameter: Tensor, like: Tensor) -> Tensor | None:
         """The parameter once a sequence, shaped to broadcast against ``like`` [n, …]; autograd then keeps sequences apart.

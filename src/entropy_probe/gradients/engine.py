@@ -17,19 +17,20 @@ from torch import Tensor, nn
 
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.batching import Microbatch, microbatches, strips
-from entropy_probe.gradients.capture import Capture, leaked
+from entropy_probe.gradients.capture import Capture, Sink, leaked
 from entropy_probe.gradients.checkpointing import checkpointing
+from entropy_probe.gradients.coefficients import Coefficients, EntropyAndUpdate, Unweighted
+from entropy_probe.gradients.contractions import Contractions
 from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import Treatment, fall_back_around, parameter_owners, treated
-from entropy_probe.gradients.products import StreamedDots, stored_dots
+from entropy_probe.gradients.products import Dots, StreamedSums, stored_dots
 from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
 from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import PaddedResponses, Policy, check_finite, pad_right, sum_over_tokens
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.scores import entropy_coefficients as score_coefficients
 from entropy_probe.units import Units
 
 
@@ -76,36 +77,97 @@ def unit_gradients(
     shapes = {name: p.shape for name, p in parameters.items()}
     dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
     run = _Run(
-        policy, batch, units, entropy_coefficients, advantage_coefficients, dict(rules.treatments), rules.unproven
+        policy,
+        batch,
+        units.of_rows(batch.group_sizes),
+        EntropyAndUpdate(batch, entropy_coefficients, advantage_coefficients),
+        dict(rules.treatments),
+        rules.unproven,
     )
     parts = run.parts()
     if storage is Storage.STORED:
         vectors = UnitVectors(shapes, len(units.ranges), dtype, policy.device)
+        vectors.open(range(len(units.ranges)))
         for part in progress.track(parts, "unit gradients", len(parts)):
             run.backward(part, vectors)
         vectors.settle(range(len(units.ranges)))
-        dots = stored_dots(vectors, units.sizes, preconditioners, learning_rates)
+        dots, reached = stored_dots(vectors, units.sizes, preconditioners, learning_rates), vectors.reached
     else:
-        vectors = UnitVectors(shapes, run.most_open_units(parts), dtype, policy.device)
-        streamed = StreamedDots(preconditioners, learning_rates)
-        for name, use in (("first", streamed.add), ("second", streamed.contract)):
-            for part in progress.track(parts, f"unit gradients, {name} pass", len(parts)):
-                run.backward(part, vectors)
-                if closed := run.closed_by(part, vectors):
-                    use(vectors, closed)
-                    vectors.close(closed)
-        dots = streamed.finish(vectors, units.sizes)
-    if not vectors.reached:
+        dots, reached = _streamed(run, parts, units, shapes, dtype, preconditioners, learning_rates, progress)
+    if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     prompts = len(batch.groups)
     return UnitGradients(
         dots=dots.dots,
         ascent={name: dots.y_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in dots.y_sums},
-        untouched=tuple(name for name in parameters if name not in vectors.reached),
+        untouched=tuple(name for name in parameters if name not in reached),
         scores=run.scores,
         coverage=run.coverage(),
         rules=replace(rules, treatments=run.treatments),
     )
+
+
+def _streamed(
+    run: _Run,
+    parts: Sequence[Microbatch],
+    units: Units,
+    shapes: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    preconditioners: Mapping[str, Tensor],
+    learning_rates: Mapping[str, float],
+    progress: Progress,
+) -> tuple[Dots, set[str]]:
+    """Two passes: sums and diagonal from the vectors of a few units at a time, then every unit's dots with the sums."""
+    vectors = UnitVectors(shapes, run.most_open_units(parts), dtype, run.policy.device)
+    sums = StreamedSums(preconditioners, learning_rates, vectors.arithmetic)
+    for part in progress.track(parts, "unit gradients, first pass", len(parts)):
+        vectors.open(run.units_of(part))
+        run.backward(part, vectors)
+        if closed := run.closed_by(part):
+            vectors.settle(closed)
+            sums.add(vectors, closed)
+            vectors.close(closed)
+    reached = vectors.reached
+    del vectors
+    contractions = Contractions(sums.directions(), len(units.ranges), dtype, run.policy.device)
+    for part in progress.track(parts, "unit gradients, second pass", len(parts)):
+        run.backward(part, contractions)
+    return sums.finish(contractions, units.sizes, reached), reached
+
+
+def response_dots(
+    policy: Policy,
+    batch: RolloutBatch,
+    directions: Sequence[Mapping[str, Tensor]],
+    *,
+    rules: Rules | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """dS_i = ∇S_i · V_k for every response and direction, by one forward and one backward: float64 [N, K], on the CPU.
+
+    Args:
+        policy: the model at θ.
+        batch: the rollouts.
+        directions: V by parameter name; names that one lacks count as zero, and names that are not trainable are passed by.
+        rules: of an earlier call on this very model; None proves them first.
+        progress: told of every microbatch.
+    """
+    progress = progress if progress is not None else Silent()
+    if rules is None:
+        rules = prove_rules(policy, batch)
+    else:
+        rules.check(policy)
+    together = {
+        name: torch.stack([v[name].flatten() if name in v else p.detach().flatten() * 0 for v in directions])
+        for name, p in policy.trainable().items()
+    }
+    rows = list(range(len(batch.responses)))
+    run = _Run(policy, batch, rows, Unweighted(batch, len(directions)), dict(rules.treatments), rules.unproven)
+    contractions = Contractions(together, len(rows), policy.dtype, policy.device)
+    parts = run.parts()
+    for part in progress.track(parts, "linear prediction", len(parts)):
+        run.backward(part, contractions)
+    return contractions.total.cpu()
 
 
 @dataclass
@@ -114,9 +176,8 @@ class _Run:
 
     policy: Policy
     batch: RolloutBatch
-    units: Units
-    entropy: Tensor | None
-    advantage: Tensor
+    unit_of_row: Sequence[int]
+    coefficients: Coefficients
     treatments: dict[str, Treatment]
     unproven: frozenset[str]
     scores: Tensor = field(init=False)
@@ -124,20 +185,11 @@ class _Run:
     def __post_init__(self) -> None:
         self.responses = self.batch.responses
         self.scores = torch.full((len(self.responses),), torch.nan, dtype=torch.float64)
-        self.unit_of_row = [
-            unit
-            for unit, prompts in enumerate(self.units.ranges)
-            for prompt in prompts
-            for _ in range(self.batch.group_sizes[prompt])
-        ]
         self.last_row = {unit: row for row, unit in enumerate(self.unit_of_row)}
         self.lengths = [response.length for response in self.responses]
-        self.first_token = [0, *itertools.accumulate(len(r.response_ids) for r in self.responses)]
         self.group_of_row = [n for n, size in enumerate(self.batch.group_sizes) for _ in range(size)]
         self.parameters = self.policy.trainable()
         self.owners = parameter_owners(self.policy.model, self.parameters)
-        self.per_token = self.entropy is not None and len(self.entropy) != len(self.responses)
-        assert self.entropy is None or len(self.entropy) in (len(self.responses), self.first_token[-1])
 
     def parts(self) -> list[Microbatch]:
         """The microbatches of one pass."""
@@ -154,13 +206,13 @@ class _Run:
         """Units whose vectors stand in memory together when streamed."""
         return max(self.unit_of_row[part.rows[-1]] - self.unit_of_row[part.rows[0]] + 1 for part in parts)
 
-    def closed_by(self, part: Microbatch, vectors: UnitVectors) -> list[int]:
-        """The units whose last row ``part`` held, ready to be read."""
-        closed = [
-            unit for unit in sorted({self.unit_of_row[row] for row in part.rows}) if self.last_row[unit] in part.rows
-        ]
-        vectors.settle(closed)
-        return closed
+    def units_of(self, part: Microbatch) -> list[int]:
+        """The units that rows of ``part`` belong to."""
+        return sorted({self.unit_of_row[row] for row in part.rows})
+
+    def closed_by(self, part: Microbatch) -> list[int]:
+        """The units whose last row ``part`` held."""
+        return [unit for unit in self.units_of(part) if self.last_row[unit] in part.rows]
 
     def coverage(self) -> Coverage:
         """How the parameters were treated in the end."""
@@ -171,23 +223,21 @@ class _Run:
             fallback_share=sum(p.numel() for p in self.fallback.values()) / total,
         )
 
-    def backward(self, part: Microbatch, vectors: UnitVectors) -> None:
+    def backward(self, part: Microbatch, sink: Sink) -> None:
         """Add every sequence's gradient of these rows to its unit."""
-        if not part.whole and self.entropy is None:
+        if not part.whole and self.coefficients.needs_groups:
             self._score_ahead(part.rows)
-        units = {self.unit_of_row[row] for row in part.rows}
-        if (len(units) > 1 and self.fallback) or not self._captured_backward(part, vectors):
+        if (len(self.units_of(part)) > 1 and self.fallback) or not self._captured_backward(part, sink):
             # A parameter that the short rows did not show to be outside of the rules: from here on unit by unit.
             for _, rows in itertools.groupby(part.rows, key=self.unit_of_row.__getitem__):
                 of_unit = list(rows)
-                self._captured_backward(Microbatch(range(of_unit[0], of_unit[-1] + 1), part.whole), vectors)
+                self._captured_backward(Microbatch(range(of_unit[0], of_unit[-1] + 1), part.whole), sink)
 
-    def _captured_backward(self, part: Microbatch, vectors: UnitVectors) -> bool:
+    def _captured_backward(self, part: Microbatch, sink: Sink) -> bool:
         """False, with nothing added, where a parameter turned out to need the fallback and the rows are of several units."""
         policy, fallback = self.policy, self.fallback
-        single_unit = len({self.unit_of_row[row] for row in part.rows}) == 1
+        single_unit = len(self.units_of(part)) == 1
         assert single_unit or not fallback
-        vectors.open(sorted({self.unit_of_row[row] for row in part.rows}))
         with policy.arithmetic(), torch.enable_grad():
             captured = {name: p for name, p in self.parameters.items() if name not in fallback}
             anchor = torch.zeros((), device=policy.device, requires_grad=True)
@@ -211,15 +261,15 @@ class _Run:
                     self._record_scores(part, forwards)
                     if not any(forward.log_probs.requires_grad for forward in forwards):
                         return True
-                    with torch.autocast(policy.device.type, enabled=False), capture.into(vectors):
-                        self._differentiate(forwards, capture, vectors, fallback)
+                    with torch.autocast(policy.device.type, enabled=False), capture.into(sink):
+                        self._differentiate(forwards, capture, sink, fallback)
         if not escaped:
             return True
         # Only now, with this capture and its activations gone, may the rows be tried again.
         del forwards, capture
         self.treatments.update(dict.fromkeys(escaped, Treatment.FALLBACK))
         fall_back_around(self.owners, self.treatments, self.unproven)
-        return single_unit and self._captured_backward(part, vectors)
+        return single_unit and self._captured_backward(part, sink)
 
     def _score_ahead(self, rows: range) -> None:
         """S of every response to the prompts that these rows belong to, where a microbatch does not hold them all."""
@@ -238,59 +288,38 @@ class _Run:
                     self.scores[row] = score
         check_finite(self.scores[part.rows.start : part.rows.stop], self.responses[part.rows.start : part.rows.stop])
 
-    def _entropy_of(self, rows: Sequence[int]) -> Tensor:
-        """c of these rows, from the scores found so far where it was not given."""
-        if self.entropy is not None:
-            return self.entropy[list(rows)]
-        groups = sorted({self.group_of_row[row] for row in rows})
-        members = [row for row, n in enumerate(self.group_of_row) if n in set(groups)]
-        sizes = [self.batch.group_sizes[n] for n in groups]
-        by_row = dict(zip(members, score_coefficients(self.scores[members], sizes), strict=True))
-        return torch.stack([by_row[row] for row in rows])
-
     def _differentiate(
-        self, forwards: Sequence[_Forward], capture: Capture, vectors: UnitVectors, fallback: Mapping[str, nn.Parameter]
+        self, forwards: Sequence[_Forward], capture: Capture, sink: Sink, fallback: Mapping[str, nn.Parameter]
     ) -> None:
         log_probs = [forward.log_probs for forward in forwards]
         leaves = capture.take_leaves()
         wanted = [capture.anchor, *[leaf for _, leaf, _ in leaves], *fallback.values()]
-        device, dtype = self.policy.device, vectors.arithmetic
-
-        def run(outputs: Sequence[Tensor], unit: int, channels: slice, *, again: bool) -> None:
-            found = torch.autograd.grad(log_probs, wanted, outputs, retain_graph=again, allow_unused=True)
+        device, dtype = self.policy.device, sink.arithmetic
+        # Strip by strip the same backwards, run together.
+        planned = zip(
+            *(self.coefficients.backwards(f.rows, self.scores, apart=bool(fallback)) for f in forwards), strict=True
+        )
+        remaining = list(planned)
+        for number, backwards in enumerate(remaining):
+            for forward, backward in zip(forwards, backwards, strict=True):
+                forward.strip.mix(Mixing(backward.weights.to(device, dtype), backward.channels))
+            found = torch.autograd.grad(
+                log_probs,
+                wanted,
+                [backward.starts.to(f.log_probs) for f, backward in zip(forwards, backwards, strict=True)],
+                retain_graph=number + 1 < len(remaining),
+                allow_unused=True,
+            )
             arrived = iter(found[1:])
             for name, _, strip in leaves:
                 if (gradient := next(arrived)) is not None:
-                    vectors.add(name, gradient, strip)
-            together = Strip((unit,), 1)
-            together.mix(Mixing(torch.ones((1, 1), device=device, dtype=dtype), channels))
+                    sink.add(name, gradient, strip)
+            # Autograd has summed over the sequences of the one unit, whose coefficients stand at the tokens.
+            together = Strip((forwards[0].strip.units[0],), 1)
+            together.mix(Mixing(backwards[0].weights[:, :1].to(device, dtype), backwards[0].channels))
             for name in fallback:
                 if (gradient := next(arrived)) is not None:
-                    vectors.add(name, gradient[None], together)
-
-        unit = forwards[0].strip.units[0]
-        if not fallback and not self.per_token:
-            for forward in forwards:
-                c, a = self._entropy_of(forward.rows), self.advantage[list(forward.rows)]
-                forward.strip.mix(Mixing(torch.stack([c, a]).to(device, dtype), slice(0, 2)))
-            run([torch.ones_like(values) for values in log_probs], unit, slice(0, 2), again=False)
-            return
-        for channel, again in ((0, True), (1, False)):
-            outputs = []
-            for forward in forwards:
-                weights = torch.ones((1, forward.strip.count), device=device, dtype=dtype)
-                forward.strip.mix(Mixing(weights, slice(channel, channel + 1)))
-                outputs.append(self._per_token(forward, channel).to(forward.log_probs))
-            run(outputs, unit, slice(channel, channel + 1), again=again)
-
-    def _per_token(self, forward: _Forward, channel: int) -> Tensor:
-        """The coefficient of each response token: X's in channel 0, Y's in channel 1."""
-        rows = forward.rows
-        if channel == 0 and self.per_token:
-            assert self.entropy is not None
-            return torch.cat([self.entropy[self.first_token[row] : self.first_token[row + 1]] for row in rows])
-        by_row = self._entropy_of(rows) if channel == 0 else self.advantage[list(rows)]
-        return by_row[forward.padded.rows.cpu()]
+                    sink.add(name, gradient[None], together)
 
 
 @dataclass(frozen=True)

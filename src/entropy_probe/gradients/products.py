@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import Preconditioners
+from entropy_probe.gradients.contractions import Contractions
 from entropy_probe.gradients.unit_vectors import UnitVectors, uninitialised
 from entropy_probe.u_statistics import UnitDots
 
@@ -83,79 +84,74 @@ def _p_chunk(preconditioners: Mapping[str, Tensor], name: str, part: slice) -> T
 
 
 @dataclass
-class StreamedDots:
-    """Two passes over the units, some of whose vectors are there at a time: first :meth:`add`, then :meth:`contract`."""
+class StreamedSums:
+    """ΣX, ΣY and the diagonal, from the vectors of some units at a time; then the directions of the second pass."""
 
     preconditioners: Mapping[str, Tensor]
     learning_rates: Mapping[str, float]
+    arithmetic: torch.dtype
     x_sums: dict[str, Tensor] = field(default_factory=dict)
     y_sums: dict[str, Tensor] = field(default_factory=dict)
     _diagonal: dict[float, dict[int, float]] = field(default_factory=dict)
-    _x_dot_sum: dict[float, dict[int, float]] = field(default_factory=dict)
-    _y_dot_sum: dict[float, dict[int, float]] = field(default_factory=dict)
 
     def add(self, vectors: UnitVectors, units: Sequence[int]) -> None:
-        """First pass: ΣX += X_u, ΣY += Y_u, and X_u · P · Y_u for these units."""
-        for name, values, parts in self._of(vectors, units):
-            if name not in self.x_sums:
-                self.x_sums[name], self.y_sums[name] = (
-                    torch.zeros(values.shape[-1], dtype=torch.float64, device=values.device) for _ in range(2)
-                )
-            diagonal = torch.zeros(len(units), dtype=torch.float64, device=values.device)
-            for part in parts:
-                x, y = values[:, 0, part].double(), values[:, 1, part].double()
-                self.x_sums[name][part] += x.sum(0)
-                self.y_sums[name][part] += y.sum(0)
-                p = _p_chunk(self.preconditioners, name, part).to(values.device, torch.float64)
-                diagonal += x.mul_(y).mv(p)
-            self._into(self._diagonal, name, units, diagonal)
-
-    def contract(self, vectors: UnitVectors, units: Sequence[int]) -> None:
-        """Second pass: X_u · P · ΣY and Y_u · P · ΣX for these units."""
-        for name, values, parts in self._of(vectors, units):
-            x_total, y_total = (torch.zeros(len(units), dtype=torch.float64, device=values.device) for _ in range(2))
-            for part in parts:
-                p = _p_chunk(self.preconditioners, name, part).to(values.device, torch.float64)
-                x_total += values[:, 0, part].double().mv(self.y_sums[name][part] * p)
-                y_total += values[:, 1, part].double().mv(self.x_sums[name][part] * p)
-            self._into(self._x_dot_sum, name, units, x_total)
-            self._into(self._y_dot_sum, name, units, y_total)
-
-    def finish(self, vectors: UnitVectors, sizes: Sequence[int]) -> Dots:
-        """After both passes."""
-        sum_dots: dict[float, float] = {}
-        for name, x_sum in self.x_sums.items():
-            total = torch.zeros((), dtype=torch.float64, device=x_sum.device)
-            for part in _chunks(len(x_sum), CHUNK):
-                p = _p_chunk(self.preconditioners, name, part).to(x_sum.device, torch.float64)
-                total += torch.dot(x_sum[part] * p, self.y_sums[name][part])
-            rate = self.learning_rates[name]
-            sum_dots[rate] = sum_dots.get(rate, 0.0) + float(total)
-
-        def in_order(by_unit: Mapping[int, float]) -> list[float]:
-            return [by_unit[unit] for unit in range(len(sizes))]
-
-        dots = {
-            rate: UnitDots.streamed(
-                sizes,
-                in_order(self._x_dot_sum[rate]),
-                in_order(self._y_dot_sum[rate]),
-                in_order(self._diagonal[rate]),
-                sum_dots[rate],
-            )
-            for rate in self._diagonal
-        }
-        return Dots(dots, {name: y for name, y in self.y_sums.items() if name in vectors.reached})
-
-    def _of(self, vectors: UnitVectors, units: Sequence[int]) -> Iterator[tuple[str, Tensor, Iterator[slice]]]:
+        """ΣX += X_u, ΣY += Y_u, and X_u · P · Y_u for these units."""
         for name in vectors.values:
             values = vectors.of(name, units)
-            yield name, values, _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units))))
+            fresh = name not in self.x_sums
+            if fresh:
+                self.x_sums[name], self.y_sums[name] = (
+                    uninitialised((values.shape[-1],), torch.float64, values.device) for _ in range(2)
+                )
+            diagonal = torch.zeros(len(units), dtype=torch.float64, device=values.device)
+            for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
+                x, y = values[:, 0, part].double(), values[:, 1, part].double()
+                if fresh:
+                    torch.sum(x, 0, out=self.x_sums[name][part])
+                    torch.sum(y, 0, out=self.y_sums[name][part])
+                else:
+                    self.x_sums[name][part] += x.sum(0)
+                    self.y_sums[name][part] += y.sum(0)
+                p = _p_chunk(self.preconditioners, name, part).to(values.device, torch.float64)
+                diagonal += x.mul_(y).mv(p)
+            by_unit = self._diagonal.setdefault(self.learning_rates[name], {})
+            for unit, value in zip(units, diagonal.tolist(), strict=True):
+                by_unit[unit] = by_unit.get(unit, 0.0) + value
 
-    def _into(self, totals: dict[float, dict[int, float]], name: str, units: Sequence[int], values: Tensor) -> None:
-        by_unit = totals.setdefault(self.learning_rates[name], {})
-        for unit, value in zip(units, values.tolist(), strict=True):
-            by_unit[unit] = by_unit.get(unit, 0.0) + value
+    def directions(self) -> dict[str, Tensor]:
+        """P ΣY, which X_u is contracted with, and P ΣX, which Y_u is: [2, elements] by parameter, float32 or float64."""
+        found = {}
+        for name, x_sum in self.x_sums.items():
+            directions = uninitialised((2, len(x_sum)), self.arithmetic, x_sum.device)
+            for part in _chunks(len(x_sum), CHUNK):
+                p = _p_chunk(self.preconditioners, name, part).to(x_sum.device, torch.float64)
+                directions[0, part] = self.y_sums[name][part] * p
+                directions[1, part] = x_sum[part] * p
+            found[name] = directions
+        return found
+
+    def finish(self, contractions: Contractions, sizes: Sequence[int], reached: Collection[str]) -> Dots:
+        """After the second pass: D_u0 = X_u · P ΣY and D_u1 = Y_u · P ΣX by parameter."""
+        dots = {}
+        for rate, diagonal in self._diagonal.items():
+            names = [name for name in self.x_sums if self.learning_rates[name] == rate]
+            totals = torch.stack([contractions.values[name] for name in names]).sum(0).cpu()
+            dots[rate] = UnitDots.streamed(
+                sizes,
+                totals[:, 0].tolist(),
+                totals[:, 1].tolist(),
+                [diagonal[unit] for unit in range(len(sizes))],
+                sum(self._sum_dot(name) for name in names),
+            )
+        return Dots(dots, {name: y for name, y in self.y_sums.items() if name in reached})
+
+    def _sum_dot(self, name: str) -> float:
+        x_sum = self.x_sums[name]
+        total = torch.zeros((), dtype=torch.float64, device=x_sum.device)
+        for part in _chunks(len(x_sum), CHUNK):
+            p = _p_chunk(self.preconditioners, name, part).to(x_sum.device, torch.float64)
+            total += torch.dot(x_sum[part] * p, self.y_sums[name][part])
+        return float(total)
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

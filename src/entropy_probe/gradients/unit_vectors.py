@@ -6,23 +6,14 @@ Y_u += a_i g_i. A chunk of g_i is formed, mixed and added while it is in cache; 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_probe.gradients.outer_products import MOST_ROWS, SHORT, OuterProducts
 from entropy_probe.gradients.sequences import Mixing, Segment, Strip, row_chunks
-
-CACHED = 1 << 20
-"""Elements of g_i, over the sequences formed together, that are mixed while they are in cache: 4 MiB in float32."""
-
-MOST_ROWS = 8
-"""Sequences whose g_i are formed together."""
-
-SHORT = 24
-"""Below so many positions a sequence, two GEMMs with weighted rows cost less than forming and mixing g_i."""
 
 
 class UnitVectors:
@@ -43,7 +34,7 @@ class UnitVectors:
             name: uninitialised((slots, channels, shape.numel()), dtype, device) for name, shape in shapes.items()
         }
         self.arithmetic = torch.promote_types(dtype, torch.float32)
-        self._scratch = torch.empty(CACHED, dtype=self.arithmetic, device=device)
+        self._outer = OuterProducts(self.arithmetic, device)
         self._shapes = dict(shapes)
         self._slot_of: dict[int, int] = {}
         self._free = list(range(slots))
@@ -83,24 +74,21 @@ class UnitVectors:
         """g_i = left_iᵀ right_i: left [n, T, p], right [n, T, q], the parameter [p, q]."""
         mixing = self._mixing(strip)
         rows, columns = left.shape[-1], right.shape[-1]
-        if left.shape[1] >= SHORT and strip.count * rows * columns <= len(self._scratch):
-            g = self._formed(left.transpose(1, 2).to(self.arithmetic), right.to(self.arithmetic))
+        if left.shape[1] >= SHORT and self._outer.fits(strip.count * rows * columns):
+            ((_, g),) = self._outer.chunks(left, right)
             self.add(name, g, strip)
             return
         for segment in self._segments(strip):
             target = self._target(name, segment.unit, mixing)
             fresh = self._first_touch(name, segment.unit, mixing)
             for part in row_chunks(segment.rows, MOST_ROWS):
-                l_part, r_part = left[part].to(self.arithmetic), right[part].to(self.arithmetic)
                 weights = mixing.weights[:, part]
                 if left.shape[1] < SHORT:
+                    l_part, r_part = left[part].to(self.arithmetic), right[part].to(self.arithmetic)
                     _add_weighted(target.view(-1, rows, columns), l_part, r_part, weights, fresh)
                 else:
-                    step = max(1, CACHED // (len(l_part) * columns))
-                    for start in range(0, rows, step):
-                        stop = min(start + step, rows)
-                        g = self._formed(l_part[:, :, start:stop].transpose(1, 2), r_part)
-                        _mix(target[:, start * columns : stop * columns], weights, g.flatten(1), fresh)
+                    for elements, g in self._outer.chunks(left[part], right[part]):
+                        _mix(target[:, elements], weights, g, fresh)
                 fresh = False
 
     def add_rows(self, name: str, indices: Tensor, values: Tensor, strip: Strip) -> None:
@@ -143,14 +131,6 @@ class UnitVectors:
             fresh = self._first_touch(name, segment.unit, mixing)
             target = self._target(name, segment.unit, mixing)
             _mix(target, mixing.weights[:, segment.rows], flat[segment.rows], fresh)
-
-    def _formed(self, left: Tensor, right: Tensor) -> Tensor:
-        """left @ right, [n, p, q], in memory that is used again: what is allocated anew is paged in anew."""
-        shape = (len(left), left.shape[1], right.shape[2])
-        count = math.prod(shape)
-        if count > len(self._scratch):
-            return torch.bmm(left, right)
-        return torch.bmm(left, right, out=self._scratch[:count].view(shape))
 
     def _segments(self, strip: Strip) -> list[Segment]:
         """The strip's rows by unit; units that are not open receive nothing."""
