@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from entropy_probe.wrappers import forward_is
 
 CHUNK_VALUES = 1 << 24
-"""Logits that stand in memory at a time when chunked: 64 MiB in float32."""
+"""Logits that stand in memory at a time when chunked: 64 MiB in float32. Beside them one tensor of their size; two for H."""
 
 LEAST_LOG_PROB = -1e4
 """p underflows to 0 far above it in every number type: so bounded, p log p is 0 where a logit is −∞, and not 0 · ∞."""
@@ -93,6 +93,11 @@ class Deltas:
 
     log_prob: Tensor | None
     entropy: Tensor | None
+
+    @property
+    def absent(self) -> bool:
+        """Whether there are none: autograd may call a backward whose outputs' gradients are all undefined."""
+        return self.log_prob is None and self.entropy is None
 
     def at(self, *where: slice) -> Deltas:
         """Those of a part of the positions."""
@@ -205,7 +210,9 @@ class _LogProbsAndEntropies(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor | None, delta_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         log_p, targets = ctx.saved_tensors
-        return logit_gradient(log_p, targets, Deltas(delta, delta_entropy), ctx.temperature), None, None
+        deltas = Deltas(delta, delta_entropy)
+        gradient = None if deltas.absent else logit_gradient(log_p, targets, deltas, ctx.temperature)
+        return gradient, None, None
 
 
 class _ChunkedValues(torch.autograd.Function):
@@ -247,6 +254,8 @@ class _ChunkedValues(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor | None, delta_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         kept, weight, bias, targets = ctx.saved_tensors
         deltas = Deltas(delta, delta_entropy)
+        if deltas.absent:
+            return (None,) * 6
         if ctx.frozen:
             return _scaled_rows(kept, deltas).to(weight.dtype), *[None] * 5
         d_hidden = torch.empty_like(kept)

@@ -111,6 +111,8 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor | None, delta_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         deltas = Deltas(delta, delta_entropy)
+        if deltas.absent:
+            return (None,) * 10
         (weight_name, bias_name), strip, vectors = ctx.names, ctx.strip, ctx.capture.sink
         d_hidden = torch.empty_like(hidden)
         for row in range(strip.count):
