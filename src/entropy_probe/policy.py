@@ -1,7 +1,10 @@
 """The policy: fresh teacher-forced log-probs S of given responses under a causal language model.
 
-S = Σ_t log softmax(logits_t / τ)[y_t] over response tokens, first EOS included, in nats. Dropout is inactive (it would make S
-differ from the sampler's and from pass to pass), padding is on the right, and log-softmax runs in float32 or better.
+S = Σ_t log softmax(logits_t / τ)[y_t] over response tokens, first EOS included, in nats. Where it is asked for, the entropy
+H_t = −Σ_v p_v log p_v of p = softmax(logits_t / τ), which token t was drawn from, comes from the same forward.
+
+Dropout is inactive (it would make S differ from the sampler's and from pass to pass), padding is on the right, and log-softmax
+runs in float32 or better.
 """
 
 from __future__ import annotations
@@ -17,7 +20,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from entropy_probe.errors import InputError, first_line
 from entropy_probe.float64_mode import Float64Mode
-from entropy_probe.language_head import HeadMode, chunkable, chunked_log_probs, head_calls, output_head
+from entropy_probe.language_head import (
+    HeadMode,
+    chunkable,
+    chunked_values,
+    head_calls,
+    log_probs_and_entropies,
+    output_head,
+)
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
 from entropy_probe.wrappers import without_accelerate_autocast
@@ -99,6 +109,29 @@ def sum_over_tokens(values: Tensor, batch: PaddedResponses) -> Tensor:
 
 
 @dataclass(frozen=True)
+class TokenValues:
+    """log π(y_t) of each response token and the entropy H_t of the distribution that it was drawn from, nats.
+
+    [tokens] each, float32 or float64, with the graph if gradients are enabled; ``entropies`` is None where not asked for.
+    """
+
+    log_probs: Tensor
+    entropies: Tensor | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """S [N] of every response, log π and H [tokens] of every response token in the order of the responses; nats.
+
+    All float64, on the CPU, without gradients.
+    """
+
+    scores: Tensor
+    log_probs: Tensor
+    entropies: Tensor
+
+
+@dataclass(frozen=True)
 class Policy:
     """A causal language model at a temperature, with how its forwards are run.
 
@@ -160,6 +193,10 @@ class Policy:
 
     def token_log_probs(self, batch: PaddedResponses) -> Tensor:
         """log π of each response token by one forward, [tokens], float32 or float64; under ``arithmetic``."""
+        return self.token_values(batch, entropies=False).log_probs
+
+    def token_values(self, batch: PaddedResponses, *, entropies: bool) -> TokenValues:
+        """log π, and H where asked for, of each response token by one forward; under ``arithmetic``."""
         ids = batch.input_ids
 
         def logits() -> Tensor:
@@ -169,25 +206,27 @@ class Policy:
         if self.head is HeadMode.WHOLE:
             # One flat index: the backward of indexing by two is several times slower.
             chosen = batch.rows * ids.shape[1] + batch.positions
-            return self._log_probs(logits().flatten(0, 1).index_select(0, chosen), batch)
+            return self._values(logits().flatten(0, 1).index_select(0, chosen), batch, entropies)
         head = output_head(self.model)
         assert head is not None, "choose_head found one"
         if self.head is HeadMode.RESPONSES:
             with head_calls(head, batch.on_responses, stop=False):
-                return self._log_probs(batch.of_tokens(logits()), batch)
+                return self._values(batch.of_tokens(logits()), batch, entropies)
         with head_calls(head, batch.on_responses, stop=True) as calls:
             logits()
         assert isinstance(head, nn.Linear)
         targets = torch.zeros((len(ids), batch.longest), dtype=torch.long, device=ids.device)
         targets[batch.rows, batch.places] = batch.targets
-        log_probs = chunked_log_probs(calls[0].hidden, head.weight, head.bias, targets, self.temperature)
-        return batch.of_tokens(log_probs)
+        log_probs, found = chunked_values(calls[0].hidden, head.weight, head.bias, targets, self.temperature, entropies)
+        return TokenValues(batch.of_tokens(log_probs), None if found is None else batch.of_tokens(found))
 
-    def _log_probs(self, logits: Tensor, batch: PaddedResponses) -> Tensor:
-        """log softmax(z/τ) of the target, from logits [tokens, V]."""
+    def _values(self, logits: Tensor, batch: PaddedResponses, entropies: bool) -> TokenValues:
+        """log softmax(z/τ) of the target, and H where asked for, from logits [tokens, V]."""
         wide = logits if logits.dtype == torch.float64 else logits.float()
+        if entropies:
+            return TokenValues(*log_probs_and_entropies(wide, batch.targets, self.temperature))
         scaled = wide if self.temperature == 1.0 else wide / self.temperature
-        return torch.log_softmax(scaled, dim=-1).gather(1, batch.targets[:, None])[:, 0]
+        return TokenValues(torch.log_softmax(scaled, dim=-1).gather(1, batch.targets[:, None])[:, 0], None)
 
     def forward_scores(self, responses: Sequence[Rollout]) -> Tensor:
         """S of each response by one forward, float64 [n], with the graph if gradients are enabled; under ``arithmetic``."""
@@ -204,9 +243,24 @@ class Policy:
             ]
         return torch.cat(found)
 
+    def measure(self, responses: Sequence[Rollout], progress: Progress | None = None) -> Measured:
+        """S of every response, log π and H of every response token, without gradients, from the same forwards."""
+        progress = progress if progress is not None else Silent()
+        parts = list(self.microbatches(len(responses)))
+        found: list[tuple[Tensor, ...]] = []
+        with torch.no_grad(), self.arithmetic():
+            for part in progress.track(parts, "log-probs and entropies", len(parts)):
+                batch = pad_right(responses[part], self.device)
+                values = self.token_values(batch, entropies=True)
+                assert values.entropies is not None
+                of_part = (sum_over_tokens(values.log_probs, batch), values.log_probs, values.entropies)
+                found.append(tuple(column.double().cpu() for column in of_part))
+        return Measured(*(torch.cat(column) for column in zip(*found, strict=True)))
+
 
 HEAD_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Nats by which two ways to the same log-prob may differ, relative to 1 + its size: GEMMs of other shapes round otherwise."""
+"""Nats by which two ways to the same log-prob or entropy may differ, relative to 1 + its size: GEMMs of other shapes round
+otherwise."""
 
 LOW_PRECISION_HEAD_TOLERANCE = 0.1
 
@@ -220,7 +274,7 @@ class HeadChoice:
 
 
 def choose_head(policy: Policy, rows: Sequence[Rollout], *, chunked: bool) -> HeadChoice:
-    """Compute logits of response positions alone, and in chunks where asked, if these rows' log-probs stay as they are.
+    """Compute logits of response positions alone, and in chunks where asked, if these rows' log-probs and entropies stay.
 
     Chunks need more: that the model hands out the head's very logits, bit for bit. A scale or a cap after the head would be
     left out, and one near 1 would hide in the rounding of bfloat16.
@@ -236,7 +290,7 @@ def choose_head(policy: Policy, rows: Sequence[Rollout], *, chunked: bool) -> He
     found = replace(policy, head=HeadMode.RESPONSES)
     with torch.no_grad(), policy.arithmetic():
         padded = pad_right(rows, policy.device)
-        truth = policy.token_log_probs(padded)
+        truth = _columns(policy, padded)
         try:
             with head_calls(head, lambda hidden: hidden, stop=False) as calls:
                 logits = policy.model(
@@ -247,13 +301,13 @@ def choose_head(policy: Policy, rows: Sequence[Rollout], *, chunked: bool) -> He
                     policy, f"the model calls its head {len(calls)} times: logits of every position, whole"
                 )
             modes = [replace(policy, head=HeadMode.CHUNKED)] if chunked and chunkable(head) else []
-            gaps = [
-                float(((p.token_log_probs(padded) - truth).abs() / (1 + truth.abs())).max()) for p in (found, *modes)
-            ]
+            gaps = [float(((_columns(p, padded) - truth).abs() / (1 + truth.abs())).max()) for p in (found, *modes)]
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             return HeadChoice(policy, f"logits of every position, whole: {first_line(error, 80)}")
     if not gaps[0] <= _head_tolerance(policy):
-        return HeadChoice(policy, f"logits of response positions alone change a log-prob by {gaps[0]:.1e} of its size")
+        return HeadChoice(
+            policy, f"logits of response positions alone change a log-prob or entropy by {gaps[0]:.1e} of its size"
+        )
     if not chunked:
         return HeadChoice(found, None)
     raw = calls[0].logits
@@ -261,6 +315,13 @@ def choose_head(policy: Policy, rows: Sequence[Rollout], *, chunked: bool) -> He
     if not (modes and same and gaps[1] <= _head_tolerance(policy)):
         return HeadChoice(found, "not in chunks: the model's logits are more than one linear layer's output")
     return HeadChoice(replace(policy, head=HeadMode.CHUNKED), None)
+
+
+def _columns(policy: Policy, batch: PaddedResponses) -> Tensor:
+    """log π and H beside each other: [2, tokens]."""
+    values = policy.token_values(batch, entropies=True)
+    assert values.entropies is not None
+    return torch.stack([values.log_probs, values.entropies])
 
 
 def _head_tolerance(policy: Policy) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from entropy_probe.gradients.capture import Capture, Rule
 from entropy_probe.gradients.sequences import Strip
-from entropy_probe.language_head import chunk_gradient, chunked_log_probs, position_chunks
+from entropy_probe.language_head import Deltas, chunk_gradient, chunked_values, position_chunks
 
 
 class _Linear(torch.autograd.Function):
@@ -85,7 +85,7 @@ class _Embedding(torch.autograd.Function):
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Log-probs of targets from hidden states [n, R, d] through a captured head, a chunk of positions at a time."""
+    """Log-probs of targets, and entropies, from hidden states [n, R, d] through a captured head, in chunks of positions."""
 
     @staticmethod
     def forward(
@@ -96,17 +96,23 @@ class _ChunkedHead(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
+        entropies: bool,
         names: tuple[str | None, str | None],
         capture: Capture,
         strip: Strip,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.temperature, ctx.names, ctx.capture, ctx.strip = temperature, names, capture, strip
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets)
-        return chunked_log_probs(hidden, weight, bias, targets, temperature)
+        # Detached: beside this weight, which is, it would look like a frozen head's, and gradients be kept that nobody reads.
+        return chunked_values(hidden.detach(), weight, bias, targets, temperature, entropies)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, delta: Tensor | None, delta_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
+        deltas = Deltas(delta, delta_entropy)
+        if deltas.absent:
+            return (None,) * 10
         (weight_name, bias_name), strip, vectors = ctx.names, ctx.strip, ctx.capture.sink
         d_hidden = torch.empty_like(hidden)
         for row in range(strip.count):
@@ -114,22 +120,24 @@ class _ChunkedHead(torch.autograd.Function):
             here, single = slice(row, row + 1), strip.single(row)
             for part in position_chunks(targets[here].shape, len(weight)):
                 h = hidden[here, part]
-                d = chunk_gradient(h, weight, bias, targets[here, part], delta[here, part], ctx.temperature)
+                d = chunk_gradient(h, weight, bias, targets[here, part], deltas.at(here, part), ctx.temperature)
                 d_hidden[here, part] = d @ weight
                 if weight_name is not None:
                     vectors.add_outer(weight_name, d, h, single)
                 if bias_name is not None:
                     vectors.add(bias_name, d.sum(1, dtype=vectors.arithmetic), single)
-        return None, d_hidden, *[None] * 7
+        return None, d_hidden, *[None] * 8
 
 
 def _chunked_head(capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    def read(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float) -> Any:
+    def read(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, entropies: bool
+    ) -> Any:
         names = (capture.name_of(weight), capture.name_of(bias))
         if len(hidden) != capture.strip.count or _lost(weight, names[0]) or _lost(bias, names[1]):
             return NotImplemented
         cast = _in_autocast(capture, hidden, weight, bias)
-        return _ChunkedHead.apply(capture.anchor, *cast, targets, temperature, names, capture, capture.strip)
+        return _ChunkedHead.apply(capture.anchor, *cast, targets, temperature, entropies, names, capture, capture.strip)
 
     return read(*args, **kwargs)
 
@@ -290,7 +298,7 @@ RULES: dict[Any, Rule] = {
     F.rms_norm: _rms_norm,
     torch.rms_norm: _rms_norm,
     F.conv1d: _conv1d,
-    chunked_log_probs: _chunked_head,
+    chunked_values: _chunked_head,
 }
 """By function; ``nn`` modules and PEFT's factors call these with their parameters themselves."""
 
