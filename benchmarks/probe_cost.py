@@ -75,7 +75,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured."""
+    """What is measured; ``memory_bytes`` is what the probe is told that it has, None what is free."""
 
     training: str
     tokens: int
@@ -90,6 +90,7 @@ class Shape:
     vocabulary: int = 2048
     dtype: str = "float32"
     device: str = "cpu"
+    memory_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Row:
     flops_ratio: dict[str, float]
     peak_memory_ratio: float
     fallback_share: float
+    head: str
     stored_vectors_bytes: int
 
 
@@ -119,6 +121,7 @@ class Case:
     padded: PaddedResponses
     advantage: Tensor
     rates: dict[str, float]
+    memory_bytes: float
     preparation: Preparation | None = None
 
 
@@ -171,13 +174,14 @@ def make_case(shape: Shape) -> Case:
     advantage = torch.tensor([r.reward - 0.5 for r in rows], dtype=torch.float64) / shape.tokens
     adam = state_of_optimizer(optimizer, model)
     rates = {name: group.learning_rate for name, group in adam.group_of().items()}
-    case = Case(policy, adam, batch, padded, advantage, rates)
+    memory = float(psutil.virtual_memory().available) if shape.memory_bytes is None else shape.memory_bytes
+    case = Case(policy, adam, batch, padded, advantage, rates, memory)
     return replace(case, preparation=preparation(case))
 
 
 def preparation(case: Case) -> Preparation:
     """What the first probe of a model finds out, and later ones are handed."""
-    return prepare(case.policy, case.batch, memory_bytes=float(psutil.virtual_memory().available))
+    return prepare(case.policy, case.batch, memory_bytes=case.memory_bytes)
 
 
 def log_probs(case: Case) -> Tensor:
@@ -407,6 +411,7 @@ def measure(shape: Shape, repeats: int, legs: Iterable[str], *, memory: bool = T
         flops_ratio={leg: counted[leg] / counted["training"] for leg in seconds if leg != "training"},
         peak_memory_ratio=memory_ratio,
         fallback_share=found.coverage.fallback_share,
+        head=case.preparation.head.value if case.preparation is not None else "whole",
         stored_vectors_bytes=vectors,
     )
 
@@ -421,6 +426,8 @@ def scaling_shapes(device: str) -> list[Shape]:
         replace(base, hidden=192, intermediate=768, heads=3, key_value_heads=3),
         replace(base, hidden=768, intermediate=3072, heads=12, key_value_heads=12, prompts=2),
         replace(base, training="lora", vocabulary=50000),
+        # Told of little memory, the head goes in chunks.
+        replace(base, training="lora", vocabulary=50000, memory_bytes=4e9),
     ]
 
 
@@ -450,6 +457,7 @@ def markdown(rows: list[Row], device: str, repeats: int) -> str:
             aim = "" if limit is None else f" (limit {limit:.2f})"
             cells.append("" if r is None else f"{r['median']:.2f} [{r['low']:.2f}, {r['high']:.2f}]{aim}")
         shape = f"{s.layers} × {s.hidden}, V = {s.vocabulary}, B = {s.prompts}, G = {s.responses}, {s.dtype}"
+        shape += "" if row.head == "responses" else f", head {row.head}"
         memory = "" if math.isnan(row.peak_memory_ratio) else f"{row.peak_memory_ratio:.2f}"
         lines.append(
             f"| {row.training} | {row.tokens} | {shape} | "
