@@ -20,7 +20,7 @@ from entropy_probe.gradients import unit_gradients
 from entropy_probe.policy import Policy
 from entropy_probe.probe import resolve_advantages, resolve_length_weights
 from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.scores import LengthWeight, entropy_coefficients, leave_one_out_mean, probe_loss
+from entropy_probe.scores import LengthWeight, leave_one_out_mean, probe_loss, score_coefficients
 from entropy_probe.u_statistics import UnitDots, cross_statistics
 from entropy_probe.units import exact_units
 
@@ -35,7 +35,7 @@ def detached_coefficient(batch: RolloutBatch) -> str:
     with policy.arithmetic():
         scores = policy.forward_scores(responses)
         ours = torch.autograd.grad(
-            probe_loss(scores, entropy_coefficients(scores, sizes)), list(model.parameters()), retain_graph=True
+            probe_loss(scores, score_coefficients(scores, sizes)), list(model.parameters()), retain_graph=True
         )
         literal_loss = ((scores - leave_one_out_mean(scores, sizes)) * scores).sum() / sizes[0]
         literal = torch.autograd.grad(literal_loss, list(model.parameters()))
@@ -46,7 +46,7 @@ def one_geometry(batch: RolloutBatch) -> str:
     """The guide's text: P on both sides in the bars, on one side in the diagonal."""
     checkpoint = load_checkpoint(demo_files().checkpoint)
     policy, p = Policy(checkpoint.model), Preconditioners(checkpoint.adam)
-    x = entropy_coefficients(policy.scores(batch.responses), batch.group_sizes)
+    x = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     advantages, _ = resolve_advantages(batch, None)
     y = advantages * resolve_length_weights(batch, Settings(length_weight=LengthWeight.GUIDE))
     units, rates = exact_units(len(batch.groups)), dict.fromkeys(p, 1.0)

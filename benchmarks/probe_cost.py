@@ -54,7 +54,7 @@ from entropy_probe.adam_preconditioner import AdamState, Preconditioners, state_
 from entropy_probe.gradients import Preparation, Storage, UnitGradients, prepare, unit_gradients
 from entropy_probe.policy import PaddedResponses, Policy, pad_right
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
-from entropy_probe.scores import entropy_coefficients, probe_loss
+from entropy_probe.scores import EntropyTarget, probe_loss, score_coefficients
 from entropy_probe.u_statistics import cross_statistics
 from entropy_probe.units import exact_units
 
@@ -219,7 +219,7 @@ def gradients_of(case: Case, storage: Storage) -> UnitGradients:
         case.preparation.applied(case.policy),
         case.batch,
         exact_units(len(case.batch.groups)),
-        None,
+        EntropyTarget(),
         case.advantage,
         Preconditioners(case.adam),
         case.rates,
@@ -246,7 +246,7 @@ def _scores(case: Case, rows: slice) -> Tensor:
 def _both(case: Case, rows: slice) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     parameters = [p for p in case.policy.model.parameters() if p.requires_grad]
     scores = _scores(case, rows)
-    c = entropy_coefficients(scores.detach().cpu(), [len(scores)])
+    c = score_coefficients(scores.detach().cpu(), [len(scores)])
     x = torch.autograd.grad(probe_loss(scores, c.to(scores.device)), parameters, retain_graph=True)
     y = torch.autograd.grad(probe_loss(scores, case.advantage[rows].to(scores.device)), parameters)
     return x, y
@@ -273,7 +273,7 @@ def guide(case: Case) -> None:
     root = _flat_root(case)
     sizes = case.batch.group_sizes
     scores = _scores(case, slice(0, sum(sizes)))
-    c = entropy_coefficients(scores.detach().cpu(), sizes).to(scores.device)
+    c = score_coefficients(scores.detach().cpu(), sizes).to(scores.device)
     x = torch.autograd.grad(probe_loss(scores, c), parameters)
     scores = _scores(case, slice(0, sum(sizes)))
     y = torch.autograd.grad(probe_loss(scores, case.advantage.to(scores.device)), parameters)

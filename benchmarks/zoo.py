@@ -41,6 +41,7 @@ from entropy_probe.gradients import prepare, unit_gradients
 from entropy_probe.language_head import HeadMode
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.scores import EntropyTarget
 from entropy_probe.units import Units, exact_units
 
 EXACT = 1e-9
@@ -534,7 +535,7 @@ def engine(
         prepared.applied(policy),
         batch,
         units,
-        None,
+        EntropyTarget(),
         advantage_coefficients,
         preconditioners,
         dict.fromkeys(preconditioners, 1.0),

@@ -8,6 +8,7 @@ share parameters.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -92,3 +93,34 @@ def row(
         response_ids=response,
         reward=reward,
     )
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """Of one response, token by token: ∇log π(y_t) [T, parameters], H_t [T] and ∇H_t [T, parameters]."""
+
+    log_prob_gradients: Tensor
+    entropies: Tensor
+    entropy_gradients: Tensor
+
+
+def token_terms(policy: EnumerablePolicy, context: int, limit: int, temperature: float = 1.0) -> list[TokenTerms]:
+    """Of every response to a context, in the order of :func:`all_responses`; written token by token."""
+    found = []
+    for response in all_responses(policy.tokens, limit):
+        previous = policy.tokens + context
+        rows = []
+        for token in response:
+            logits = (policy.table[context, previous] + policy.shared[previous]) / temperature
+            log_p = torch.log_softmax(logits, dim=-1)
+            entropy = -(log_p.exp() * log_p).sum()
+            rows.append((flat_gradient(log_p[token], policy), entropy, flat_gradient(entropy, policy)))
+            previous = token
+        found.append(
+            TokenTerms(
+                torch.stack([g for g, _, _ in rows]),
+                torch.stack([h.detach() for _, h, _ in rows]),
+                torch.stack([g for _, _, g in rows]),
+            )
+        )
+    return found

@@ -16,6 +16,7 @@ from entropy_probe.gradients.capture import Capture
 from entropy_probe.gradients.checkpointing import checkpointed_layers
 from entropy_probe.gradients.preparation import measure_activations
 from entropy_probe.policy import Policy
+from entropy_probe.scores import EntropyTarget
 from entropy_probe.units import exact_units
 from enumerable import EnumerablePolicy
 from test_engine import assert_same
@@ -58,7 +59,14 @@ def test_layers_run_twice_and_keep_less() -> None:
         rules = treatments.prove_rules(policy, batch)
         assert measure_activations(policy, batch).of_row(12) < 0.5 * plain
         p = {n: torch.ones_like(q) for n, q in model.named_parameters()}
-        arguments = (batch, exact_units(4), None, torch.ones(12, dtype=torch.float64), p, dict.fromkeys(p, 1.0))
+        arguments = (
+            batch,
+            exact_units(4),
+            EntropyTarget(),
+            torch.ones(12, dtype=torch.float64),
+            p,
+            dict.fromkeys(p, 1.0),
+        )
         calls.clear()
         engine.unit_gradients(Policy(model), *arguments, rules=rules)
         assert len(calls) == 2

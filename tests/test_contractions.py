@@ -13,6 +13,7 @@ from entropy_probe.gradients.contractions import Contractions
 from entropy_probe.gradients.modules import Treatment
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.scores import EntropyTarget
 
 RELATIVE = 1e-11
 
@@ -106,7 +107,7 @@ def test_a_pass_that_forgot_a_chunk_fails_the_self_test(monkeypatch: pytest.Monk
 
     def residual() -> float:
         found = engine.unit_gradients(
-            policy, batch, exact_units(4), None, a, p, dict.fromkeys(p, 1.0), storage=Storage.STREAMED
+            policy, batch, exact_units(4), EntropyTarget(), a, p, dict.fromkeys(p, 1.0), storage=Storage.STREAMED
         )
         return cross_statistics(found.total).self_test_residual
 

@@ -16,7 +16,7 @@ from entropy_probe import probe, state_of_optimizer
 from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.adam_step import optimizer_step, preconditioned_step
 from entropy_probe.policy import Policy
-from entropy_probe.scores import entropy_coefficients, leave_one_out_mean, probe_loss
+from entropy_probe.scores import leave_one_out_mean, probe_loss, score_coefficients
 from entropy_probe.u_statistics import UnitDots, cross_statistics
 from enumerable import EnumerablePolicy
 
@@ -36,18 +36,18 @@ def flat(value: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Ten
 def test_row_1_an_undetached_coefficient_doubles_x_and_ours_does_not() -> None:
     scores, parameters = scores_with_graph()
     each = [flat(score, parameters) for score in scores]
-    by_hand = sum(c * g for c, g in zip(entropy_coefficients(scores, SIZES), each, strict=True))
+    by_hand = sum(c * g for c, g in zip(score_coefficients(scores, SIZES), each, strict=True))
     literal = flat(((scores - leave_one_out_mean(scores, SIZES)) * scores / 3).sum(), parameters)
-    ours = flat(probe_loss(scores, entropy_coefficients(scores, SIZES)), parameters)
+    ours = flat(probe_loss(scores, score_coefficients(scores, SIZES)), parameters)
     torch.testing.assert_close(literal, 2 * by_hand, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(ours, by_hand, rtol=1e-12, atol=1e-13)
 
 
 def test_row_1_s_itself_is_not_detached() -> None:
     scores, parameters = scores_with_graph()
-    assert flat(probe_loss(scores, entropy_coefficients(scores, SIZES)), parameters).abs().max() > 1e-3
+    assert flat(probe_loss(scores, score_coefficients(scores, SIZES)), parameters).abs().max() > 1e-3
     with pytest.raises(RuntimeError, match="does not require grad"):
-        flat(probe_loss(scores.detach(), entropy_coefficients(scores, SIZES)), parameters)
+        flat(probe_loss(scores.detach(), score_coefficients(scores, SIZES)), parameters)
 
 
 def test_row_2_p_half_on_both_sides_is_the_step_that_adam_takes() -> None:
@@ -121,7 +121,7 @@ def test_row_5_with_beta1_zero_no_decay_and_the_renewed_state_the_two_steps_are_
     state = state_of_optimizer(optimizer, model)
     batch = support.random_batch(4, 3)
     scores = Policy(model).scores(batch.responses)
-    loss = probe_loss(Policy(model).forward_scores(batch.responses), entropy_coefficients(scores, batch.group_sizes))
+    loss = probe_loss(Policy(model).forward_scores(batch.responses), score_coefficients(scores, batch.group_sizes))
     parameters = {n: q for n, q in model.named_parameters() if q.requires_grad}
     ascent = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 

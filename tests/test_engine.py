@@ -16,7 +16,10 @@ from entropy_probe.gradients.modules import Treatment, first_treatment
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.scores import EntropyTarget
 from entropy_probe.units import Units, block_units, exact_units
+
+SCORE = EntropyTarget()
 
 RELATIVE = 1e-11
 """Rounding of float64 sums in another order; a misplaced sequence is an error of order one."""
@@ -28,7 +31,12 @@ def coefficients(batch: RolloutBatch, seed: int = 3) -> torch.Tensor:
 
 
 def both(
-    model: nn.Module, batch: RolloutBatch, units: Units, size: int, c: torch.Tensor | None = None, **more: Any
+    model: nn.Module,
+    batch: RolloutBatch,
+    units: Units,
+    size: int,
+    c: torch.Tensor | EntropyTarget = SCORE,
+    **more: Any,
 ) -> tuple[UnitGradients, UnitGradients]:
     policy = Policy(model, 0.8, microbatch_size=size)
     generator = torch.Generator().manual_seed(1)

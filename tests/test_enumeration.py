@@ -20,8 +20,8 @@ from entropy_probe.scores import (
     AdvantageRule,
     LengthWeight,
     advantages_from_rewards,
-    entropy_coefficients,
     length_weights,
+    score_coefficients,
 )
 from entropy_probe.u_statistics import UnitDots, cross_statistics
 from entropy_probe.units import exact_units
@@ -40,7 +40,7 @@ def coefficients(scores: Tensor, responses: list[tuple[int, ...]], sizes: list[i
     rewards = torch.tensor([reward_of(r) for r in responses], dtype=torch.float64)
     weights = length_weights([len(r) for r in responses], sizes, LengthWeight.GUIDE)
     return (
-        entropy_coefficients(scores, sizes),
+        score_coefficients(scores, sizes),
         advantages_from_rewards(rewards, sizes, AdvantageRule.RLOO) * weights,
     )
 
@@ -175,7 +175,7 @@ def simulate(policy: EnumerablePolicy, units: int, samples: int, draws: int, see
         chosen = np.stack([rng.choice(len(responses), size=samples, p=np.exp(scores[n])) for n in contexts])
         flat_scores = torch.from_numpy(scores[contexts[:, None], chosen].ravel())
         sizes = [samples] * units
-        c = entropy_coefficients(flat_scores, sizes).numpy().reshape(units, samples)
+        c = score_coefficients(flat_scores, sizes).numpy().reshape(units, samples)
         a = advantages_from_rewards(torch.from_numpy(rewards[chosen].ravel()), sizes, AdvantageRule.RLOO)
         w = length_weights(lengths[chosen].ravel().tolist(), sizes, LengthWeight.GRPO)
         a = (a * w).numpy().reshape(units, samples)

@@ -17,7 +17,7 @@ from entropy_probe.gradients import Storage, unit_gradients
 from entropy_probe.gradients.plan import make_plan
 from entropy_probe.policy import Policy, pad_right
 from entropy_probe.rollouts import Rollout, group_rollouts
-from entropy_probe.scores import entropy_coefficients
+from entropy_probe.scores import score_coefficients
 from entropy_probe.u_statistics import cross_statistics
 from entropy_probe.units import Mode, block_units, exact_units
 
@@ -132,7 +132,7 @@ def test_streamed_and_stored_agree(setting: tuple[Any, Any], units: Any) -> None
     model, adam = setting
     batch = support.random_batch(6, 3)
     policy = Policy(model, microbatch_size=4)
-    c = entropy_coefficients(policy.scores(batch.responses), batch.group_sizes)
+    c = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
     from entropy_probe.adam_preconditioner import Preconditioners
 
@@ -154,7 +154,7 @@ def test_gradients_reach_parameters_on_both_sides(setting: tuple[Any, Any]) -> N
     model, adam = setting
     batch = support.random_batch(4, 3)
     policy = Policy(model)
-    c = entropy_coefficients(policy.scores(batch.responses), batch.group_sizes)
+    c = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
     from entropy_probe.adam_preconditioner import Preconditioners
 

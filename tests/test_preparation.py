@@ -16,6 +16,7 @@ from entropy_probe.gradients import Storage, engine, prepare, reference, treatme
 from entropy_probe.gradients.preparation import ACTIVATION_SHARE, RESERVE
 from entropy_probe.gradients.sequences import Mixing, Strip
 from entropy_probe.policy import Policy
+from entropy_probe.scores import EntropyTarget
 from entropy_probe.units import exact_units
 from test_engine import assert_same
 from test_language_head import gradients
@@ -128,7 +129,7 @@ def test_bfloat16_vectors_take_half_the_memory_and_keep_two_digits(storage: Stor
         found = []
         for dtype in (torch.float32, torch.bfloat16):
             seen.append(0)
-            arguments = (policy, batch, exact_units(6), None, a, p, dict.fromkeys(p, 1.0))
+            arguments = (policy, batch, exact_units(6), EntropyTarget(), a, p, dict.fromkeys(p, 1.0))
             found.append(engine.unit_gradients(*arguments, storage=storage, vector_dtype=dtype, rules=rules).total)
         wide, narrow = found
     gap = np.abs(narrow.x_dot_sum - wide.x_dot_sum).max() / np.abs(wide.x_dot_sum).max()
@@ -199,7 +200,7 @@ def test_a_prompt_without_advantages_moves_nothing_exactly() -> None:
     a[4:8] = 0.0
     for size in (3, 100):
         found = engine.unit_gradients(
-            Policy(model, microbatch_size=size), batch, exact_units(6), None, a, p, dict.fromkeys(p, 1.0)
+            Policy(model, microbatch_size=size), batch, exact_units(6), EntropyTarget(), a, p, dict.fromkeys(p, 1.0)
         )
         kernel = found.total.kernel
         assert kernel is not None

@@ -15,9 +15,9 @@ from entropy_probe.scores import (
     AdvantageRule,
     LengthWeight,
     advantages_from_rewards,
-    entropy_coefficients,
     leave_one_out_mean,
     length_weights,
+    score_coefficients,
 )
 
 groups = st.lists(st.lists(st.floats(-50, 50), min_size=2, max_size=6), min_size=1, max_size=5)
@@ -36,7 +36,7 @@ def test_leave_one_out_and_coefficients_equal_loops(values: list[list[float]]) -
     ]
     assert leave_one_out_mean(scores, sizes).tolist() == pytest.approx(means, abs=1e-10)
     expected = [(v - m) / len(g) for (v, g), m in zip(((v, g) for g in values for v in g), means, strict=True)]
-    assert entropy_coefficients(scores, sizes).tolist() == pytest.approx(expected, abs=1e-10)
+    assert score_coefficients(scores, sizes).tolist() == pytest.approx(expected, abs=1e-10)
 
 
 @settings(max_examples=50, deadline=None)

@@ -39,6 +39,7 @@ from entropy_probe.report import CheckpointSection, ConfigSection, Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import (
     AdvantageRule,
+    EntropyTarget,
     Estimator,
     LengthWeight,
     advantages_from_rewards,
@@ -244,7 +245,7 @@ def _probe_as_marked(
             policy,
             batch,
             plan.units,
-            None,
+            EntropyTarget(settings.estimator),
             y_coefficients,
             p,
             rates,

@@ -7,12 +7,21 @@ S_ng = Σ_t log π_θ(y_t | prefix) is the score of response g to prompt n, in n
     Y_n = Σ_g a_ng ∇S_ng                                          mean over n = minus the gradient of the training loss
 
 The coefficient is a constant of the loss: were it not detached, Σ_g S_g ∇S̄_−g = Σ_g S̄_−g ∇S_g would add a second X.
+
+Rao-Blackwell replaces what was drawn after a token by its expectation given the tokens so far: with H_t the entropy of the
+next-token distribution and F_t = Σ_{s>t} H_s the entropy still to come,
+
+    X_n = −(1/G_n) Σ_g [ Σ_t (F_gt − F̄_−g,t) ∇log π(y_gt) + Σ_t ∇H_gt ]           E[X] = −∇H
+
+F̄_−g,t being the mean over the prompt's other responses at the same position, 0 past their end. A ratio H/T̄ (entropy per token)
+adds the length's gradient: with h = H/T̄, S becomes S + h T, F_t becomes F_t − h (T − t), and all is divided by T̄.
 Source: guide section 1B; design sections 1 to 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -22,9 +31,52 @@ from entropy_probe.errors import InputError
 
 
 class Estimator(StrEnum):
-    """Of the entropy gradient. ``score``: the guide's, from whole-response scores."""
+    """Of the entropy and its gradient.
+
+    ``score``: the guide's, from whole-response scores. ``rao-blackwell``: from the entropy of every next-token distribution.
+    """
 
     SCORE = "score"
+    RAO_BLACKWELL = "rao-blackwell"
+
+
+class EntropyUnit(StrEnum):
+    """Per response: H = E[−S]. Per token: H/T̄ with T̄ = E[T], a ratio whose gradient has a length term."""
+
+    PER_RESPONSE = "per-response"
+    PER_TOKEN = "per-token"
+
+
+@dataclass(frozen=True)
+class EntropyTarget:
+    """Which entropy's gradient X estimates, and how."""
+
+    estimator: Estimator = Estimator.SCORE
+    unit: EntropyUnit = EntropyUnit.PER_RESPONSE
+
+    @property
+    def needs_token_entropies(self) -> bool:
+        """Whether H_t of every response token is asked for."""
+        return self.estimator is Estimator.RAO_BLACKWELL
+
+
+@dataclass(frozen=True)
+class EntropyRatio:
+    """h = Ĥ/T̄, nats per token, and T̄ of the whole batch, both held fixed as constants of the loss."""
+
+    entropy_per_token: float
+    mean_length: float
+
+
+@dataclass(frozen=True)
+class EntropyCoefficients:
+    """X = Σ log_probs · ∇log π + Σ entropies · ∇H_t.
+
+    ``log_probs`` has one value a response [N], or one a response token [tokens]; ``entropies`` [tokens], or None for zeros.
+    """
+
+    log_probs: Tensor
+    entropies: Tensor | None = None
 
 
 class AdvantageRule(StrEnum):
@@ -73,7 +125,62 @@ def repeat_by_group(values: Sequence[float], group_sizes: Sequence[int]) -> Tens
     return torch.repeat_interleave(torch.tensor(values, dtype=torch.float64), torch.tensor(list(group_sizes)))
 
 
-def entropy_coefficients(scores: Tensor, group_sizes: Sequence[int]) -> Tensor:
+def entropy_coefficients(
+    target: EntropyTarget,
+    scores: Tensor,
+    token_entropies: Tensor | None,
+    lengths: Sequence[int],
+    group_sizes: Sequence[int],
+    ratio: EntropyRatio | None = None,
+) -> EntropyCoefficients:
+    """What multiplies ∇log π and ∇H_t in X, detached.
+
+    Args:
+        target: which entropy, and how.
+        scores: S, [N].
+        token_entropies: H_t of the response tokens, flat [tokens]; for Rao-Blackwell.
+        lengths: T, response tokens, [N].
+        group_sizes: G_n.
+        ratio: of the whole batch, for the entropy per token.
+    """
+    if target.unit is EntropyUnit.PER_RESPONSE:
+        rate, scale = 0.0, 1.0
+    else:
+        assert ratio is not None, "the entropy per token needs the batch's ratio"
+        rate, scale = ratio.entropy_per_token, ratio.mean_length
+    if target.estimator is Estimator.SCORE:
+        f = scores.detach() + rate * torch.tensor(lengths, dtype=scores.dtype)
+        return EntropyCoefficients(score_coefficients(f, group_sizes) / scale)
+    assert token_entropies is not None, "Rao-Blackwell needs the entropies of the next-token distributions"
+    to_come = entropy_to_come(token_entropies.detach(), lengths, rate)
+    return EntropyCoefficients(
+        -(to_come - leave_one_out_by_position(to_come, lengths, group_sizes))
+        / (scale * _of_tokens(repeat_by_group(group_sizes, group_sizes), lengths)),
+        -1.0 / (scale * _of_tokens(repeat_by_group(group_sizes, group_sizes), lengths)),
+    )
+
+
+def response_entropies(
+    estimator: Estimator, scores: Tensor, token_entropies: Tensor | None, lengths: Sequence[int]
+) -> Tensor:
+    """One unbiased estimate of a prompt's H a response: −S, or Σ_t H_t by Rao-Blackwell; [N], nats."""
+    if estimator is Estimator.SCORE:
+        return -scores
+    assert token_entropies is not None, "Rao-Blackwell needs the entropies of the next-token distributions"
+    return torch.stack([part.sum() for part in torch.split(token_entropies, list(lengths))])
+
+
+def entropy_ratio(entropies: Tensor, lengths: Sequence[int], group_sizes: Sequence[int]) -> EntropyRatio:
+    """h and T̄ from one estimate of H a response, [N]: both means over prompts of means over responses."""
+    tokens = torch.tensor(lengths, dtype=torch.float64)
+    entropy, mean_length = (
+        float(torch.stack([part.mean() for part in by_group(values, group_sizes)]).mean())
+        for values in (entropies, tokens)
+    )
+    return EntropyRatio(entropy / mean_length, mean_length)
+
+
+def score_coefficients(scores: Tensor, group_sizes: Sequence[int]) -> Tensor:
     """c_ng = (S_ng − S̄_n,−g) / G_n, detached; shape [N], nats.
 
     The leave-one-out mean is a baseline that is independent of response g, so E[X_n] = −∇H_n exactly, without the
@@ -81,6 +188,37 @@ def entropy_coefficients(scores: Tensor, group_sizes: Sequence[int]) -> Tensor:
     """
     detached = scores.detach()
     return (detached - leave_one_out_mean(detached, group_sizes)) / repeat_by_group(group_sizes, group_sizes)
+
+
+def entropy_to_come(token_entropies: Tensor, lengths: Sequence[int], rate: float = 0.0) -> Tensor:
+    """F_t − h (T − t) with F_t = Σ_{s>t} H_s and T − t the tokens after t: flat [tokens], nats.
+
+    Given the tokens up to t, F_t has the mean of −Σ_{s>t} log π(y_s), without the noise of what was drawn there.
+    """
+    return torch.cat(
+        [(h - rate).flip(0).cumsum(0).flip(0) - (h - rate) for h in torch.split(token_entropies, list(lengths))]
+    )
+
+
+def leave_one_out_by_position(values: Tensor, lengths: Sequence[int], group_sizes: Sequence[int]) -> Tensor:
+    """At every response token, the mean of ``values`` [tokens] at that position over the prompt's other responses.
+
+    A response counts as 0 past its end. For a prompt with one response it is 0: there is no baseline, and no bias either.
+    """
+    found = []
+    start = 0
+    parts = torch.split(values, list(lengths))
+    for size in group_sizes:
+        group = parts[start : start + size]
+        start += size
+        total = torch.nn.utils.rnn.pad_sequence(list(group), batch_first=True).sum(0)
+        found += [(total[: len(own)] - own) / max(1, size - 1) for own in group]
+    return torch.cat(found)
+
+
+def _of_tokens(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """One value a response, repeated for each of its tokens."""
+    return torch.repeat_interleave(values, torch.tensor(list(lengths)))
 
 
 def advantages_from_rewards(rewards: Tensor, group_sizes: Sequence[int], rule: AdvantageRule) -> Tensor:
@@ -160,6 +298,6 @@ def length_weights(
 def probe_loss(scores: Tensor, coefficients: Tensor) -> Tensor:
     """L = Σ_i coefficient_i S_i, a scalar whose gradient is Σ_i coefficient_i ∇S_i.
 
-    With ``entropy_coefficients`` this is the guide's L_X summed over prompts, with A w its L_Y.
+    With ``score_coefficients`` this is the guide's L_X summed over prompts, with A w its L_Y.
     """
     return (coefficients.detach().to(scores) * scores).sum()

@@ -2,8 +2,8 @@
 
 Sequences do not interact, so one backward of Σ_i S_i with unit coefficients leaves at every use of a parameter each
 sequence's own output gradient; its gradient g_i is one GEMM, and enters X_u += c_i g_i and Y_u += a_i g_i (design section
-6). Coefficients a token need a backward for X and one for Y. Parameters without a rule get both gradients from autograd,
-unit by unit, in two backwards. Compared in float64 with :mod:`~entropy_probe.gradients.reference`.
+6). Coefficients a token, as Rao-Blackwell has them, need a backward for X and one for Y. Parameters without a rule get both
+gradients from autograd, unit by unit, in two backwards. Compared in float64 with :mod:`~entropy_probe.gradients.reference`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from entropy_probe.errors import InputError
 from entropy_probe.gradients.batching import Microbatch, microbatches, strips
 from entropy_probe.gradients.capture import Capture, Sink, leaked
 from entropy_probe.gradients.checkpointing import checkpointing
-from entropy_probe.gradients.coefficients import Coefficients, EntropyAndUpdate, Unweighted
+from entropy_probe.gradients.coefficients import Coefficients, EntropyAndUpdate, Found, Unweighted
 from entropy_probe.gradients.contractions import Contractions
 from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
 from entropy_probe.gradients.layers import RULES
@@ -28,9 +28,10 @@ from entropy_probe.gradients.products import Dots, StreamedSums, stored_dots
 from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
 from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unit_vectors import UnitVectors
-from entropy_probe.policy import PaddedResponses, Policy, check_finite, pad_right, sum_over_tokens
+from entropy_probe.policy import PaddedResponses, Policy, TokenValues, check_finite, pad_right, sum_over_tokens
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.scores import EntropyTarget
 from entropy_probe.units import Units
 
 
@@ -38,7 +39,7 @@ def unit_gradients(
     policy: Policy,
     batch: RolloutBatch,
     units: Units,
-    entropy_coefficients: Tensor | None,
+    entropy: EntropyTarget | Tensor,
     advantage_coefficients: Tensor,
     preconditioners: Mapping[str, Tensor],
     learning_rates: Mapping[str, float],
@@ -54,8 +55,8 @@ def unit_gradients(
         policy: the model at θ; trainable parameters are those that require grad.
         batch: the rollouts, flat order as in ``batch.responses``.
         units: a partition of its prompts.
-        entropy_coefficients: c, one a response [N] or one a response token [tokens], flat; None takes the score estimator's
-            from the scores of this very forward.
+        entropy: what X estimates, from the scores and entropies of this very forward; or its coefficients, one a response
+            [N] or one a response token [tokens], flat.
         advantage_coefficients: a_i, [N].
         preconditioners: P by parameter name.
         learning_rates: η by parameter name; dots are kept apart by it.
@@ -80,7 +81,7 @@ def unit_gradients(
         policy,
         batch,
         units.of_rows(batch.group_sizes),
-        EntropyAndUpdate(batch, entropy_coefficients, advantage_coefficients),
+        EntropyAndUpdate(batch, entropy, advantage_coefficients),
         dict(rules.treatments),
         rules.unproven,
     )
@@ -101,7 +102,8 @@ def unit_gradients(
         dots=dots.dots,
         ascent={name: dots.y_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in dots.y_sums},
         untouched=tuple(name for name in parameters if name not in reached),
-        scores=run.scores,
+        scores=run.found.scores,
+        token_entropies=run.found.token_entropies,
         coverage=run.coverage(),
         rules=replace(rules, treatments=run.treatments),
     )
@@ -180,14 +182,16 @@ class _Run:
     coefficients: Coefficients
     treatments: dict[str, Treatment]
     unproven: frozenset[str]
-    scores: Tensor = field(init=False)
+    found: Found = field(init=False)
 
     def __post_init__(self) -> None:
         self.responses = self.batch.responses
-        self.scores = torch.full((len(self.responses),), torch.nan, dtype=torch.float64)
+        self.first_token = [0, *itertools.accumulate(len(r.response_ids) for r in self.responses)]
+        counts = (len(self.responses), self.first_token[-1])
+        unknown = [torch.full((count,), torch.nan, dtype=torch.float64) for count in counts]
+        self.found = Found(unknown[0], unknown[1] if self.coefficients.needs_entropies else None)
         self.last_row = {unit: row for row, unit in enumerate(self.unit_of_row)}
         self.lengths = [response.length for response in self.responses]
-        self.group_of_row = [n for n, size in enumerate(self.batch.group_sizes) for _ in range(size)]
         self.parameters = self.policy.trainable()
         self.owners = parameter_owners(self.policy.model, self.parameters)
 
@@ -225,8 +229,9 @@ class _Run:
 
     def backward(self, part: Microbatch, sink: Sink) -> None:
         """Add every sequence's gradient of these rows to its unit."""
-        if not part.whole and self.coefficients.needs_groups:
-            self._score_ahead(part.rows)
+        missing = [row for row in self.coefficients.needed_rows(part.rows) if row not in part.rows]
+        if any(bool(self.found.scores[row].isnan()) for row in missing):
+            self._score_ahead([row for row in (*part.rows, *missing) if bool(self.found.scores[row].isnan())])
         if (len(self.units_of(part)) > 1 and self.fallback) or not self._captured_backward(part, sink):
             # A parameter that the short rows did not show to be outside of the rules: from here on unit by unit.
             for _, rows in itertools.groupby(part.rows, key=self.unit_of_row.__getitem__):
@@ -254,12 +259,13 @@ class _Run:
                     strip = Strip(tuple(self.unit_of_row[row] for row in rows), padded_length(lengths))
                     padded = pad_right([self.responses[row] for row in rows], policy.device, strip.length)
                     with capture.over(strip):
-                        forwards.append(_Forward(rows, strip, padded, policy.token_log_probs(padded)))
-                escaped = {*leaked([forward.log_probs for forward in forwards], captured)}
+                        values = policy.token_values(padded, entropies=self.coefficients.needs_entropies)
+                        forwards.append(_Forward(rows, strip, padded, values))
+                escaped = {*leaked([root for forward in forwards for root in forward.roots], captured)}
                 escaped |= capture.used & self.unproven - fallback.keys()
                 if not escaped:
                     self._record_scores(part, forwards)
-                    if not any(forward.log_probs.requires_grad for forward in forwards):
+                    if not any(root.requires_grad for forward in forwards for root in forward.roots):
                         return True
                     with torch.autocast(policy.device.type, enabled=False), capture.into(sink):
                         self._differentiate(forwards, capture, sink, fallback)
@@ -271,44 +277,58 @@ class _Run:
         fall_back_around(self.owners, self.treatments, self.unproven)
         return single_unit and self._captured_backward(part, sink)
 
-    def _score_ahead(self, rows: range) -> None:
-        """S of every response to the prompts that these rows belong to, where a microbatch does not hold them all."""
-        groups = {self.group_of_row[row] for row in rows}
-        missing = [row for row, n in enumerate(self.group_of_row) if n in groups and bool(self.scores[row].isnan())]
-        if missing:
-            self.scores[missing] = self.policy.scores([self.responses[row] for row in missing])
-            check_finite(self.scores[missing], [self.responses[row] for row in missing])
+    def _score_ahead(self, rows: Sequence[int]) -> None:
+        """Scores (and entropies) of rows whose coefficients depend on more than a microbatch holds."""
+        responses = [self.responses[row] for row in rows]
+        if self.found.token_entropies is None:
+            self._note(rows, self.policy.scores(responses), None)
+        else:
+            measured = self.policy.measure(responses)
+            self._note(rows, measured.scores, measured.entropies)
+        check_finite(self.found.scores[list(rows)], responses)
 
     def _record_scores(self, part: Microbatch, forwards: Sequence[_Forward]) -> None:
         for forward in forwards:
-            found = sum_over_tokens(forward.log_probs.detach(), forward.padded).cpu()
-            for row, score in zip(forward.rows, found, strict=True):
-                # The first one found stays: a second pass, or a prompt in pieces, must not mix two roundings of one score.
-                if bool(self.scores[row].isnan()):
-                    self.scores[row] = score
-        check_finite(self.scores[part.rows.start : part.rows.stop], self.responses[part.rows.start : part.rows.stop])
+            scores = sum_over_tokens(forward.values.log_probs.detach(), forward.padded).cpu()
+            entropies = forward.values.entropies
+            self._note(forward.rows, scores, None if entropies is None else entropies.detach().double().cpu())
+        check_finite(
+            self.found.scores[part.rows.start : part.rows.stop], self.responses[part.rows.start : part.rows.stop]
+        )
+
+    def _note(self, rows: Sequence[int], scores: Tensor, entropies: Tensor | None) -> None:
+        """Keep what is new: a second pass, or a prompt in pieces, must not mix two roundings of one score."""
+        start = 0
+        for row, score in zip(rows, scores, strict=True):
+            tokens = slice(self.first_token[row], self.first_token[row + 1])
+            stop = start + tokens.stop - tokens.start
+            if bool(self.found.scores[row].isnan()):
+                self.found.scores[row] = score
+                if self.found.token_entropies is not None:
+                    assert entropies is not None
+                    self.found.token_entropies[tokens] = entropies[start:stop]
+            start = stop
 
     def _differentiate(
         self, forwards: Sequence[_Forward], capture: Capture, sink: Sink, fallback: Mapping[str, nn.Parameter]
     ) -> None:
-        log_probs = [forward.log_probs for forward in forwards]
         leaves = capture.take_leaves()
         wanted = [capture.anchor, *[leaf for _, leaf, _ in leaves], *fallback.values()]
         device, dtype = self.policy.device, sink.arithmetic
-        # Strip by strip the same backwards, run together.
-        planned = zip(
-            *(self.coefficients.backwards(f.rows, self.scores, apart=bool(fallback)) for f in forwards), strict=True
-        )
-        remaining = list(planned)
+        # Every strip needs the same backwards; each is run over all strips at once.
+        by_strip = [self.coefficients.backwards(f.rows, self.found, apart=bool(fallback)) for f in forwards]
+        remaining = list(zip(*by_strip, strict=True))
         for number, backwards in enumerate(remaining):
+            roots: list[Tensor] = []
+            starts: list[Tensor] = []
             for forward, backward in zip(forwards, backwards, strict=True):
                 forward.strip.mix(Mixing(backward.weights.to(device, dtype), backward.channels))
+                for root, start in zip(forward.roots, (backward.log_probs, backward.entropies), strict=False):
+                    if start is not None:
+                        roots.append(root)
+                        starts.append(start.to(root))
             found = torch.autograd.grad(
-                log_probs,
-                wanted,
-                [backward.starts.to(f.log_probs) for f, backward in zip(forwards, backwards, strict=True)],
-                retain_graph=number + 1 < len(remaining),
-                allow_unused=True,
+                roots, wanted, starts, retain_graph=number + 1 < len(remaining), allow_unused=True
             )
             arrived = iter(found[1:])
             for name, _, strip in leaves:
@@ -324,9 +344,15 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Forward:
-    """One strip's forward: its flat rows, and the log-probs of its response tokens with their graph."""
+    """One strip's forward: its flat rows, and what it found of its response tokens, with the graph."""
 
     rows: tuple[int, ...]
     strip: Strip
     padded: PaddedResponses
-    log_probs: Tensor
+    values: TokenValues
+
+    @property
+    def roots(self) -> tuple[Tensor, ...]:
+        """What backwards may start from: log-probs, then entropies where there are any."""
+        both = (self.values.log_probs, self.values.entropies)
+        return tuple(root for root in both if root is not None)

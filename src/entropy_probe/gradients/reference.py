@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.checkpointing import checkpointing
 from entropy_probe.gradients.interface import Storage, UnitGradients
-from entropy_probe.policy import Policy, check_finite, pad_right
+from entropy_probe.policy import Measured, Policy, check_finite, pad_right
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.scores import entropy_coefficients as score_coefficients
-from entropy_probe.scores import probe_loss
+from entropy_probe.scores import (
+    EntropyCoefficients,
+    EntropyTarget,
+    entropy_coefficients,
+    entropy_ratio,
+    probe_loss,
+    response_entropies,
+)
 from entropy_probe.u_statistics import UnitDots
 from entropy_probe.units import Units
 
@@ -31,7 +37,7 @@ def unit_gradients(
     policy: Policy,
     batch: RolloutBatch,
     units: Units,
-    entropy_coefficients: Tensor | None,
+    entropy: EntropyTarget | Tensor,
     advantage_coefficients: Tensor,
     preconditioners: Mapping[str, Tensor],
     learning_rates: Mapping[str, float],
@@ -45,7 +51,7 @@ def unit_gradients(
         policy: the model at θ; trainable parameters are those that require grad.
         batch: the rollouts, flat order as in ``batch.responses``.
         units: a partition of its prompts.
-        entropy_coefficients: c, one a response [N] or one a response token [tokens], flat; None takes the score estimator's.
+        entropy: what X estimates; or its coefficients, one a response [N] or one a response token [tokens], flat.
         advantage_coefficients: a_i, [N].
         preconditioners: P by parameter name.
         learning_rates: η by parameter name; dots are kept apart by it.
@@ -63,11 +69,13 @@ def unit_gradients(
     responses = batch.responses
     starts = [0, *itertools.accumulate(batch.group_sizes)]
     spans = [slice(starts[unit.start], starts[unit.stop]) for unit in units.ranges]
-    scores = policy.scores(responses, progress)
+    measured = policy.measure(responses, progress)
+    scores = measured.scores
     check_finite(scores, responses)
-    if entropy_coefficients is None:
-        entropy_coefficients = score_coefficients(scores, batch.group_sizes)
-    c, a = (_by_token(values, responses) for values in (entropy_coefficients, advantage_coefficients))
+    x = EntropyCoefficients(entropy) if isinstance(entropy, Tensor) else _coefficients(entropy, measured, batch)
+    a = _by_token(advantage_coefficients, responses)
+    c = _by_token(x.log_probs, responses)
+    e = None if x.entropies is None else _by_token(x.entropies, responses)
     prompts = len(batch.groups)
     sizes = units.sizes
 
@@ -76,7 +84,12 @@ def unit_gradients(
 
     def vectors(span: slice, *, first_pass: bool) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
         x_grads, y_grads = _two_gradients(
-            policy, parameters, responses[span], torch.cat(c[span]), torch.cat(a[span]), dtype
+            policy,
+            parameters,
+            responses[span],
+            EntropyCoefficients(torch.cat(c[span]), None if e is None else torch.cat(e[span])),
+            torch.cat(a[span]),
+            dtype,
         )
         if first_pass:
             reached.update(x_grads, y_grads)
@@ -105,6 +118,7 @@ def unit_gradients(
         ascent={name: total / prompts for name, total in ascent_sum.items()},
         untouched=tuple(name for name in parameters if name not in reached),
         scores=scores,
+        token_entropies=measured.entropies,
     )
 
 
@@ -132,7 +146,7 @@ def _two_gradients(
     policy: Policy,
     parameters: Mapping[str, nn.Parameter],
     responses: Sequence[Rollout],
-    entropy_coefficients: Tensor,
+    entropy: EntropyCoefficients,
     advantage_coefficients: Tensor,
     dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -142,17 +156,30 @@ def _two_gradients(
     starts = [0, *itertools.accumulate(len(r.response_ids) for r in responses)]
     with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad():
         for part in policy.microbatches(len(responses)):
-            log_probs = policy.token_log_probs(pad_right(responses[part], policy.device))
+            values = policy.token_values(
+                pad_right(responses[part], policy.device), entropies=entropy.entropies is not None
+            )
+            log_probs = values.log_probs
             if not log_probs.requires_grad:
                 raise InputError(
                     "no trainable parameter receives a gradient from these responses; is the model frozen?"
                 )
             tokens = slice(starts[part.start], starts[part.stop])
-            loss_x = probe_loss(log_probs.double(), entropy_coefficients[tokens])
+            loss_x = probe_loss(log_probs.double(), entropy.log_probs[tokens])
+            if entropy.entropies is not None:
+                assert values.entropies is not None
+                loss_x = loss_x + probe_loss(values.entropies.double(), entropy.entropies[tokens])
             loss_y = probe_loss(log_probs.double(), advantage_coefficients[tokens])
             _add(x_grads, torch.autograd.grad(loss_x, tensors, retain_graph=True, allow_unused=True), parameters, dtype)
             _add(y_grads, torch.autograd.grad(loss_y, tensors, allow_unused=True), parameters, dtype)
     return x_grads, y_grads
+
+
+def _coefficients(target: EntropyTarget, measured: Measured, batch: RolloutBatch) -> EntropyCoefficients:
+    lengths = [len(response.response_ids) for response in batch.responses]
+    entropies = response_entropies(target.estimator, measured.scores, measured.entropies, lengths)
+    ratio = entropy_ratio(entropies, lengths, batch.group_sizes)
+    return entropy_coefficients(target, measured.scores, measured.entropies, lengths, batch.group_sizes, ratio)
 
 
 def _by_token(coefficients: Tensor, responses: Sequence[Rollout]) -> tuple[Tensor, ...]:
