@@ -150,7 +150,8 @@ def synthetic_family(
 ) -> Family:
     """X = s (signal e₁ + noise z), Y likewise, a quarter of the noise's variance shared: truth signal².
 
-    ``tails``: normal z; Student's t with 3 degrees of freedom, unit variance; or normal z and s lognormal with σ = 1 and mean 1.
+    ``tails``: normal z; z of Student's t with 3 degrees of freedom and unit variance; or normal z and s lognormal with σ = 1,
+    mean 1.
     """
 
     def draw(draws: int, units: int, rng: np.random.Generator) -> FloatArray:
@@ -215,8 +216,9 @@ def pool_family(kernel: FloatArray) -> Family:
         return kernel[chosen[:, :, None], chosen[:, None, :]]
 
     sentence = (
-        f"Units drawn with replacement from {POOL_PROMPTS} prompts × {POOL_RESPONSES} responses of the bundled checkpoint; a prompt "
-        "drawn twice brings its X̃_u · Ỹ_u, as the discrete pool has it, and the truth is the mean over all pairs, diagonal included."
+        f"Units drawn with replacement from {POOL_PROMPTS} prompts × {POOL_RESPONSES} responses of the bundled checkpoint; "
+        "a prompt drawn twice brings its X̃_u · Ỹ_u, as the discrete pool has it, and the truth is the mean over all pairs, "
+        "diagonal included."
     )
     return Family("real pool", "real", sentence, float(kernel.mean()), draw)
 
@@ -232,8 +234,8 @@ def families(pool: FloatArray) -> list[Family]:
         found.append(policy_family(f"policy {seed}, G = 4", "policy, skewed", text, seed=seed, samples=4))
     for seed, contexts, samples in ((0, 24, 4), (1, 40, 8)):
         text = (
-            f"Enumerable policy {seed}, {contexts} contexts, G = {samples}, each context with rewards that the policy cannot improve "
-            "on (E[Y] = 0): the degenerate part dominates at small U, and the truth is 0."
+            f"Enumerable policy {seed}, {contexts} contexts, G = {samples}, each context with rewards that the policy cannot "
+            "improve on (E[Y] = 0): the degenerate part dominates at small U, and the truth is 0."
         )
         found.append(
             policy_family(
@@ -325,8 +327,8 @@ def markdown(found: Sequence[Family], cells: Sequence[Cell], seconds: float, com
         f"`{command}`, one run of {seconds / 60:.0f} min: {replicates} batches a cell, {resampled} for the bootstraps "
         f"({RESAMPLES} resamples each). Nominal level 95 %.",
         "",
-        "A cell is *coverage in % ± its Monte Carlo standard error (mean half width over 1.96 standard deviations of U_cross)*. "
-        "The degenerate share is that of the variance of U_cross; *told* is how often `known_shortfall` speaks up.",
+        "A cell is *coverage in % ± its Monte Carlo standard error (mean half width over 1.96 standard deviations of "
+        "U_cross)*. The degenerate share is that of the variance of U_cross; *told* is how often `known_shortfall` speaks up.",
         "",
         "## Conclusion",
         "",

@@ -179,7 +179,7 @@ def bootstrap(h: FloatArray, replicates: int, seed: int) -> tuple[FloatArray, Fl
     Pairs of two copies of one original unit are left out of both sums. They stand for pairs of different prompts, but hold
     X̃_u · Ỹ_u, which shares responses, and Σ n_u (n_u − 1) h_uu / (U(U−1)) has mean (1/U) mean h_uu: keeping them shifts U* by
     (mean h_uu − U_cross)/U, the bias that U_cross is built to avoid. Leaving them out of the numerator alone would shrink U*
-    by (1 − 1/U). What no weighting mends: both parts of the resampled variance carry ψ, so Var* counts τ² about three times.
+    by (1 − 1/U). What no weighting mends: both parts of the resampled variance carry ψ, so Var* counts τ² up to three times.
 
     Args:
         h: symmetric with a zero diagonal, [U, U].
