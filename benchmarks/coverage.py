@@ -46,17 +46,19 @@ POOL_PROMPTS, POOL_RESPONSES = 256, 8
 BOOTSTRAPS = (IntervalMethod.BOOTSTRAP, IntervalMethod.BOOTSTRAP_T)
 RESAMPLES = 299
 CHUNK = 50
-READING = """Why `skewed_t`: it and `jackknife_t` are the t intervals that keep 90 % on the skewed policies at U of 16 and more. Of the
-two `skewed_t` loses far less on lognormal units, where the other stays below 90 % up to U = 128, and does not count the
-degenerate part twice, which makes `t` and `jackknife_t` up to a half too wide at U of 16 and more. The price is up to 30 % of
-width where row means are skewed, and 4 to 13 % on the linear policies. `unbiased_t` is narrower and falls short where U_cross
-is skewed. The bootstraps miss both ways: percentiles too short where the linear part dominates and too wide where the
-degenerate one does, the studentised one erratic at U = 4 and 8 and short on the real pool.
+READING = """\
+Why `skewed_t`: it and `jackknife_t` are the t intervals that keep 90 % on the skewed policies at U of 16 and more. Of
+the two `skewed_t` loses far less on lognormal units, where the other stays below 90 % up to U = 128, and does not
+count the degenerate part twice, which makes `t` and `jackknife_t` up to 1.6 times as wide as a normal interval at U
+of 16 and more. The price is up to 30 % of width where row means are skewed, and up to 13 % on the linear policies.
+`unbiased_t` is narrower and falls short where U_cross is skewed. The bootstraps miss both ways: percentiles too short
+where the linear part dominates and too wide where the degenerate one does, the studentised one erratic at U = 4 and 8
+and short on the real pool.
 
-Where it falls short: lognormal units up to U = 16; the skewed policies at U = 4 and 8; one linear policy (7, G = 4) at U = 16;
-the real pool at U = 64 and 128, whose row means are heavy-tailed, and where `t` and `jackknife_t` cover better. Where it is too
-long: kernels whose degenerate part dominates at U = 4 and 8, as all t intervals are. Skewness cannot tell the skewed policies
-at U = 8 from light-tailed kernels: there the number of units has to be the warning."""
+Where it falls short: lognormal units up to U = 16; the skewed policies at U = 4 and 8; one linear policy (7, G = 4)
+at U = 16; the real pool at U = 64 and 128, whose row means are heavy-tailed, and where `t` and `jackknife_t` cover
+better. Where it is too long: kernels whose degenerate part dominates at U = 4 and 8, as all t intervals are. Skewness
+cannot tell the skewed policies at U = 8 from light-tailed kernels: there the number of units has to be the warning."""
 
 
 @dataclass(frozen=True)
