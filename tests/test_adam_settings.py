@@ -72,4 +72,4 @@ def test_the_clustered_errors_equal_their_loops_over_prompts() -> None:
         squares += sum(weights[i] * (-after[i] - then) - base[i] * (-scores[i] - now) for i in prompt) ** 2
         squares_now += sum(base[i] * (-scores[i] - now) for i in prompt) ** 2
     assert found.se == pytest.approx((3 / 2 * squares) ** 0.5, rel=1e-12)
-    assert entropy_estimate(scores, sizes)[1] == pytest.approx((3 / 2 * squares_now) ** 0.5, rel=1e-12)
+    assert entropy_estimate(-scores, sizes)[1] == pytest.approx((3 / 2 * squares_now) ** 0.5, rel=1e-12)

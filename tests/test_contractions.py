@@ -40,7 +40,7 @@ def one_at_a_time(policy: Policy, batch: RolloutBatch, vectors: list[dict[str, T
 def gap(policy: Policy, batch: RolloutBatch) -> float:
     vectors = directions(policy)
     expected = one_at_a_time(policy, batch, vectors)
-    found = response_dots(policy, batch, vectors)
+    found = response_dots(policy, batch, vectors)[:, 0]
     assert found.shape == expected.shape
     return float((found - expected).abs().max() / expected.abs().max())
 
@@ -79,7 +79,7 @@ def test_lora_and_a_direction_that_lacks_a_parameter() -> None:
     (whole,) = directions(policy, 1)
     first, *rest = whole
     part, other = {first: whole[first]}, {name: whole[name] for name in rest}
-    found = response_dots(policy, batch, [whole, part, other])
+    found = response_dots(policy, batch, [whole, part, other])[:, 0]
     torch.testing.assert_close(found[:, 0], found[:, 1] + found[:, 2], rtol=1e-10, atol=1e-10)
 
 

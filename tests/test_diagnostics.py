@@ -106,7 +106,8 @@ def test_rollouts_of_another_step_or_another_loss_are_named() -> None:
 def test_a_heavy_tail_is_said_where_it_matters_and_not_of_a_tiny_step() -> None:
     from entropy_probe.diagnostics import realized_warnings
     from entropy_probe.importance_sampling import entropy_change
-    from entropy_probe.realized import RealizedChange
+    from entropy_probe.realized import EntropyMeasure, RealizedChange
+    from entropy_probe.scores import EntropyTarget
 
     generator = torch.Generator().manual_seed(1)
     scores = -5 - torch.rand(400, generator=generator, dtype=torch.float64)
@@ -114,7 +115,7 @@ def test_a_heavy_tail_is_said_where_it_matters_and_not_of_a_tiny_step() -> None:
 
     def said(scale: float) -> set[str]:
         change = entropy_change(scores.numpy(), (scores + scale * tail).numpy(), [40] * 10)
-        row = RealizedChange("adamw", "clone", change, 1e-3, 0.0, 1.0)
+        row = RealizedChange("adamw", "clone", "same", EntropyMeasure(EntropyTarget()), change, 1e-3, 0.0, 1.0)
         return {w.code for w in realized_warnings([row])}
 
     assert "heavy_weights" in said(1.2)

@@ -54,7 +54,7 @@ def test_the_clustered_error_is_the_spread_over_fresh_prompts() -> None:
         deltas.append(found.delta_h)
         errors.append(found.se)
         naive.append(entropy_change(scores.ravel(), after.ravel(), [1] * (prompts * responses)).se)
-        estimate, error = entropy_estimate(scores.ravel(), [responses] * prompts)
+        estimate, error = entropy_estimate(-scores.ravel(), [responses] * prompts)
         entropies.append(estimate)
         entropy_errors.append(error)
     assert np.mean(errors) == pytest.approx(np.std(deltas), rel=0.1)
@@ -129,5 +129,5 @@ def test_the_tail_is_that_of_the_ratios_and_not_of_the_group_sizes() -> None:
 
 def test_unequal_groups_weigh_prompts_equally() -> None:
     scores = np.array([-1.0, -1.0, -1.0, -1.0, -5.0])
-    assert entropy_estimate(scores, [4, 1])[0] == pytest.approx(3.0)
+    assert entropy_estimate(-scores, [4, 1])[0] == pytest.approx(3.0)
     assert entropy_change(scores, scores, [4, 1]).delta_h == pytest.approx(0.0, abs=1e-15)

@@ -16,9 +16,12 @@ from entropy_probe.gradients import UnitGradients, engine, loss_gradient, refere
 from entropy_probe.language_head import HeadMode
 from entropy_probe.policy import Policy, choose_head
 from entropy_probe.rollouts import Rollout, RolloutBatch
+from entropy_probe.scores import EntropyTarget
 from entropy_probe.units import exact_units
 from enumerable import EnumerablePolicy
 from test_engine import assert_same, coefficients
+
+SCORE = EntropyTarget()
 
 ROWS = (Rollout("a", (3,), (4, 5, 6), 0.0), Rollout("b", (7, 8), (9,), 0.0))
 
@@ -28,7 +31,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_head, "CHUNK_VALUES", 7 * support.VOCABULARY)
 
 
-def gradients(backend: Any, policy: Policy, batch: RolloutBatch, c: torch.Tensor | None = None) -> UnitGradients:
+def gradients(
+    backend: Any, policy: Policy, batch: RolloutBatch, c: torch.Tensor | EntropyTarget = SCORE
+) -> UnitGradients:
     generator = torch.Generator().manual_seed(1)
     p = {n: torch.rand(q.shape, generator=generator, dtype=torch.float64) + 0.1 for n, q in policy.trainable().items()}
     units = exact_units(len(batch.groups))

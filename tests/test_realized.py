@@ -12,7 +12,7 @@ import torch
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.adam_step import optimizer_step
-from entropy_probe.importance_sampling import linear_weights
+from entropy_probe.importance_sampling import linear_term
 from entropy_probe.policy import Policy
 from entropy_probe.realized import rounding_noise
 from entropy_probe.virtual_step import at_least_float32, virtual_step
@@ -70,7 +70,7 @@ def test_the_linear_weights_are_the_derivative_of_the_estimator() -> None:
         return entropy_change(scores, scores + eps * direction, sizes).delta_h
 
     finite_difference = (change(1e-6) - change(-1e-6)) / 2e-6
-    assert linear_weights(scores, sizes) @ direction == pytest.approx(finite_difference, rel=1e-7)
+    assert linear_term(scores, sizes).on_scores @ direction == pytest.approx(finite_difference, rel=1e-7)
 
 
 @pytest.mark.parametrize("row", [0, 1], ids=["preconditioned", "adamw"])

@@ -42,7 +42,7 @@ def distinct(report: Report) -> Report:
         )
         for row, sign, k in zip(report.realized, (-1, 1), (0.34, None), strict=True)
     ]  # fmt: skip
-    entropy = dataclasses.replace(report.entropy, per_response=6.25, se=0.55, per_token=1.875)
+    entropy = dataclasses.replace(report.entropy, per_response=6.25, se=0.55, per_token=1.875, per_token_se=0.025)
     return dataclasses.replace(report, first_order=first, realized=rows, entropy=entropy, warnings=[])
 
 
@@ -57,7 +57,7 @@ def test_every_line_of_the_terminal_report_shows_the_number_of_its_name(
         "standard error of δH₁ 0.0415 over fresh batches",
         f"95 % interval of δH₁ [-0.25, -0.0625] {result.report.first_order.interval_method}",
         "entropy now 6.25 ± 0.55 nats per response",
-        "1.875 nats per token",
+        "1.875 ± 0.025 nats per token",
         "U_cross 11.5 nats per unit of learning rate",
         "SE of it, plug-in 1.25 from row means",
         "SE of it, jackknife 1.5 delete-one",
@@ -65,8 +65,8 @@ def test_every_line_of_the_terminal_report_shows_the_number_of_its_name(
         "SE of it, guide's text 2.25 sd of r; kept to compare",
         "learning rate 0.003, 0.0005",
         "self-test residual 3.0e-15 relative",
-        "preconditioned (same) −0.375 ± 0.013 -0.4375 0.812 0.34 3e-09",
-        "adamw (same) +0.375 ± 0.013 +0.4375 0.812 none 3e-09",
+        "preconditioned (same), score −0.375 ± 0.013 -0.4375 0.812 0.34 3e-09",
+        "adamw (same), score +0.375 ± 0.013 +0.4375 0.812 none 3e-09",
         "no warnings",
     ):
         assert line in lines, line
@@ -147,7 +147,7 @@ def test_units_entropy_and_realised_rows_are_those_of_the_batch_and_the_steps(mo
     assert (report.units.prompts, report.units.responses) == (5, 31)
     assert report.units.tokens == sum(map(sum, tokens))
     assert report.first_order.unit_ids == [["p0", "p1", "p2"], ["p3", "p4"]]
-    scores = torch.split(seen["scores"], sizes)
+    scores = torch.split(seen["measured"].scores, sizes)
     entropy = -float(torch.stack([part.mean() for part in scores]).mean())
     length = sum(sum(part) / len(part) for part in tokens) / 5
     assert report.entropy.per_response == pytest.approx(entropy, rel=1e-12)

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 import oracle
+from entropy_probe.intervals import interval_variance, unbiased_variance
 from entropy_probe.u_statistics import (
     UnitDots,
     cross_statistics,
-    interval_variance,
     jackknife_variance,
-    unbiased_variance,
 )
 from test_u_statistics import dots_of
 

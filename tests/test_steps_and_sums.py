@@ -17,9 +17,10 @@ from entropy_probe import InputError, Settings, probe, state_of_optimizer
 from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.adam_step import preconditioned_step
 from entropy_probe.gradients import Storage, loss_gradient, reference, response_dots, unit_gradients
-from entropy_probe.importance_sampling import entropy_change, linear_weights
+from entropy_probe.importance_sampling import entropy_change, linear_term
 from entropy_probe.policy import Policy, check_fits
-from entropy_probe.realized import Step, realize, rounding_noise
+from entropy_probe.realized import EntropyMeasure, Predicted, Step, realize, rounding_noise
+from entropy_probe.scores import EntropyTarget
 from entropy_probe.units import Mode, block_units, exact_units
 from entropy_probe.virtual_step import at_least_float32, virtual_step
 
@@ -30,12 +31,20 @@ def test_the_floor_is_the_largest_of_eight_gaps_and_the_norm_is_the_whole_steps(
     batch = support.random_batch(6, 4)
     policy = Policy(model)
     scores = policy.scores(batch.responses).numpy()
-    linear = loss_gradient(policy, batch.responses, torch.from_numpy(linear_weights(scores, batch.group_sizes)))
+    linear = loss_gradient(policy, batch.responses, torch.from_numpy(linear_term(scores, batch.group_sizes).on_scores))
     p = Preconditioners(adam)
     rates = dict.fromkeys(p, 1e-3)
     deltas = preconditioned_step(linear, p, rates)
-    changes = response_dots(policy, batch, [deltas])[:, 0].numpy()
-    found = realize(policy, batch, scores, Step("preconditioned", "virtual", deltas), changes)
+    changes = response_dots(policy, batch, [deltas])[:, 0, 0].numpy()
+    before = policy.measure(batch.responses, entropies=False)
+    predicted = float(linear_term(scores, batch.group_sizes).on_scores @ changes)
+    (found,) = realize(
+        policy,
+        batch,
+        before,
+        Step("preconditioned", "virtual", deltas),
+        [Predicted(EntropyMeasure(EntropyTarget()), predicted)],
+    )
     assert found.predicted == pytest.approx(sum(float((linear[n] * d).sum()) for n, d in deltas.items()), rel=1e-5)
     gaps = []
     generator = torch.Generator().manual_seed(0)

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import oracle
+from entropy_probe.intervals import interval_variance, unbiased_variance
 from entropy_probe.u_statistics import (
     UnitDots,
     cross_statistics,
     delete_one,
-    interval_variance,
     jackknife_variance,
-    unbiased_variance,
 )
 
 

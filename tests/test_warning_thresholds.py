@@ -14,9 +14,10 @@ from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState
 from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights
-from entropy_probe.realized import RealizedChange
+from entropy_probe.realized import EntropyMeasure, RealizedChange
 from entropy_probe.report import Evidence
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.scores import EntropyTarget
 from entropy_probe.u_statistics import CrossStatistics, UnitDots, cross_statistics
 
 
@@ -112,7 +113,11 @@ def realized(
 ) -> set[str]:
     weights = ImportanceWeights(np.full(10, 0.1), ess, ess / 10, k, None, "" if k is None else None)
     change = EntropyChange(1.0, 1.0 + delta_h, delta_h, 0.1, smoothed, weights)
-    return codes(diagnostics.realized_warnings([RealizedChange("adamw", "clone", change, predicted, floor, 1.0)]))
+    return codes(
+        diagnostics.realized_warnings(
+            [RealizedChange("adamw", "clone", "same", EntropyMeasure(EntropyTarget()), change, predicted, floor, 1.0)]
+        )
+    )
 
 
 def test_warnings_about_a_realised_step() -> None:

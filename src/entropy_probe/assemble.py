@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.gradients import Coverage, Plan, Preparation
 from entropy_probe.importance_sampling import entropy_estimate
-from entropy_probe.realized import RealizedChange
+from entropy_probe.intervals import needed_units
+from entropy_probe.noise import NoiseParts
+from entropy_probe.policy import Measured
+from entropy_probe.realized import HELD_OUT, SAME, RealizedChange
 from entropy_probe.report.schema import (
     CheckpointSection,
     ConfigSection,
@@ -23,20 +28,31 @@ from entropy_probe.report.schema import (
     EntropySection,
     Evidence,
     FirstOrder,
+    FoldSection,
+    NeededSection,
+    NoiseSection,
     PreconditionerDots,
     RealizedRow,
     Report,
+    TwoBatchSection,
     UnitsSection,
 )
 from entropy_probe.report.text import headline
 from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.u_statistics import CrossStatistics
+from entropy_probe.scores import EntropyTarget, EntropyUnit, response_entropies
+from entropy_probe.two_batches import TwoBatchStatistics, fold_statistics
+from entropy_probe.u_statistics import CrossStatistics, FloatArray
 from entropy_probe.units import Mode, Units
 
 NOTES = {
-    "preconditioned": "the step that δH₁ is about, Δθ = η P Ȳ; on the same responses it also holds the diagonal that U_cross "
-    "leaves out",
-    "adamw": "the optimizer's real step: momentum, fresh gradient, weight decay; no gradient clipping",
+    (
+        "preconditioned",
+        SAME,
+    ): "the step that δH₁ is about, Δθ = η P Ȳ; on the same responses it also holds the diagonal "
+    "that U_cross leaves out",
+    ("adamw", SAME): "the optimizer's real step: momentum, fresh gradient, weight decay; no gradient clipping",
+    ("preconditioned", HELD_OUT): "the step from other prompts' responses than these, so without the diagonal",
+    ("adamw", HELD_OUT): "the optimizer's real step from other prompts' responses than these",
 }
 
 
@@ -44,11 +60,18 @@ def assemble_report(
     *,
     statistics: CrossStatistics,
     step_statistics: CrossStatistics,
+    step_kernel: FloatArray | None,
     plan: Plan,
     batch: RolloutBatch,
-    scores: Tensor,
+    target: EntropyTarget,
+    target_se: float | None,
+    measured: Measured,
     adam: AdamState,
     realized: Sequence[RealizedChange],
+    noise: NoiseParts | None,
+    two_batches: TwoBatchStatistics | None,
+    evaluation: RolloutBatch | None,
+    folds: Sequence[int] | None,
     warnings: Sequence[Evidence],
     config: ConfigSection,
     checkpoint: CheckpointSection,
@@ -57,11 +80,26 @@ def assemble_report(
     timing: Mapping[str, float],
 ) -> Report:
     """All sections. ``step_statistics`` are those of the η-weighted inner product, in which δH₁ = −U_cross."""
-    entropy, entropy_se = entropy_estimate(scores.numpy(), batch.group_sizes)
-    first = _first_order(statistics, step_statistics, adam, batch, plan.units, config.estimator)
+    tokens = [len(response.response_ids) for response in batch.responses]
+    entropies = response_entropies(target.estimator, measured.scores, measured.entropies, tokens).numpy()
+    lengths = np.array(tokens, dtype=np.float64)
+    entropy, entropy_se = entropy_estimate(entropies, batch.group_sizes)
+    rate, rate_se = entropy_estimate(entropies, batch.group_sizes, lengths)
+    per_token = target.unit is EntropyUnit.PER_TOKEN
+    first = _first_order(statistics, step_statistics, adam, batch, plan.units, target)
     return Report(
-        headline=headline(first.delta_h1, first.delta_h1_se, first.delta_h1_ci95, entropy),
+        headline=headline(
+            first.delta_h1,
+            first.delta_h1_se,
+            first.delta_h1_ci95,
+            rate if per_token else entropy,
+            "token" if per_token else "response",
+        ),
         first_order=first,
+        needed=_needed(step_statistics, len(batch.groups) / len(plan.units.ranges), target_se),
+        noise=_noise(noise, step_statistics),
+        two_batches=None if two_batches is None else _two_batches(two_batches, evaluation),
+        folds=None if folds is None else _folds(folds, step_kernel, plan),
         units=UnitsSection(
             mode=plan.units.mode.value,
             count=len(plan.units.ranges),
@@ -80,8 +118,8 @@ def assemble_report(
             fallback_share=coverage.fallback_share,
             recomputed=list(coverage.recomputed),
         ),
-        entropy=EntropySection(entropy, entropy_se, entropy / batch.mean_length, batch.mean_length),
-        realized=[_row(change, config.estimator) for change in realized],
+        entropy=EntropySection(entropy, entropy_se, rate, rate_se, batch.mean_length),
+        realized=[_row(change) for change in realized],
         warnings=list(warnings),
         config=config,
         checkpoint=checkpoint,
@@ -140,14 +178,15 @@ def _first_order(
     adam: AdamState,
     batch: RolloutBatch,
     units: Units,
-    estimator: str,
+    target: EntropyTarget,
 ) -> FirstOrder:
     rates = adam.learning_rates
     reasons = {name: why for name, why in statistics.null_reasons.items() if name not in {"variance", "ci95"}}
     if statistics.ci95 is None:
         reasons["delta_h1_se"] = reasons["delta_h1_ci95"] = statistics.null_reasons["ci95"]
     return FirstOrder(
-        estimator=estimator,
+        estimator=target.estimator.value,
+        entropy=target.unit.value,
         u_cross=statistics.u_cross,
         # + 0.0 turns the −0.0 of a zero learning rate into 0.0.
         delta_h1=-step.u_cross + 0.0,
@@ -172,21 +211,88 @@ def _first_order(
     )
 
 
+def _needed(step: CrossStatistics, prompts_per_unit: float, target_se: float | None) -> NeededSection:
+    """How many prompts would do, from the η-weighted statistics."""
+    if step.parts is None:
+        why = step.null_reasons["ci95"]
+        reasons = {"exclude_zero": why, "reach_target_se": why}
+        exclude = reach = None
+    else:
+        reasons = {}
+        exclude = needed_units(step.u_cross, *step.parts, exclude_zero=True)
+        reach = None if target_se is None else needed_units(step.u_cross, *step.parts, target_se=target_se)
+        if exclude is None:
+            reasons["exclude_zero"] = "δH₁ is zero, or ten million units would not do"
+        if reach is None:
+            reasons["reach_target_se"] = "ten million units would not do"
+    if target_se is None:
+        reasons["target_se"] = reasons["reach_target_se"] = "no target was given (--target-se)"
+
+    def prompts(units: int | None) -> int | None:
+        return None if units is None else math.ceil(units * prompts_per_unit)
+
+    return NeededSection(prompts(exclude), target_se, prompts(reach), reasons)
+
+
+ADVICE = {
+    "entropy_gradient": "most of it is X's sampling noise: more responses a prompt, or --estimator rao-blackwell, would help",
+    "update": "most of it is Y's sampling noise: more responses a prompt, or lower-variance advantages, would help",
+    "shared": "most of it is noise that X and Y share through their responses: a separate evaluation batch would help",
+    "product": "most of it is X's noise times Y's, which falls as 1/U²: more prompts or more responses would help",
+    "prompts": "most of it is real differences between prompts: only more prompts would help",
+}
+
+
+def _noise(noise: NoiseParts | None, step: CrossStatistics) -> NoiseSection:
+    parts = {} if noise is None else asdict(noise)
+    if step.variance is None or not step.variance > 0.0:
+        why = step.null_reasons.get("ci95", "δH₁ has no variance")
+        return NoiseSection(None, None, None, None, None, "nothing to split: " + why, dict.fromkeys(ADVICE, why))
+    shares = {name: value / step.variance for name, value in parts.items()}
+    return NoiseSection(**shares, advice=ADVICE[max(shares, key=lambda name: shares[name])])
+
+
+def _two_batches(found: TwoBatchStatistics, evaluation: RolloutBatch | None) -> TwoBatchSection:
+    assert evaluation is not None
+    return TwoBatchSection(
+        delta_h1=-found.mean + 0.0,
+        delta_h1_se=found.se,
+        delta_h1_ci95=[-found.ci95[1] + 0.0, -found.ci95[0] + 0.0],
+        variance_evaluation=found.evaluation,
+        variance_update=found.update,
+        variance_product=found.product,
+        evaluation_prompts=len(evaluation.groups),
+        evaluation_responses=len(evaluation.responses),
+    )
+
+
+def _folds(folds: Sequence[int], kernel: FloatArray | None, plan: Plan) -> FoldSection:
+    count = len(set(folds))
+    if kernel is None or plan.units.mode is not Mode.EXACT:
+        why = "needs the matrix of prompts' dots: --mode exact, with vectors stored"
+        return FoldSection(count, None, None, [], {"delta_h1": why, "delta_h1_se": why})
+    found = fold_statistics(kernel, folds)
+    reasons = {} if found.se is not None else {"delta_h1_se": "a fold of one prompt cannot be left empty"}
+    return FoldSection(count, -found.mean + 0.0, found.se, [-value + 0.0 for value in found.by_fold], reasons)
+
+
 def _unit_id(batch: RolloutBatch, prompts: range, mode: Mode) -> Any:
     ids = [batch.groups[n].prompt_id for n in prompts]
     return ids if mode is Mode.BLOCK else ids[0]
 
 
-def _row(realized: RealizedChange, estimator: str) -> RealizedRow:
+def _row(realized: RealizedChange) -> RealizedRow:
     change, weights = realized.change, realized.change.weights
     reasons = {}
     if weights.pareto_reason is not None:
         reasons["pareto_k"] = reasons["delta_h_psis"] = weights.pareto_reason
     return RealizedRow(
         step=realized.step,
-        batch="same",
+        batch=realized.batch,
         method=realized.method,
-        estimator=estimator,
+        estimator=realized.measure.target.estimator.value,
+        entropy=realized.measure.target.unit.value,
+        importance_weights=realized.measure.weighting.value,
         delta_h=change.delta_h,
         se=change.se,
         predicted=realized.predicted,
@@ -198,6 +304,6 @@ def _row(realized: RealizedChange, estimator: str) -> RealizedRow:
         delta_h_psis=change.delta_h_smoothed,
         noise_floor=realized.noise_floor,
         step_norm=realized.step_norm,
-        note=NOTES[realized.step],
+        note=NOTES[realized.step, realized.batch],
         null_reasons=reasons,
     )

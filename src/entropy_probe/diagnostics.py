@@ -23,7 +23,7 @@ RESIDUAL_LIMIT = 1e-6
 
 
 def interval_warnings(statistics: CrossStatistics, delta_h1_ci95: tuple[float, float] | None) -> list[Evidence]:
-    """Too few units, an interval of δH₁ that includes zero, or a failed self-test."""
+    """Too few units, an interval that is known to fall short or that includes zero, or a failed self-test."""
     found = []
     units = len(statistics.row_means)
     if units < FEW_UNITS:
@@ -32,6 +32,14 @@ def interval_warnings(statistics: CrossStatistics, delta_h1_ci95: tuple[float, f
                 "few_units",
                 f"{units} units; an interval from fewer than {FEW_UNITS} rests on its t quantile more than on data",
                 "Give more prompts, or more blocks",
+            )
+        )
+    elif statistics.shortfall is not None:
+        found.append(
+            Evidence(
+                "interval_falls_short",
+                statistics.shortfall,
+                "Take the interval as a lower bound of the doubt, or give more prompts",
             )
         )
     if (

@@ -1,14 +1,16 @@
 """The realised entropy change on common samples: self-normalised importance sampling from θ to θ⁺.
 
-With b_i = 1/(B G_n) the weight of response i in a mean over prompts of the mean over responses,
+With b_i = 1/(B G_n) the weight of response i in a mean over prompts of the mean over responses, v_i its unbiased estimate of
+its prompt's entropy (−S_i, or Σ_t H_t by Rao-Blackwell), and τ_i its exposure (1, or its length T_i for the entropy per token),
 
     w_i = b_i exp(S⁺_i − S_i),   ŵ_i = w_i / Σ w         in log space and float64
-    Ĥ(θ) = −Σ b_i S_i            Ĥ(θ⁺) = −Σ ŵ_i S⁺_i      ΔH = Ĥ(θ⁺) − Ĥ(θ)          nats per response
-    ESS = 1 / Σ ŵ²               SE² = B/(B−1) Σ_n ( Σ_{i∈n} [ŵ_i (−S⁺_i − Ĥ⁺) − b_i (−S_i − Ĥ)] )²   clustered by prompt
+    ĥ(θ) = Σ b_i v_i / Σ b_i τ_i       ĥ(θ⁺) = Σ ŵ_i v⁺_i / Σ ŵ_i τ_i       ΔH = ĥ(θ⁺) − ĥ(θ)     nats per response or token
+    ESS = 1 / Σ ŵ²                     SE² = B/(B−1) Σ_n ( Σ_{i∈n} [ŵ_i (v⁺_i − ĥ⁺ τ_i) / τ̄⁺ − b_i (v_i − ĥ τ_i) / τ̄] )²
 
-The linear term of this very estimator, with dS_i = g_i · Δθ, is −Σ b dS − Σ b (S − S̄) dS = Σ p_i dS_i with
-p_i = −b_i (1 + S_i − S̄): one gradient of Σ p_i S_i gives it for every Δθ. Sources: guide section 4; design section 5;
-Vehtari et al., arXiv 1507.02646 (Pareto smoothing).
+The standard error is clustered by prompt (delta method). Weights may be normalised prompt by prompt instead, Σ_{i∈n} ŵ_i = 1/B.
+With dS_i = g_i · Δθ the linear term of this very estimator is Σ b_i [dv_i + (e_i − ē) dS_i] / τ̄ with e_i = v_i − ĥ τ_i and ē
+its mean (zero; of the prompt's own where weights are), and dv_i = −dS_i for the score. Sources: guide section 4; design section
+5; Vehtari et al., arXiv 1507.02646 (Pareto smoothing).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from arviz_stats.base import array_stats
@@ -24,6 +27,14 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from entropy_probe.u_statistics import FloatArray
+
+
+class Weighting(StrEnum):
+    """Over which responses the importance weights are normalised: all of them, or each prompt's own."""
+
+    GLOBAL = "global"
+    PER_PROMPT = "per-prompt"
+
 
 LOW_ESS_FRACTION = 0.3
 """The guide's threshold (section 4D): below it, resample at θ⁺ or smooth."""
@@ -62,11 +73,26 @@ class EntropyChange:
     weights: ImportanceWeights
 
 
-def importance_weights(scores: FloatArray, scores_after: FloatArray, response_weights: FloatArray) -> ImportanceWeights:
-    """ŵ, ESS and Pareto diagnostics from S and S⁺ (nats, [N]) and the b_i that sum to 1."""
+def importance_weights(
+    scores: FloatArray,
+    scores_after: FloatArray,
+    response_weights: FloatArray,
+    group_sizes: Sequence[int] | None = None,
+) -> ImportanceWeights:
+    """ŵ, ESS and Pareto diagnostics from S and S⁺ (nats, [N]) and the b_i that sum to 1.
+
+    With ``group_sizes`` the weights are normalised prompt by prompt, each prompt's to the sum of its b_i.
+    """
     log_ratios = scores_after - scores
     log_weights = np.log(response_weights) + log_ratios
-    weights = np.exp(log_weights - logsumexp(log_weights))
+    if group_sizes is None:
+        totals = np.full(len(log_weights), logsumexp(log_weights))
+    else:
+        starts, counts = group_starts(group_sizes), np.asarray(group_sizes)
+        groups = zip(starts, counts, strict=True)
+        log_sums = [logsumexp(log_weights[k : k + n]) - np.log(response_weights[k : k + n].sum()) for k, n in groups]
+        totals = np.repeat(log_sums, counts)
+    weights = np.exp(log_weights - totals)
     ess = 1.0 / float((weights**2).sum())
     # The tail is that of the ratios: with b_i in it, k̂ would measure group sizes.
     pareto_k, smoothed_ratios, reason = pareto_smooth(log_ratios)
@@ -98,13 +124,24 @@ def pareto_smooth(log_weights: FloatArray) -> tuple[float | None, FloatArray | N
     return float(k_hat), smoothed, None
 
 
-def entropy_change(scores: FloatArray, scores_after: FloatArray, group_sizes: Sequence[int]) -> EntropyChange:
+def entropy_change(
+    scores: FloatArray,
+    scores_after: FloatArray,
+    group_sizes: Sequence[int],
+    *,
+    entropies: tuple[FloatArray, FloatArray] | None = None,
+    lengths: FloatArray | None = None,
+    weighting: Weighting = Weighting.GLOBAL,
+) -> EntropyChange:
     """ΔH with its clustered standard error.
 
     Args:
         scores: S_i at θ, [N], flat by prompt.
         scores_after: S⁺_i at θ⁺ of the same tokens, [N].
         group_sizes: G_n, two prompts or more.
+        entropies: v and v⁺, [N] each; None takes −S and −S⁺.
+        lengths: T_i for the entropy per token, [N]; None for the entropy per response.
+        weighting: how importance weights are normalised.
 
     Raises:
         ValueError: a score is not finite.
@@ -112,24 +149,51 @@ def entropy_change(scores: FloatArray, scores_after: FloatArray, group_sizes: Se
     if not (np.isfinite(scores).all() and np.isfinite(scores_after).all()):
         raise ValueError("a log-probability is not finite; the step or the model has left the range of its number type")
     base = base_weights(group_sizes)
-    found = importance_weights(scores, scores_after, base)
-    before = -float((base * scores).sum())
-    after = -float((found.weights * scores_after).sum())
-    influence = found.weights * (-scores_after - after) - base * (-scores - before)
+    v, v_after = (-scores, -scores_after) if entropies is None else entropies
+    exposure = np.ones(len(scores)) if lengths is None else lengths
+    found = importance_weights(scores, scores_after, base, group_sizes if weighting is Weighting.PER_PROMPT else None)
+    mean, mean_after = float(base @ exposure), float(found.weights @ exposure)
+    before = float(base @ v) / mean
+    after = float(found.weights @ v_after) / mean_after
+    influence = found.weights * (v_after - after * exposure) / mean_after - base * (v - before * exposure) / mean
     by_prompt = np.add.reduceat(influence, group_starts(group_sizes))
     prompts = len(group_sizes)
     se = math.sqrt(prompts / (prompts - 1) * float((by_prompt**2).sum()))
     smoothed = None
     if found.smoothed is not None:
-        smoothed = -float((found.smoothed * scores_after).sum()) - before
+        smoothed = float(found.smoothed @ v_after) / float(found.smoothed @ exposure) - before
     return EntropyChange(before, after, after - before, se, smoothed, found)
 
 
-def linear_weights(scores: FloatArray, group_sizes: Sequence[int]) -> FloatArray:
-    """p_i = −b_i (1 + S_i − S̄): d ΔH / d S⁺_i at θ⁺ = θ, so that predicted = Σ p_i dS_i; [N]."""
+@dataclass(frozen=True)
+class LinearTerm:
+    """ΔH to first order is Σ on_scores · dS + Σ on_entropies · dv, [N] each; by the score, dv = −dS is in the first."""
+
+    on_scores: FloatArray
+    on_entropies: FloatArray | None
+
+
+def linear_term(
+    scores: FloatArray,
+    group_sizes: Sequence[int],
+    *,
+    entropies: FloatArray | None = None,
+    lengths: FloatArray | None = None,
+    weighting: Weighting = Weighting.GLOBAL,
+) -> LinearTerm:
+    """The derivative of :func:`entropy_change`'s ΔH at θ⁺ = θ; arguments as there, v at θ alone."""
     base = base_weights(group_sizes)
-    weights: FloatArray = -base * (1.0 + scores - (base * scores).sum())
-    return weights
+    v = -scores if entropies is None else entropies
+    exposure = np.ones(len(scores)) if lengths is None else lengths
+    mean = float(base @ exposure)
+    residual = v - float(base @ v) / mean * exposure
+    if weighting is Weighting.PER_PROMPT:
+        sizes = np.asarray(group_sizes)
+        residual = residual - np.repeat(np.add.reduceat(residual, group_starts(group_sizes)) / sizes, sizes)
+    on_scores = base * residual / mean
+    if entropies is None:
+        return LinearTerm(on_scores - base / mean, None)
+    return LinearTerm(on_scores, base / mean)
 
 
 def base_weights(group_sizes: Sequence[int]) -> FloatArray:
@@ -143,10 +207,20 @@ def group_starts(group_sizes: Sequence[int]) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(np.asarray(group_sizes))[:-1]]).astype(np.int64)
 
 
-def entropy_estimate(scores: FloatArray, group_sizes: Sequence[int]) -> tuple[float, float]:
-    """Ĥ(θ) = −Σ b_i S_i and its standard error clustered by prompt, nats per response; two prompts or more."""
+def entropy_estimate(
+    entropies: FloatArray, group_sizes: Sequence[int], lengths: FloatArray | None = None
+) -> tuple[float, float]:
+    """ĥ(θ) = Σ b v / Σ b τ and its standard error clustered by prompt; two prompts or more.
+
+    Args:
+        entropies: v, [N]: −S or Σ_t H_t of every response, nats.
+        group_sizes: G_n.
+        lengths: T for the entropy per token; None for the entropy per response.
+    """
     base = base_weights(group_sizes)
-    entropy = -float((base * scores).sum())
-    by_prompt = np.add.reduceat(base * (-scores - entropy), group_starts(group_sizes))
+    exposure = np.ones(len(entropies)) if lengths is None else lengths
+    mean = float(base @ exposure)
+    estimate = float(base @ entropies) / mean
+    by_prompt = np.add.reduceat(base * (entropies - estimate * exposure) / mean, group_starts(group_sizes))
     prompts = len(group_sizes)
-    return entropy, math.sqrt(prompts / (prompts - 1) * float((by_prompt**2).sum()))
+    return estimate, math.sqrt(prompts / (prompts - 1) * float((by_prompt**2).sum()))

@@ -121,14 +121,13 @@ class TokenValues:
 
 @dataclass(frozen=True)
 class Measured:
-    """S [N] of every response, log π and H [tokens] of every response token in the order of the responses; nats.
+    """S of every response [N], and H of every response token [tokens] in the order of the responses, or None; nats.
 
-    All float64, on the CPU, without gradients.
+    Float64, on the CPU, without gradients.
     """
 
     scores: Tensor
-    log_probs: Tensor
-    entropies: Tensor
+    entropies: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -235,27 +234,23 @@ class Policy:
 
     def scores(self, responses: Sequence[Rollout], progress: Progress | None = None) -> Tensor:
         """S of every response without gradients, float64 [N] on the CPU."""
-        progress = progress if progress is not None else Silent()
-        parts = list(self.microbatches(len(responses)))
-        with torch.no_grad(), self.arithmetic():
-            found = [
-                self.forward_scores(responses[part]).cpu() for part in progress.track(parts, "log-probs", len(parts))
-            ]
-        return torch.cat(found)
+        return self.measure(responses, progress, entropies=False).scores
 
-    def measure(self, responses: Sequence[Rollout], progress: Progress | None = None) -> Measured:
-        """S of every response, log π and H of every response token, without gradients, from the same forwards."""
+    def measure(
+        self, responses: Sequence[Rollout], progress: Progress | None = None, *, entropies: bool = True
+    ) -> Measured:
+        """S of every response and, on request, H of every response token, without gradients, from the same forwards."""
         progress = progress if progress is not None else Silent()
         parts = list(self.microbatches(len(responses)))
-        found: list[tuple[Tensor, ...]] = []
+        scores, found = [], []
         with torch.no_grad(), self.arithmetic():
-            for part in progress.track(parts, "log-probs and entropies", len(parts)):
+            for part in progress.track(parts, "log-probs", len(parts)):
                 batch = pad_right(responses[part], self.device)
-                values = self.token_values(batch, entropies=True)
-                assert values.entropies is not None
-                of_part = (sum_over_tokens(values.log_probs, batch), values.log_probs, values.entropies)
-                found.append(tuple(column.double().cpu() for column in of_part))
-        return Measured(*(torch.cat(column) for column in zip(*found, strict=True)))
+                values = self.token_values(batch, entropies=entropies)
+                scores.append(sum_over_tokens(values.log_probs, batch).cpu())
+                if values.entropies is not None:
+                    found.append(values.entropies.double().cpu())
+        return Measured(torch.cat(scores), torch.cat(found) if entropies else None)
 
 
 HEAD_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -18,33 +18,35 @@ from torch import Tensor, nn
 
 from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamState, Preconditioners, validate_preconditioner
-from entropy_probe.adam_step import optimizer_step, preconditioned_step
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
     Preparation,
     Rules,
-    UnitGradients,
     make_plan,
     marked,
     prepare,
-    response_dots,
     unit_gradients,
 )
-from entropy_probe.policy import Policy, check_finite, check_fits, end_token_ids, input_limits
+from entropy_probe.importance_sampling import Weighting
+from entropy_probe.noise import noise_of
+from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
-from entropy_probe.realized import RealizedChange, Step, realize
+from entropy_probe.realized import EntropyMeasure
+from entropy_probe.realized_rows import Realizer, same_batch
 from entropy_probe.report import CheckpointSection, ConfigSection, Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import (
     AdvantageRule,
     EntropyTarget,
+    EntropyUnit,
     Estimator,
     LengthWeight,
     advantages_from_rewards,
     length_weights,
 )
+from entropy_probe.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
 from entropy_probe.u_statistics import FloatArray, cross_statistics
 from entropy_probe.units import Mode
 from entropy_probe.virtual_step import at_least_float32, below_float32
@@ -58,7 +60,11 @@ class Settings:
     Attributes:
         mode: EXACT, BLOCK, or by memory.
         blocks: number of blocks; implies BLOCK.
-        estimator: of the entropy gradient.
+        estimator: of the entropy and its gradient.
+        entropy: per response, or per token (H/T̄).
+        weighting: over which responses the realised change normalises its importance weights.
+        target_se: a standard error of δH₁, nats, to say how many prompts would reach.
+        split: folds of prompts; the step from all others is realised on each, and δH₁ is taken across them.
         learning_rate: replaces the stored one; None keeps it.
         advantage: None takes the rollouts' own if they have any, else dr_grpo.
         length_weight: of the training loss.
@@ -76,6 +82,10 @@ class Settings:
     mode: Mode = Mode.AUTO
     blocks: int | None = None
     estimator: Estimator = Estimator.SCORE
+    entropy: EntropyUnit = EntropyUnit.PER_RESPONSE
+    weighting: Weighting = Weighting.GLOBAL
+    target_se: float | None = None
+    split: int | None = None
     learning_rate: float | None = None
     advantage: AdvantageRule | None = None
     length_weight: LengthWeight = LengthWeight.GUIDE
@@ -94,6 +104,8 @@ class Settings:
             raise InputError(f"microbatch size is {self.microbatch_size}; expected at least 1")
         if self.memory_bytes is not None and not 0 < self.memory_bytes < float("inf"):
             raise InputError(f"memory is {self.memory_bytes} bytes; expected a finite number above 0")
+        if self.target_se is not None and not 0 < self.target_se < float("inf"):
+            raise InputError(f"target standard error is {self.target_se}; expected a finite number of nats above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
         if self.max_completion_length is not None and self.length_weight is not LengthWeight.DR_GRPO:
@@ -125,6 +137,7 @@ def probe_checkpoint(
     rollouts: Path,
     settings: Settings = Settings(),
     *,
+    evaluation_rollouts: Path | None = None,
     base: Path | None = None,
     temperature: float | None = None,
     device: str | torch.device = "cpu",
@@ -138,6 +151,9 @@ def probe_checkpoint(
     clock = Clock()
     with clock.stage("load"):
         batch = read_batch(rollouts, temperature)
+        evaluation = (
+            None if evaluation_rollouts is None else read_batch(evaluation_rollouts, temperature, least_responses=1)
+        )
         loaded = load_checkpoint(
             checkpoint,
             base=base,
@@ -146,9 +162,18 @@ def probe_checkpoint(
             learning_rate=settings.learning_rate,
             seed=settings.seed,
         )
-        check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
+        for rows in (batch, evaluation):
+            if rows is not None:
+                check_fits(rows, loaded.folder.vocabulary, loaded.folder.context_length)
     subject = _Subject(
-        loaded.model, loaded.adam, batch, describe_checkpoint(loaded), loaded.mapping.rivals, str(rollouts)
+        loaded.model,
+        loaded.adam,
+        batch,
+        evaluation,
+        describe_checkpoint(loaded),
+        loaded.mapping.rivals,
+        str(rollouts),
+        None if evaluation_rollouts is None else str(evaluation_rollouts),
     )
     return _probe(subject, settings, clock, progress or Silent(), None)
 
@@ -159,6 +184,7 @@ def probe(
     batch: RolloutBatch,
     settings: Settings = Settings(),
     *,
+    evaluation: RolloutBatch | None = None,
     preparation: Preparation | None = None,
     progress: Progress | None = None,
 ) -> ProbeResult:
@@ -169,6 +195,8 @@ def probe(
         adam: its optimizer's state (:func:`entropy_probe.adam_preconditioner.state_of_optimizer`).
         batch: rollouts (:func:`entropy_probe.rollouts.group_rollouts`).
         settings: see :class:`Settings`; ``dtype`` is the model's own and ``learning_rate`` overrides the optimizer's.
+        evaluation: other rollouts of the same policy, from which X is taken against this batch's update; one response a prompt
+            will do for Rao-Blackwell (``group_rollouts(rows, least_responses=1)``).
         preparation: of an earlier probe of this very model (``result.preparation``); None finds it anew.
         progress: told of long work.
 
@@ -184,9 +212,11 @@ def probe(
         adam = adam.with_learning_rate(settings.learning_rate)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     test = validate_preconditioner(adam, shapes, seed=settings.seed)
-    check_fits(batch, *input_limits(model))
+    for rows in (batch, evaluation):
+        if rows is not None:
+            check_fits(rows, *input_limits(model))
     settings = replace(settings, dtype=next(model.parameters()).dtype)
-    subject = _Subject(model, adam, batch, describe_model(model, adam, test), (), None)
+    subject = _Subject(model, adam, batch, evaluation, describe_model(model, adam, test), (), None, None)
     return _probe(subject, settings, Clock(), progress or Silent(), preparation)
 
 
@@ -197,9 +227,11 @@ class _Subject:
     model: nn.Module
     adam: AdamState
     batch: RolloutBatch
+    evaluation: RolloutBatch | None
     facts: CheckpointSection
     rivals: tuple[str, ...]
     rollouts: str | None
+    evaluation_rollouts: str | None
 
 
 def _probe(
@@ -212,13 +244,18 @@ def _probe(
 def _probe_as_marked(
     subject: _Subject, settings: Settings, clock: Clock, progress: Progress, preparation: Preparation | None
 ) -> ProbeResult:
-    model, adam, batch = subject.model, subject.adam, subject.batch
+    model, adam, batch, evaluation = subject.model, subject.adam, subject.batch, subject.evaluation
+    if evaluation is not None:
+        check_evaluation(evaluation, batch, settings)
+    if settings.split is not None:
+        check_split(len(batch.groups), settings.split)
     policy = Policy(model, batch.temperature, autocast=settings.autocast)
     trainable = policy.trainable()
     if not trainable:
         raise InputError(
             "the model has no trainable parameter; is it frozen? Set requires_grad on what the optimizer trains"
         )
+    target = EntropyTarget(settings.estimator, settings.entropy)
     p = Preconditioners(adam)
     rates = {name: group.learning_rate for name, group in adam.group_of().items()}
 
@@ -245,7 +282,7 @@ def _probe_as_marked(
             policy,
             batch,
             plan.units,
-            EntropyTarget(settings.estimator),
+            target,
             y_coefficients,
             p,
             rates,
@@ -256,12 +293,56 @@ def _probe_as_marked(
         )
     scores = gradients.scores
     statistics = cross_statistics(gradients.total)
+    two_batches = None
+    if evaluation is not None:
+        with clock.stage("evaluation"):
+            two_batches = against_evaluation(
+                policy,
+                evaluation,
+                batch,
+                target,
+                y_coefficients,
+                p,
+                rates,
+                gradients.rules or preparation.rules,
+                progress,
+            )
 
     with clock.stage("realized"):
         preparation = replace(preparation, rules=gradients.rules or preparation.rules)
-        realized = realize_steps(policy, batch, gradients, p, rates, adam, preparation.rules, progress)
+        measures = [EntropyMeasure(target, settings.weighting)]
+        if target.estimator is not Estimator.SCORE:
+            measures.append(EntropyMeasure(replace(target, estimator=Estimator.SCORE), settings.weighting))
+        same_arithmetic = policy.autocast is None and not below_float32(model)
+        with at_least_float32(model):
+            realizer = Realizer(
+                replace(policy, autocast=None),
+                p,
+                rates,
+                adam,
+                measures,
+                preparation.rules if same_arithmetic else None,
+                progress,
+            )
+            before = Measured(scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
+            realized, contributions = same_batch(
+                realizer,
+                batch,
+                before,
+                gradients.ascent,
+                gradients.entropy_descent,
+                y_coefficients,
+            )
+            folds = None
+            if settings.split is not None:
+                folds = folds_of(len(batch.groups), settings.split)
+                realized += realizer.by_folds(batch, folds, gradients.ascent, y_coefficients)
+            if evaluation is not None:
+                realized += realizer.held_out(evaluation, gradients.ascent)
+
     # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
     step_statistics = cross_statistics(gradients.step_weighted)
+    noise = noise_of(step_statistics, contributions.x, contributions.y, batch.group_sizes)
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
@@ -277,16 +358,27 @@ def _probe_as_marked(
     report = assemble_report(
         statistics=statistics,
         step_statistics=step_statistics,
+        step_kernel=gradients.step_weighted.kernel,
         plan=plan,
         batch=batch,
-        scores=scores,
+        target=target,
+        target_se=settings.target_se,
+        measured=Measured(scores, gradients.token_entropies),
         adam=adam,
         realized=realized,
+        noise=noise,
+        two_batches=two_batches,
+        evaluation=evaluation,
+        folds=folds,
         warnings=warnings,
         config=ConfigSection(
             mode=settings.mode,
             blocks=settings.blocks,
             estimator=settings.estimator,
+            entropy=settings.entropy,
+            importance_weights=settings.weighting,
+            evaluation_rollouts=subject.evaluation_rollouts,
+            split=settings.split,
             rollouts=subject.rollouts,
             advantage=rule,
             length_weight=settings.length_weight,
@@ -310,47 +402,52 @@ def _probe_as_marked(
     return ProbeResult(report, gradients.total.kernel, preparation)
 
 
-def realize_steps(
+def against_evaluation(
     policy: Policy,
+    evaluation: RolloutBatch,
     batch: RolloutBatch,
-    gradients: UnitGradients,
+    target: EntropyTarget,
+    coefficients: Tensor,
     p: Mapping[str, Tensor],
     rates: Mapping[str, float],
-    adam: AdamState,
     rules: Rules,
     progress: Progress,
-) -> list[RealizedChange]:
-    """The preconditioned step, then the optimizer's own, each with its linear term, in float32 or better."""
-    exact_policy = replace(policy, autocast=None)
-    same_arithmetic = policy.autocast is None and not below_float32(policy.model)
-    with at_least_float32(policy.model):
-        before = gradients.scores if same_arithmetic else finite_scores(exact_policy, batch, progress)
-        steps = [
-            Step("preconditioned", "virtual", preconditioned_step(gradients.ascent, p, rates)),
-            Step("adamw", "clone", optimizer_step(policy.trainable(), adam, gradients.ascent)),
-        ]
-        changes = response_dots(
-            exact_policy,
-            batch,
-            [step.deltas for step in steps],
-            rules=rules if same_arithmetic else None,
-            progress=progress,
-        ).numpy()
-        return [
-            realize(exact_policy, batch, before.numpy(), step, changes[:, k], progress=progress)
-            for k, step in enumerate(steps)
-        ]
+) -> TwoBatchStatistics:
+    """η-weighted statistics of X of the evaluation batch against Y of the update batch."""
+    crossed = cross_gradients(policy, evaluation, batch, target, coefficients, p, rates, rules=rules, progress=progress)
+    return two_batch_statistics(crossed.kernel.numpy())
 
 
-def finite_scores(policy: Policy, batch: RolloutBatch, progress: Progress) -> Tensor:
-    """Fresh S of every response, float64 [N].
+def check_evaluation(evaluation: RolloutBatch, batch: RolloutBatch, settings: Settings) -> None:
+    """Refuse an evaluation batch that the estimator cannot use.
 
     Raises:
-        InputError: a response that the model gives probability zero, or NaN; its prompt is named.
+        InputError: one response to a prompt under the score estimator, or another temperature.
     """
-    scores = policy.scores(batch.responses, progress)
-    check_finite(scores, batch.responses)
-    return scores
+    if settings.split is not None:
+        raise InputError("--split holds out prompts of one file; with --evaluation-rollouts there is nothing to split")
+    if min(evaluation.group_sizes) < 2 and settings.estimator is Estimator.SCORE:
+        raise InputError(
+            "an evaluation prompt has one response, which the score estimator's leave-one-out mean cannot use; give two, or "
+            "--estimator rao-blackwell"
+        )
+    if evaluation.temperature != batch.temperature:
+        raise InputError(
+            f"the evaluation rollouts were sampled at temperature {evaluation.temperature:g}, the update's at "
+            f"{batch.temperature:g}; expected one policy"
+        )
+
+
+def check_split(prompts: int, split: int) -> None:
+    """Refuse a number of folds that leaves a fold with fewer than two prompts.
+
+    Raises:
+        InputError: it does.
+    """
+    if not 2 <= split <= prompts // 2:
+        raise InputError(
+            f"--split {split} of {prompts} prompts; expected 2 to {prompts // 2}: a fold needs two prompts for its error"
+        )
 
 
 def resolve_advantages(batch: RolloutBatch, rule: AdvantageRule | None) -> tuple[Tensor, AdvantageRule]:

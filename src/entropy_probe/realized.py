@@ -6,28 +6,82 @@ which size a ΔH is rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from entropy_probe.errors import InputError
-from entropy_probe.importance_sampling import EntropyChange, entropy_change, linear_weights
-from entropy_probe.policy import Policy
+from entropy_probe.importance_sampling import (
+    EntropyChange,
+    ImportanceWeights,
+    LinearTerm,
+    Weighting,
+    entropy_change,
+    linear_term,
+)
+from entropy_probe.policy import Measured, Policy
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.scores import EntropyTarget, EntropyUnit, response_entropies
 from entropy_probe.u_statistics import FloatArray
 from entropy_probe.virtual_step import virtual_step
+
+SAME, HELD_OUT = "same", "held-out"
+"""Whether the responses are those that the step was made from."""
 
 FLOOR_FACTORS = tuple(np.geomspace(1e-8, 1e-6, 8).tolist())
 """Factors ε of the step at which the numerical floor is read."""
 
 
 @dataclass(frozen=True)
+class EntropyMeasure:
+    """Which entropy is compared before and after a step, and how."""
+
+    target: EntropyTarget
+    weighting: Weighting = Weighting.GLOBAL
+
+    def change(self, batch: RolloutBatch, before: Measured, after: Measured) -> EntropyChange:
+        """ΔH on common samples."""
+        v = (self._entropies(batch, before), self._entropies(batch, after))
+        return entropy_change(
+            before.scores.numpy(),
+            after.scores.numpy(),
+            batch.group_sizes,
+            entropies=v if self.target.needs_token_entropies else None,
+            lengths=self._lengths(batch),
+            weighting=self.weighting,
+        )
+
+    def linear_term(self, batch: RolloutBatch, before: Measured) -> LinearTerm:
+        """Its derivative at no step."""
+        return linear_term(
+            before.scores.numpy(),
+            batch.group_sizes,
+            entropies=self._entropies(batch, before) if self.target.needs_token_entropies else None,
+            lengths=self._lengths(batch),
+            weighting=self.weighting,
+        )
+
+    def _entropies(self, batch: RolloutBatch, measured: Measured) -> FloatArray:
+        lengths = [len(response.response_ids) for response in batch.responses]
+        found: FloatArray = response_entropies(
+            self.target.estimator, measured.scores, measured.entropies, lengths
+        ).numpy()
+        return found
+
+    def _lengths(self, batch: RolloutBatch) -> FloatArray | None:
+        if self.target.unit is EntropyUnit.PER_RESPONSE:
+            return None
+        return np.array([len(response.response_ids) for response in batch.responses], dtype=np.float64)
+
+
+@dataclass(frozen=True)
 class RealizedChange:
-    """One realised step: ΔH on common samples, its linear prediction and its numerical floor, nats per response.
+    """One realised step: ΔH on common samples, its linear prediction and its numerical floor, in the measure's nats.
 
     ``noise_floor`` is max |ΔH(ε Δθ) − ε predicted| over eight ε from 1e-8 to 1e-6, where the true difference is of order ε²,
     each with the weights also rounded at random (:func:`rounding_noise`): float32 weights would not move by 1e-6 of a small
@@ -36,6 +90,8 @@ class RealizedChange:
 
     step: str
     method: str
+    batch: str
+    measure: EntropyMeasure
     change: EntropyChange
     predicted: float
     noise_floor: float
@@ -51,15 +107,24 @@ class Step:
     deltas: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """One measure of a step, and its linear term, in the measure's nats."""
+
+    measure: EntropyMeasure
+    linear: float
+
+
 def realize(
     policy: Policy,
     batch: RolloutBatch,
-    scores: FloatArray,
+    before: Measured,
     step: Step,
-    score_changes: FloatArray,
+    predictions: Sequence[Predicted],
     *,
+    batch_name: str = SAME,
     progress: Progress | None = None,
-) -> RealizedChange:
+) -> list[RealizedChange]:
     """Take the step virtually on the live model, which is itself again afterwards, bit for bit, and score its responses.
 
     A step that an optimizer took on clones is rounded to the clones' very values.
@@ -67,38 +132,75 @@ def realize(
     Args:
         policy: the model at θ, weights in float32 or better.
         batch: the rollouts whose tokens are scored again.
-        scores: S at θ by this very policy, [N].
+        before: their scores and entropies at θ by this very policy.
         step: Δθ.
-        score_changes: dS_i = ∇S_i · Δθ, [N] (:func:`entropy_probe.gradients.response_dots`).
+        predictions: what to measure, each with its linear term.
+        batch_name: whether these are the responses that the step was made from.
         progress: told of every forward of the numerical floor.
 
     Raises:
         InputError: the step is so large that a log-probability is not finite after it.
     """
     progress = progress if progress is not None else Silent()
+    entropies = any(p.measure.target.needs_token_entropies for p in predictions)
 
-    def scores_under(moves: Mapping[str, Tensor]) -> FloatArray:
+    def measured_under(moves: Mapping[str, Tensor]) -> Measured:
         with virtual_step(policy.model, moves):
-            found: FloatArray = policy.scores(batch.responses).numpy()
-            return found
+            return policy.measure(batch.responses, entropies=entropies)
 
-    scores_after = scores_under(step.deltas)
-    if not np.isfinite(scores_after).all():
+    after = measured_under(step.deltas)
+    if not bool(after.scores.isfinite().all()):
         raise InputError(
-            f"after the {step.name} step a log-probability is {scores_after[~np.isfinite(scores_after)][0]}: the step leaves "
-            "the range of the number type; give a smaller learning rate"
+            f"after the {step.name} step a log-probability is {float(after.scores[~after.scores.isfinite()][0])}: the step "
+            "leaves the range of the number type; give a smaller learning rate"
         )
-    predicted = float(linear_weights(scores, batch.group_sizes) @ score_changes)
-    floor = 0.0
+    floors = [0.0 for _ in predictions]
     parameters = policy.trainable()
     generator = torch.Generator().manual_seed(0)
     for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step.name} step", len(FLOOR_FACTORS)):
         rounded = {name: factor * d + rounding_noise(parameters[name], generator) for name, d in step.deltas.items()}
-        tiny = entropy_change(scores, scores_under(rounded), batch.group_sizes)
-        floor = max(floor, abs(tiny.delta_h - factor * predicted))
+        tiny = measured_under(rounded)
+        gaps = [abs(p.measure.change(batch, before, tiny).delta_h - factor * p.linear) for p in predictions]
+        floors = [max(floor, gap) for floor, gap in zip(floors, gaps, strict=True)]
     norm = float(torch.sqrt(sum((delta.double() ** 2).sum() for delta in step.deltas.values()) + torch.tensor(0.0)))
-    change = entropy_change(scores, scores_after, batch.group_sizes)
-    return RealizedChange(step.name, step.method, change, predicted, floor, norm)
+    return [
+        RealizedChange(
+            step.name, step.method, batch_name, p.measure, p.measure.change(batch, before, after), p.linear, floor, norm
+        )
+        for p, floor in zip(predictions, floors, strict=True)
+    ]
+
+
+def average(rows: Sequence[RealizedChange]) -> RealizedChange:
+    """One row for several folds': means, the error of a mean of independent ones, the worst of ESS, k̂ and floor."""
+    changes = [row.change for row in rows]
+    weights = [change.weights for change in changes]
+    known = [found.pareto_k for found in weights if found.pareto_k is not None]
+    count = len(rows)
+    together = ImportanceWeights(
+        weights=np.concatenate([found.weights for found in weights]) / count,
+        ess=sum(found.ess for found in weights),
+        ess_fraction=min(found.ess_fraction for found in weights),
+        pareto_k=max(known) if len(known) == count else None,
+        smoothed=None,
+        pareto_reason=next((found.pareto_reason for found in weights if found.pareto_reason is not None), None),
+    )
+    smoothed = [change.delta_h_smoothed for change in changes if change.delta_h_smoothed is not None]
+    change = EntropyChange(
+        entropy_before=sum(c.entropy_before for c in changes) / count,
+        entropy_after=sum(c.entropy_after for c in changes) / count,
+        delta_h=sum(c.delta_h for c in changes) / count,
+        se=math.sqrt(sum(c.se**2 for c in changes)) / count,
+        delta_h_smoothed=sum(smoothed) / count if len(smoothed) == count else None,
+        weights=together,
+    )
+    return replace(
+        rows[0],
+        change=change,
+        predicted=sum(row.predicted for row in rows) / count,
+        noise_floor=max(row.noise_floor for row in rows),
+        step_norm=sum(row.step_norm for row in rows) / count,
+    )
 
 
 def rounding_noise(parameter: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ D = B² − Σ s_u² and ω_u = s_u (B − s_u) / D:
 
 Leaving out u = w makes U_cross unbiased: E[X̃_n · Ỹ_m] = E[X̃] · E[Ỹ] for independent prompts n ≠ m. Everything is
 float64; units of measure are nats per unit of learning rate. Sources: guide sections 1C and 2, with the correction of
-ζ̂₁ in design section 2; Hoeffding (1948) for ζ₁; design section 4 for V and the interval.
+ζ̂₁ in design section 2; Hoeffding (1948) for ζ₁; design section 4 for V; :mod:`~entropy_probe.intervals` for the interval.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+
+from entropy_probe import intervals
 
 FloatArray = NDArray[np.float64]
 
@@ -107,7 +108,9 @@ class CrossStatistics:
     ``row_x`` says how a unit's entropy answers to the others' update, ``row_y`` how a unit's update moves the others'
     entropy (positive: lowers it). ``se_plugin_guide`` is the guide's own formula, which estimates the standard deviation
     of r and does not shrink with U. ``se_this_step`` is the error of what *this* update does. ``variance`` is V of design
-    section 4 where the kernel is there and units are equal, else the jackknife's, and ``ci95`` is U_cross ± t √V.
+    section 4 where the kernel is there and units are equal, else the jackknife's; ``ci95`` is :func:`intervals.interval` there,
+    else U_cross ± t √V. ``parts`` are ζ₁ and τ² with V = 4 ζ₁/U + 2 τ²/(U(U−1)); without the kernel all of V is taken as
+    linear. ``shortfall`` says why the interval is known to cover less than it says, where it is.
     """
 
     u_cross: float
@@ -125,6 +128,8 @@ class CrossStatistics:
     variance: float | None
     interval_method: str | None
     ci95: tuple[float, float] | None
+    parts: tuple[float, float] | None
+    shortfall: str | None
     self_test_residual: float
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -186,17 +191,21 @@ def cross_statistics(dots: UnitDots) -> CrossStatistics:
     variance: float | None = None
     method: str | None = None
     ci95: tuple[float, float] | None = None
+    parts: tuple[float, float] | None = None
+    shortfall: str | None = None
     if units < 4:
         why = f"{units} units; the interval needs at least 4"
         reasons.update(dict.fromkeys(("variance", "interval_method", "ci95"), why))
+    elif normalised is not None:
+        parts = intervals.variance_parts(normalised, u_cross)
+        variance = intervals.variance_at(units, *parts)
+        method, ci95 = "skewed t, unbiased variance", intervals.interval(normalised)
+        shortfall = intervals.known_shortfall(normalised)
     else:
         assert se_jackknife is not None
-        if normalised is not None:
-            variance, method = interval_variance(normalised, u_cross, se_jackknife**2), "t, unbiased variance"
-        else:
-            variance, method = se_jackknife**2, "t, jackknife variance (conservative)"
-        half_width = float(stats.t.ppf(0.975, units - 1)) * math.sqrt(variance)
-        ci95 = (u_cross - half_width, u_cross + half_width)
+        variance, method = se_jackknife**2, "t, jackknife variance (conservative)"
+        half_width = intervals.t_quantile(units) * se_jackknife
+        parts, ci95 = (units * variance / 4.0, 0.0), (u_cross - half_width, u_cross + half_width)
 
     return CrossStatistics(
         u_cross=u_cross,
@@ -214,6 +223,8 @@ def cross_statistics(dots: UnitDots) -> CrossStatistics:
         variance=variance,
         interval_method=method,
         ci95=ci95,
+        parts=parts,
+        shortfall=shortfall,
         self_test_residual=self_test_residual(dots, u_cross, pairs),
         null_reasons=reasons,
     )
@@ -233,34 +244,6 @@ def jackknife_variance(u_cross: float, row_means: FloatArray, sizes: FloatArray)
     left = delete_one(u_cross, row_means, sizes)
     units = len(sizes)
     return float((units - 1) / units * ((left - left.mean()) ** 2).sum())
-
-
-def unbiased_variance(kernel: FloatArray, u_cross: float) -> float:
-    """V_unb, unbiased for Var U_cross with equal units, U ≥ 4; it can be negative.
-
-    With h = (K + Kᵀ)/2 and a zero diagonal, S₁ = Σh, S₂ = Σ (row sums)², S₃ = Σh²:
-    V_unb = U_cross² − (S₁² − 4 S₂ + 2 S₃) / [U(U−1)(U−2)(U−3)]. The bracket sums h_ij h_kl over distinct i, j, k, l, whose
-    mean is (E U_cross)².
-    """
-    units = len(kernel)
-    h = 0.5 * (kernel + kernel.T)
-    np.fill_diagonal(h, 0.0)
-    s1, s2, s3 = h.sum(), (h.sum(axis=1) ** 2).sum(), (h**2).sum()
-    return float(u_cross**2 - (s1**2 - 4.0 * s2 + 2.0 * s3) / (units * (units - 1) * (units - 2) * (units - 3)))
-
-
-def interval_variance(kernel: FloatArray, u_cross: float, variance_jackknife: float) -> float:
-    """V = max(V_unb, 2 τ̂² / (U(U−1))) with τ̂² = max(0, (V_jack − V_unb) / [4/(U(U−2)) − 2/(U(U−1))]); U ≥ 4.
-
-    Var U = 4 ζ₁/U + 2 τ²/(U(U−1)); the jackknife doubles the second, degenerate part, so its excess over V_unb estimates
-    τ². The floor keeps V from falling below the degenerate part alone where V_unb is small or negative.
-    """
-    units = len(kernel)
-    unbiased = unbiased_variance(kernel, u_cross)
-    tau_squared = max(
-        0.0, (variance_jackknife - unbiased) / (4.0 / (units * (units - 2)) - 2.0 / (units * (units - 1)))
-    )
-    return max(unbiased, 2.0 * tau_squared / (units * (units - 1)))
 
 
 def this_step_variance(kernel: FloatArray, row_x: FloatArray, row_y: FloatArray, u_cross: float) -> float:

@@ -19,6 +19,7 @@ from entropy_probe.cli.options import Autocast, Device, DType
 from entropy_probe.demo import demo_files
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
+from entropy_probe.importance_sampling import Weighting
 from entropy_probe.policy import Policy
 from entropy_probe.probe import ProbeResult, Settings, probe_checkpoint
 from entropy_probe.report.files import check_report_folder, write_json, write_report_folder
@@ -32,7 +33,7 @@ from entropy_probe.sampling import (
     read_prompts,
     sample_rollouts,
 )
-from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight
+from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
 from entropy_probe.units import Mode
 
 app = typer.Typer(
@@ -92,6 +93,26 @@ def run(
     dtype: DTypeOption = DType.FLOAT32,
     autocast: Annotated[Autocast | None, typer.Option(help="Mixed precision over float32 weights.")] = None,
     estimator: Annotated[Estimator, typer.Option(help="Of the entropy gradient.")] = Estimator.SCORE,
+    entropy: Annotated[
+        EntropyUnit, typer.Option(help="Entropy per response, or per token: H over the mean length.")
+    ] = EntropyUnit.PER_RESPONSE,
+    importance_weights: Annotated[
+        Weighting, typer.Option(help="Over which responses the realised change normalises its weights.")
+    ] = Weighting.GLOBAL,
+    evaluation_rollouts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Other rollouts of this policy: X from them, against the update of --rollouts."
+        ),
+    ] = None,
+    split: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Hold prompts out in K folds: the step from the others, realised on each."),
+    ] = None,
+    target_se: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="Say how many prompts would bring the error of δH₁ down to this."),
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the stored one.")] = None,
     advantage: Annotated[
         AdvantageRule | None, typer.Option(help="Default: given where the rows have it, else dr_grpo.")
@@ -132,6 +153,10 @@ def run(
         mode=mode,
         blocks=blocks,
         estimator=estimator,
+        entropy=entropy,
+        weighting=importance_weights,
+        target_se=target_se,
+        split=split,
         learning_rate=learning_rate,
         advantage=advantage,
         length_weight=length_weight,
@@ -148,6 +173,7 @@ def run(
         checkpoint,
         rollouts,
         settings,
+        evaluation_rollouts=evaluation_rollouts,
         base=base,
         temperature=temperature,
         device=device.torch_device,

@@ -7,7 +7,7 @@ obvious backend (:mod:`~entropy_probe.gradients.reference`), a planner that fits
 """
 
 from entropy_probe.gradients.checkpointing import marked
-from entropy_probe.gradients.engine import response_dots, unit_gradients
+from entropy_probe.gradients.engine import CrossGradients, cross_gradients, response_dots, unit_gradients
 from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
 from entropy_probe.gradients.plan import Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
@@ -16,11 +16,13 @@ from entropy_probe.gradients.treatments import Rules
 
 __all__ = [
     "Coverage",
+    "CrossGradients",
     "Plan",
     "Preparation",
     "Rules",
     "Storage",
     "UnitGradients",
+    "cross_gradients",
     "loss_gradient",
     "make_plan",
     "marked",

@@ -70,18 +70,16 @@ class Coefficients(Protocol):
 
 
 @dataclass
-class EntropyAndUpdate:
-    """Channel 0 is X, for a target or from given coefficients; channel 1 is Y with the advantage coefficients a.
+class EntropySide:
+    """Channel 0 is X, for a target or from given coefficients.
 
     Attributes:
         batch: the rollouts.
         entropy: what X estimates; or its coefficients, one a response [N] or one a response token [tokens].
-        advantage: a, [N].
     """
 
     batch: RolloutBatch
     entropy: EntropyTarget | Tensor
-    advantage: Tensor
     needs_entropies: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,28 +103,17 @@ class EntropyAndUpdate:
         )
 
     def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
-        """One backward where both coefficients are one a response, else one for X and one for Y."""
-        a = self.advantage[list(rows)].double()
-        x = self._of_rows(rows, found)
-        if len(x.log_probs) == len(rows) and x.entropies is None and not apart:
-            ones = torch.ones(sum(self._lengths[row] for row in rows), dtype=torch.float64)
-            return [Backward(ones, None, torch.stack([x.log_probs.double(), a]), slice(0, 2))]
-        ones = torch.ones((1, len(rows)), dtype=torch.float64)
+        """One backward; its coefficients stand in the weights where they are one a response."""
+        x = self.of_rows(rows, found)
+        if len(x.log_probs) == len(rows) and x.entropies is None:
+            return [_weighted(x.log_probs, [self._lengths[row] for row in rows], 0, apart=apart)]
         return [
-            Backward(self._by_token(rows, x.log_probs.double()), x.entropies, ones, slice(0, 1)),
-            Backward(self._by_token(rows, a), None, ones, slice(1, 2)),
+            Backward(x.log_probs.double(), x.entropies, torch.ones((1, len(rows)), dtype=torch.float64), slice(0, 1))
         ]
 
-    def _by_token(self, rows: Sequence[int], values: Tensor) -> Tensor:
-        tokens = [self._lengths[row] for row in rows]
-        return values if len(values) == sum(tokens) else torch.repeat_interleave(values, torch.tensor(tokens))
-
-    def _of_rows(self, rows: Sequence[int], found: Found) -> EntropyCoefficients:
-        """X's coefficients of these rows."""
-        if isinstance(self.entropy, Tensor):
-            whole = EntropyCoefficients(self.entropy)
-        else:
-            whole = self._of_target(self.entropy, rows, found)
+    def of_rows(self, rows: Sequence[int], found: Found) -> EntropyCoefficients:
+        """X's coefficients of these rows, one a response or one a token."""
+        whole = self._whole(found)
         per_token = len(whole.log_probs) != len(self._lengths)
         return EntropyCoefficients(
             self._tokens(rows, whole.log_probs) if per_token else whole.log_probs[list(rows)],
@@ -136,33 +123,115 @@ class EntropyAndUpdate:
     def _tokens(self, rows: Sequence[int], values: Tensor) -> Tensor:
         return torch.cat([values[self._first_token[row] : self._first_token[row + 1]] for row in rows])
 
-    def _of_target(self, target: EntropyTarget, rows: Sequence[int], found: Found) -> EntropyCoefficients:
-        """Over the whole batch; only what belongs to the rows' prompts need be finite there."""
-        ratio = None
-        if target.unit is EntropyUnit.PER_TOKEN:
-            entropies = response_entropies(target.estimator, found.scores, found.token_entropies, self._lengths)
-            ratio = entropy_ratio(entropies, self._lengths, self.batch.group_sizes)
-        return entropy_coefficients(
-            target, found.scores, found.token_entropies, self._lengths, self.batch.group_sizes, ratio
-        )
+    def _whole(self, found: Found) -> EntropyCoefficients:
+        """Over the whole batch; only what belongs to the needed rows is finite there."""
+        if isinstance(self.entropy, Tensor):
+            return EntropyCoefficients(self.entropy)
+        return target_coefficients(self.entropy, found.scores, found.token_entropies, self.batch)
 
 
-class Unweighted:
-    """Every channel is Σ over its rows of ∇S_i itself."""
+@dataclass
+class UpdateSide:
+    """One channel is Y with the advantage coefficients a, [N]."""
 
-    needs_entropies = False
-
-    def __init__(self, batch: RolloutBatch, channels: int) -> None:
-        """See the class."""
-        self._lengths = [len(r.response_ids) for r in batch.responses]
-        self._channels = channels
+    batch: RolloutBatch
+    advantage: Tensor
+    channel: int = 0
+    needs_entropies: bool = False
 
     def needed_rows(self, rows: range) -> Sequence[int]:
-        """None."""
+        """None: coefficients are given."""
         return ()
 
     def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
         """One backward."""
-        ones = torch.ones(sum(self._lengths[row] for row in rows), dtype=torch.float64)
-        weights = torch.ones((self._channels, len(rows)), dtype=torch.float64)
-        return [Backward(ones, None, weights, slice(0, self._channels))]
+        lengths = [len(self.batch.responses[row].response_ids) for row in rows]
+        return [_weighted(self.advantage[list(rows)], lengths, self.channel, apart=apart)]
+
+
+class EntropyAndUpdate:
+    """Channel 0 is X and channel 1 is Y; arguments as of :class:`EntropySide` and :class:`UpdateSide`."""
+
+    def __init__(self, batch: RolloutBatch, entropy: EntropyTarget | Tensor, advantage: Tensor) -> None:
+        """See the class."""
+        self._x, self._y = EntropySide(batch, entropy), UpdateSide(batch, advantage, channel=1)
+        self.needs_entropies = self._x.needs_entropies
+
+    def needed_rows(self, rows: range) -> Sequence[int]:
+        """As X needs them."""
+        return self._x.needed_rows(rows)
+
+    def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
+        """One backward where both coefficients are one a response, else one for X and one for Y."""
+        (x,), (y,) = (side.backwards(rows, found, apart=apart) for side in (self._x, self._y))
+        if x.entropies is None and not apart and torch.equal(x.log_probs, y.log_probs):
+            return [Backward(x.log_probs, None, torch.cat([x.weights, y.weights]), slice(0, 2))]
+        return [x, y]
+
+
+def _weighted(values: Tensor, lengths: Sequence[int], channel: int, *, apart: bool) -> Backward:
+    """One value a response, in the weights, or at its tokens where ``apart``."""
+    tokens = torch.tensor(list(lengths))
+    channels = slice(channel, channel + 1)
+    if apart:
+        ones = torch.ones((1, len(lengths)), dtype=torch.float64)
+        return Backward(torch.repeat_interleave(values.double(), tokens), None, ones, channels)
+    return Backward(torch.ones(int(tokens.sum()), dtype=torch.float64), None, values.double()[None], channels)
+
+
+def target_coefficients(
+    target: EntropyTarget, scores: Tensor, token_entropies: Tensor | None, batch: RolloutBatch
+) -> EntropyCoefficients:
+    """X's coefficients for a whole batch, with the batch's own ratio for the entropy per token."""
+    lengths = [len(response.response_ids) for response in batch.responses]
+    ratio = None
+    if target.unit is EntropyUnit.PER_TOKEN:
+        entropies = response_entropies(target.estimator, scores, token_entropies, lengths)
+        ratio = entropy_ratio(entropies, lengths, batch.group_sizes)
+    return entropy_coefficients(target, scores, token_entropies, lengths, batch.group_sizes, ratio)
+
+
+@dataclass
+class Combinations:
+    """Channels m · K to (m + 1) · K are Σ over a row's tokens of combination m, each channel for its own direction.
+
+    Attributes:
+        batch: the rollouts.
+        combinations: what multiplies ∇log π and ∇H_t, one value a response [N] or one a response token [tokens] each.
+        directions: K.
+    """
+
+    batch: RolloutBatch
+    combinations: Sequence[EntropyCoefficients]
+    directions: int
+    needs_entropies: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Entropies are needed where a combination has them."""
+        self._lengths = [len(r.response_ids) for r in self.batch.responses]
+        self._first_token = [0, *itertools.accumulate(self._lengths)]
+        self.needs_entropies = any(c.entropies is not None for c in self.combinations)
+
+    def needed_rows(self, rows: range) -> Sequence[int]:
+        """None: coefficients are given."""
+        return ()
+
+    def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
+        """One backward a combination."""
+        tokens = torch.tensor([self._lengths[row] for row in rows])
+        weights = torch.ones((self.directions, len(rows)), dtype=torch.float64)
+
+        def by_token(values: Tensor) -> Tensor:
+            if len(values) == len(self._lengths):
+                return torch.repeat_interleave(values[list(rows)].double(), tokens)
+            return torch.cat([values[self._first_token[row] : self._first_token[row + 1]] for row in rows]).double()
+
+        return [
+            Backward(
+                by_token(c.log_probs),
+                None if c.entropies is None else by_token(c.entropies),
+                weights,
+                slice(m * self.directions, (m + 1) * self.directions),
+            )
+            for m, c in enumerate(self.combinations)
+        ]

@@ -16,31 +16,39 @@ from entropy_probe.gradients.sequences import Strip, row_chunks
 
 
 class Contractions:
-    """D_uk = Σ_{i∈u} w_ki g_i · V_k by parameter, with w the strips' mixing weights: one channel a direction.
+    """D_uc = Σ_{i∈u} w_ci g_i · V_k by parameter, with w the strips' mixing weights; channel c = m K + k is for direction k.
 
     Args:
         directions: V by parameter name, [K, elements].
         units: u.
+        combinations: m, of as many backwards that each are contracted with all directions.
         dtype: of products; sums over chunks are float64.
         device: where gradients are.
 
-    ``values`` has [units, K] a parameter; ``reached`` names the parameters that some gradient arrived at.
+    ``values`` has [units, channels] a parameter; ``reached`` names the parameters that some gradient arrived at.
     """
 
-    def __init__(self, directions: Mapping[str, Tensor], units: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        directions: Mapping[str, Tensor],
+        units: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        combinations: int = 1,
+    ) -> None:
         """See the class."""
         self.arithmetic = torch.promote_types(dtype, torch.float32)
         self.reached: set[str] = set()
         self._directions = {name: v.to(device, self.arithmetic) for name, v in directions.items()}
         self.values = {
-            name: torch.zeros((units, len(v)), dtype=torch.float64, device=device)
+            name: torch.zeros((units, combinations * len(v)), dtype=torch.float64, device=device)
             for name, v in self._directions.items()
         }
         self._outer = OuterProducts(self.arithmetic, device)
 
     @property
     def total(self) -> Tensor:
-        """D over all parameters, [units, K]."""
+        """D over all parameters, [units, channels]."""
         return torch.stack([*self.values.values()]).sum(0)
 
     def add_outer(self, name: str, left: Tensor, right: Tensor, strip: Strip) -> None:
@@ -74,7 +82,9 @@ class Contractions:
     def _used(self, name: str, strip: Strip) -> Tensor:
         (mixing,) = strip.mixing
         self.reached.add(name)
-        return self._directions[name][mixing.channels]
+        directions = self._directions[name]
+        first = mixing.channels.start % len(directions)
+        return directions[first : first + mixing.channels.stop - mixing.channels.start]
 
     def _into(self, name: str, dots: Tensor, strip: Strip) -> None:
         """Add [n, channels] to the units' sums."""

@@ -19,19 +19,34 @@ from entropy_probe.errors import InputError
 from entropy_probe.gradients.batching import Microbatch, microbatches, strips
 from entropy_probe.gradients.capture import Capture, Sink, leaked
 from entropy_probe.gradients.checkpointing import checkpointing
-from entropy_probe.gradients.coefficients import Coefficients, EntropyAndUpdate, Found, Unweighted
+from entropy_probe.gradients.coefficients import (
+    Coefficients,
+    Combinations,
+    EntropyAndUpdate,
+    EntropySide,
+    Found,
+    UpdateSide,
+)
 from entropy_probe.gradients.contractions import Contractions
 from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import Treatment, fall_back_around, parameter_owners, treated
-from entropy_probe.gradients.products import Dots, StreamedSums, stored_dots
+from entropy_probe.gradients.products import Dots, StreamedSums, cross_kernel, stored_dots
 from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
 from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unit_vectors import UnitVectors
-from entropy_probe.policy import PaddedResponses, Policy, TokenValues, check_finite, pad_right, sum_over_tokens
+from entropy_probe.policy import (
+    Measured,
+    PaddedResponses,
+    Policy,
+    TokenValues,
+    check_finite,
+    pad_right,
+    sum_over_tokens,
+)
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.scores import EntropyTarget
+from entropy_probe.scores import EntropyCoefficients, EntropyTarget
 from entropy_probe.units import Units
 
 
@@ -101,6 +116,9 @@ def unit_gradients(
     return UnitGradients(
         dots=dots.dots,
         ascent={name: dots.y_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in dots.y_sums},
+        entropy_descent={
+            name: dots.x_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in dots.x_sums
+        },
         untouched=tuple(name for name in parameters if name not in reached),
         scores=run.found.scores,
         token_entropies=run.found.token_entropies,
@@ -137,20 +155,91 @@ def _streamed(
     return sums.finish(contractions, units.sizes, reached), reached
 
 
+@dataclass(frozen=True)
+class CrossGradients:
+    """X of one batch against Y of another.
+
+    Attributes:
+        kernel: X_n · η P Y_m for prompts n of the evaluation batch and m of the update batch, float64 [B_E, B_U].
+        evaluation: what the forwards found of the evaluation batch.
+    """
+
+    kernel: Tensor
+    evaluation: Measured
+
+
+def cross_gradients(
+    policy: Policy,
+    evaluation: RolloutBatch,
+    update: RolloutBatch,
+    target: EntropyTarget,
+    advantage_coefficients: Tensor,
+    preconditioners: Mapping[str, Tensor],
+    learning_rates: Mapping[str, float],
+    *,
+    rules: Rules | None = None,
+    progress: Progress | None = None,
+) -> CrossGradients:
+    """Dots of every prompt's X in one batch with every prompt's Y in another, all vectors stored.
+
+    Args:
+        policy: the model at θ.
+        evaluation: its prompts' X are taken; one response a prompt will do for Rao-Blackwell.
+        update: its prompts' Y are taken.
+        target: what X estimates.
+        advantage_coefficients: a, of the update batch's responses.
+        preconditioners: P by parameter name.
+        learning_rates: η by parameter name.
+        rules: of an earlier call on this very model; None proves them first.
+        progress: told of every microbatch.
+    """
+    progress = progress if progress is not None else Silent()
+    if rules is None:
+        rules = prove_rules(policy, evaluation)
+    else:
+        rules.check(policy)
+    parameters = policy.trainable()
+    counts = (len(evaluation.groups), len(update.groups))
+    dtype = torch.promote_types(policy.dtype, torch.float32)
+    shapes = {name: p.shape for name, p in parameters.items()}
+    vectors = UnitVectors(shapes, sum(counts), dtype, policy.device, channels=1)
+    vectors.open(range(sum(counts)))
+    treatments = dict(rules.treatments)
+    sides: list[tuple[RolloutBatch, Coefficients, int]] = [
+        (evaluation, EntropySide(evaluation, target), 0),
+        (update, UpdateSide(update, advantage_coefficients), counts[0]),
+    ]
+    found = []
+    for batch, coefficients, first in sides:
+        units = [first + n for n, size in enumerate(batch.group_sizes) for _ in range(size)]
+        run = _Run(policy, batch, units, coefficients, treatments, rules.unproven)
+        parts = run.parts()
+        for part in progress.track(parts, "gradients of two batches", len(parts)):
+            run.backward(part, vectors)
+        found.append(run.found)
+    vectors.settle(range(sum(counts)))
+    kernel = cross_kernel(vectors, range(counts[0]), range(counts[0], sum(counts)), preconditioners, learning_rates)
+    return CrossGradients(kernel, Measured(found[0].scores, found[0].token_entropies))
+
+
 def response_dots(
     policy: Policy,
     batch: RolloutBatch,
     directions: Sequence[Mapping[str, Tensor]],
+    combinations: Sequence[EntropyCoefficients] | None = None,
     *,
     rules: Rules | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """dS_i = ∇S_i · V_k for every response and direction, by one forward and one backward: float64 [N, K], on the CPU.
+    """What every response changes to first order in each direction: float64 [N, M, K], on the CPU.
+
+    D_imk = (l_mi ∇S_i + e_mi Σ_t ∇H_it) · V_k, by one forward and M backwards. By default M = 1 and D_i1k = dS_i = ∇S_i · V_k.
 
     Args:
         policy: the model at θ.
         batch: the rollouts.
         directions: V by parameter name; names that one lacks count as zero, and names that are not trainable are passed by.
+        combinations: l and e, one a response [N] or one a response token [tokens], e None for zeros.
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
     """
@@ -159,17 +248,20 @@ def response_dots(
         rules = prove_rules(policy, batch)
     else:
         rules.check(policy)
+    rows = list(range(len(batch.responses)))
+    if combinations is None:
+        combinations = [EntropyCoefficients(torch.ones(len(rows), dtype=torch.float64))]
     together = {
         name: torch.stack([v[name].flatten() if name in v else p.detach().flatten() * 0 for v in directions])
         for name, p in policy.trainable().items()
     }
-    rows = list(range(len(batch.responses)))
-    run = _Run(policy, batch, rows, Unweighted(batch, len(directions)), dict(rules.treatments), rules.unproven)
-    contractions = Contractions(together, len(rows), policy.dtype, policy.device)
+    coefficients = Combinations(batch, combinations, len(directions))
+    run = _Run(policy, batch, rows, coefficients, dict(rules.treatments), rules.unproven)
+    contractions = Contractions(together, len(rows), policy.dtype, policy.device, len(combinations))
     parts = run.parts()
     for part in progress.track(parts, "linear prediction", len(parts)):
         run.backward(part, contractions)
-    return contractions.total.cpu()
+    return contractions.total.cpu().view(len(rows), len(combinations), len(directions))
 
 
 @dataclass

@@ -19,9 +19,10 @@ CHUNK = 1 << 19
 
 @dataclass(frozen=True)
 class Dots:
-    """Unit dots by learning rate, and Σ_u Y_u by parameter."""
+    """Unit dots by learning rate, and Σ_u X_u and Σ_u Y_u by parameter."""
 
     dots: dict[float, UnitDots]
+    x_sums: dict[str, Tensor]
     y_sums: dict[str, Tensor]
 
 
@@ -37,22 +38,26 @@ def stored_dots(
     width = max(1, CHUNK // (2 * len(units)))
     # One buffer for all chunks: memory that is allocated anew is paged in anew, which costs more than the products.
     buffer = torch.empty((2, len(units), width), dtype=torch.float64, device=device)
+    weights = torch.empty(width, dtype=torch.float64, device=device)
     kernels = {
         rate: torch.zeros((len(units),) * 2, dtype=torch.float64, device=device) for rate in learning_rates.values()
     }
     sum_dots = {rate: torch.zeros((), dtype=torch.float64, device=device) for rate in kernels}
-    y_sums = {
-        name: uninitialised((values.shape[-1],), torch.float64, device) for name, values in vectors.values.items()
-    }
+    x_sums, y_sums = (
+        {name: uninitialised((values.shape[-1],), torch.float64, device) for name, values in vectors.values.items()}
+        for _ in range(2)
+    )
 
     def multiply(rate: float, pieces: Sequence[tuple[str, slice]], used: int) -> None:
         x, y = buffer[:, :, :used]
-        y_sum = y.sum(0)
+        x_sum, y_sum, p = x.sum(0), y.sum(0), weights[:used]
         start = 0
         for name, part in pieces:
-            y_sums[name][part] = y_sum[start : start + part.stop - part.start]
-            start += part.stop - part.start
-        sum_dots[rate] += torch.dot(x.sum(0), y_sum)
+            here = slice(start, start + part.stop - part.start)
+            x_sums[name][part], y_sums[name][part] = x_sum[here], y_sum[here]
+            start = here.stop
+        sum_dots[rate] += torch.dot(x_sum.mul_(p), y_sum)
+        x *= p
         kernels[rate].addmm_(x, y.T)
 
     for rate in kernels:
@@ -68,13 +73,31 @@ def stored_dots(
                 x, y = buffer[:, :, used : used + count]
                 x.copy_(values[:, 0, part])
                 y.copy_(values[:, 1, part])
-                x *= _p_chunk(preconditioners, name, part).to(device, torch.float64)
+                weights[used : used + count] = _p_chunk(preconditioners, name, part).to(device)
                 pieces.append((name, part))
                 used += count
         if pieces:
             multiply(rate, pieces, used)
     dots = {rate: UnitDots.from_kernel(k.cpu().numpy(), sizes, float(sum_dots[rate])) for rate, k in kernels.items()}
-    return Dots(dots, {name: y for name, y in y_sums.items() if name in vectors.reached})
+    return Dots(dots, *({n: v for n, v in sums.items() if n in vectors.reached} for sums in (x_sums, y_sums)))
+
+
+def cross_kernel(
+    vectors: UnitVectors,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    preconditioners: Mapping[str, Tensor],
+    learning_rates: Mapping[str, float],
+) -> Tensor:
+    """V_u · η P V_w for units u of ``rows`` and w of ``columns``, from their first channels: float64 [rows, columns]."""
+    device = next(iter(vectors.values.values())).device
+    kernel = torch.zeros((len(rows), len(columns)), dtype=torch.float64, device=device)
+    for name in vectors.values:
+        left, right = vectors.of(name, rows)[:, 0], vectors.of(name, columns)[:, 0]
+        for part in _chunks(left.shape[-1], max(1, CHUNK // (len(rows) + len(columns)))):
+            w = learning_rates[name] * _p_chunk(preconditioners, name, part).to(device, torch.float64)
+            kernel.addmm_(left[:, part].double() * w, right[:, part].double().T)
+    return kernel.cpu()
 
 
 def _p_chunk(preconditioners: Mapping[str, Tensor], name: str, part: slice) -> Tensor:
@@ -143,7 +166,7 @@ class StreamedSums:
                 [diagonal[unit] for unit in range(len(sizes))],
                 sum(self._sum_dot(name) for name in names),
             )
-        return Dots(dots, {name: y for name, y in self.y_sums.items() if name in reached})
+        return Dots(dots, *({n: v for n, v in sums.items() if n in reached} for sums in (self.x_sums, self.y_sums)))
 
     def _sum_dot(self, name: str) -> float:
         x_sum = self.x_sums[name]

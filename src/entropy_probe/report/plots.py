@@ -26,11 +26,11 @@ def plot_predicted_and_realized(report: Report, path: Path) -> None:
             [row.predicted], [place], "|", color=PREDICTED, markersize=16, markeredgewidth=2,
             label="that estimator's own linear term" if place == 1 else None,
         )  # fmt: skip
-        labels.append(f"{row.step} step,\n{row.batch} batch")
+        labels.append(f"{row.step} step,\n{row.batch} batch, {row.estimator}")
     axes.axvline(0.0, color=NEUTRAL, linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlabel("entropy change, nats per response (95 % intervals)")
+    axes.set_xlabel(f"entropy change, nats {report.first_order.entropy.replace('-', ' ')} (95 % intervals)")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False, fontsize=8)
     _save(figure, path)
 

@@ -1,6 +1,7 @@
 """report.json, schema 1: plain records. Every number is finite, or null with its reason in the section's ``null_reasons``.
 
-Entropies and their changes are in nats per response. Later versions of schema 1 only add keys.
+Entropies and their changes are in nats per response, or per token where ``entropy`` says so. Later versions of schema 1 only
+add keys.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class FirstOrder:
     """
 
     estimator: str
+    entropy: str
     u_cross: float
     delta_h1: float
     learning_rate: float | list[float]
@@ -51,6 +53,63 @@ class FirstOrder:
     delta_h1_ci95: list[float] | None
     interval_method: str | None
     self_test_residual: float
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NeededSection:
+    """Prompts that would settle a question, were they like these: the same U_cross, variance parts and responses a prompt.
+
+    ``exclude_zero`` is for a 95 % interval of δH₁ without zero, ``reach_target_se`` for a standard error of ``target_se`` nats.
+    """
+
+    exclude_zero: int | None
+    target_se: float | None
+    reach_target_se: int | None
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NoiseSection:
+    """Shares of δH₁'s variance by where it comes from; they sum to 1 (``shared`` may be below 0), and what would help.
+
+    See :class:`entropy_probe.noise.NoiseParts`. The shares are null with a reason where there is no variance to split.
+    """
+
+    entropy_gradient: float | None
+    update: float | None
+    shared: float | None
+    product: float | None
+    prompts: float | None
+    advice: str
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TwoBatchSection:
+    """δH₁ with X from the evaluation rollouts and Y from the update's, nats; ``variance_*`` are its terms, nats².
+
+    ``delta_h1_se`` squared is ``variance_evaluation`` + ``variance_update`` − ``variance_product``.
+    """
+
+    delta_h1: float
+    delta_h1_se: float
+    delta_h1_ci95: list[float]
+    variance_evaluation: float
+    variance_update: float
+    variance_product: float
+    evaluation_prompts: int
+    evaluation_responses: int
+
+
+@dataclass(frozen=True)
+class FoldSection:
+    """δH₁ by cross-fitting: X of one fold against Y of the others, and their mean with its delete-one error, nats."""
+
+    folds: int
+    delta_h1: float | None
+    delta_h1_se: float | None
+    delta_h1_by_fold: list[float]
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -86,11 +145,12 @@ class EngineSection:
 
 @dataclass(frozen=True)
 class EntropySection:
-    """Ĥ(θ) with its standard error clustered by prompt; per token is Σ over responses divided by the mean length."""
+    """Ĥ(θ) with its standard error clustered by prompt; per token is that divided by the mean length, a ratio."""
 
     per_response: float
     se: float
     per_token: float
+    per_token_se: float
     mean_length: float
 
 
@@ -102,6 +162,8 @@ class RealizedRow:
     batch: str
     method: str
     estimator: str
+    entropy: str
+    importance_weights: str
     delta_h: float
     se: float
     predicted: float
@@ -124,6 +186,10 @@ class ConfigSection:
     mode: str
     blocks: int | None
     estimator: str
+    entropy: str
+    importance_weights: str
+    evaluation_rollouts: str | None
+    split: int | None
     rollouts: str | None
     advantage: str
     length_weight: str
@@ -171,6 +237,10 @@ class Report:
 
     headline: str
     first_order: FirstOrder
+    needed: NeededSection
+    noise: NoiseSection
+    two_batches: TwoBatchSection | None
+    folds: FoldSection | None
     units: UnitsSection
     engine: EngineSection
     entropy: EntropySection
@@ -188,7 +258,7 @@ class Report:
             AssertionError: a number is not finite, or a null has no reason: a fault of ours.
         """
         content = {"schema": SCHEMA, **asdict(self)}
-        for record in (content["first_order"], *content["realized"]):
+        for record in (content["first_order"], content["needed"], content["noise"], *content["realized"]):
             for name, value in record.items():
                 assert value is not None or name in record["null_reasons"], f"{name} is null without a reason"
         _assert_finite(content, "report")

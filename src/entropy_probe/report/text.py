@@ -10,17 +10,19 @@ from rich.text import Text
 from entropy_probe.report.schema import Report
 
 
-def headline(delta_h1: float, se: float | None, ci95: list[float] | None, entropy: float) -> str:
+def headline(
+    delta_h1: float, se: float | None, ci95: list[float] | None, entropy: float, unit: str = "response"
+) -> str:
     """One sentence a person understands first: what the next step does to the entropy, and how sure that is."""
     share = f", {100 * abs(delta_h1) / entropy:.2g} %" if entropy > 0 else ""
     if delta_h1 == 0.0 and (se is None or se == 0.0):
         return "This step changes nothing to first order: its learning rate is zero, or no response has an advantage."
     if se is None:
         return (
-            f"To first order the next step changes entropy by {delta_h1:+.3g} nats per response{share}; "
+            f"To first order the next step changes entropy by {delta_h1:+.3g} nats per {unit}{share}; "
             "too few units for an error bar."
         )
-    size = f"{quantity(abs(delta_h1), se)} nats per response{share}"
+    size = f"{quantity(abs(delta_h1), se)} nats per {unit}{share}"
     if ci95 is not None and ci95[0] <= 0.0 <= ci95[1]:
         return (
             f"This batch does not tell whether the next step raises or lowers entropy: "
@@ -47,7 +49,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(Text(report.headline, style="bold"))
     console.print()
     console.print(_section("First order, before the step", _first_order(report)))
-    console.print(_section("Realised, after a step on the same responses (nats per response)", _realized(report)))
+    console.print(_section(f"Realised, after a step ({_nats(report)})", _realized(report)))
     console.print(_section("Batch and checkpoint", _facts(report)))
     for warning in report.warnings:
         console.print(
@@ -81,11 +83,14 @@ def _first_order(report: Report) -> Table:
         else f"none: {reasons['delta_h1_ci95']}"
     )
     return _rows(
-        ("δH₁ = −η U_cross", f"{first.delta_h1:+.4g}", "nats per response"),
+        ("δH₁ = −η U_cross", f"{first.delta_h1:+.4g}", _nats(report)),
         ("standard error of δH₁", _number(first.delta_h1_se, reasons, "delta_h1_se"), "over fresh batches"),
         ("95 % interval of δH₁", interval, first.interval_method or ""),
+        ("prompts needed", *_needed(report)),
+        ("where the noise is", *_noise(report)),
+        *_other_batches(report),
         ("entropy now", quantity(report.entropy.per_response, report.entropy.se), "nats per response"),
-        ("", f"{report.entropy.per_token:.4g}", "nats per token"),
+        ("", quantity(report.entropy.per_token, report.entropy.per_token_se), "nats per token"),
         ("U_cross", f"{first.u_cross:.4g}", "nats per unit of learning rate"),
         ("SE of it, plug-in", _number(first.se_plugin, reasons, "se_plugin"), "from row means"),
         ("SE of it, jackknife", _number(first.se_jackknife, reasons, "se_jackknife"), "delete-one"),
@@ -100,25 +105,71 @@ def _first_order(report: Report) -> Table:
     )
 
 
+def _nats(report: Report) -> str:
+    return f"nats {report.first_order.entropy.replace('-', ' ')}"
+
+
+def _needed(report: Report) -> tuple[str, str]:
+    needed = report.needed
+    if needed.exclude_zero is None:
+        return f"none: {needed.null_reasons['exclude_zero']}", ""
+    said = f"for an interval without zero, were they like these {report.units.prompts}"
+    if needed.target_se is None:
+        return f"{needed.exclude_zero}", said
+    reach = "none would do" if needed.reach_target_se is None else f"{needed.reach_target_se}"
+    return f"{needed.exclude_zero}; {reach}", f"{said}; for a standard error of {needed.target_se:g}"
+
+
+def _noise(report: Report) -> tuple[str, str]:
+    noise = report.noise
+    named = {
+        "X": noise.entropy_gradient, "Y": noise.update, "shared": noise.shared, "X·Y": noise.product,
+        "prompts": noise.prompts,
+    }  # fmt: skip
+    said = ", ".join(f"{name} {100 * share:.0f} %" for name, share in named.items() if share is not None)
+    return said or "none", noise.advice
+
+
+def _other_batches(report: Report) -> list[tuple[str, str, str]]:
+    rows = []
+    if (two := report.two_batches) is not None:
+        interval = f"95 % interval [{two.delta_h1_ci95[0]:+.4g}, {two.delta_h1_ci95[1]:+.4g}]"
+        said = f"{interval}, X from {two.evaluation_responses} responses to {two.evaluation_prompts} other prompts"
+        rows.append(("δH₁, two batches", _signed(two.delta_h1, two.delta_h1_se), said))
+    if (folds := report.folds) is not None:
+        value = (
+            f"none: {folds.null_reasons['delta_h1']}"
+            if folds.delta_h1 is None
+            else _signed(folds.delta_h1, folds.delta_h1_se)
+        )
+        rows.append((f"δH₁, {folds.folds} folds", value, "X of one fold against Y of the others"))
+    return rows
+
+
+def _signed(value: float, se: float | None) -> str:
+    return f"{'+' if value >= 0 else '−'}{quantity(abs(value), se)}"
+
+
 def _rates(rates: float | list[float]) -> str:
     return ", ".join(f"{rate:g}" for rate in rates) if isinstance(rates, list) else f"{rates:g}"
 
 
 def _realized(report: Report) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("step (batch)")
+    table.add_column("step (batch), estimator")
     for column in ("ΔH realised", "linear term", "ESS/N", "k̂", "floor"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in report.realized:
         table.add_row(
-            f"{row.step} ({row.batch})",
-            f"{'+' if row.delta_h >= 0 else '−'}{quantity(abs(row.delta_h), row.se)}",
+            f"{row.step} ({row.batch}), {row.estimator}",
+            _signed(row.delta_h, row.se),
             f"{row.predicted:+.4g}",
             f"{row.ess_fraction:.3f}",
             "none" if row.pareto_k is None else f"{row.pareto_k:.2f}",
             f"{row.noise_floor:.0e}",
         )
-    notes = [Text(f"{row.step} ({row.method}): {row.note}", style="dim") for row in report.realized]
+    said = dict.fromkeys(f"{row.step} ({row.method}): {row.note}" for row in report.realized)
+    notes = [Text(note, style="dim") for note in said]
     missing = {row.null_reasons["pareto_k"] for row in report.realized if row.pareto_k is None}
     notes += [Text(f"k̂ none: {reason}", style="dim") for reason in sorted(missing)]
     return Group(table, *notes)

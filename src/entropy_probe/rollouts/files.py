@@ -16,13 +16,13 @@ from entropy_probe.rollouts.records import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.rollouts.rows import rollout_from_row, row_from_rollout
 
 
-def read_batch(path: Path, temperature: float | None = None) -> RolloutBatch:
+def read_batch(path: Path, temperature: float | None = None, *, least_responses: int = 2) -> RolloutBatch:
     """Read, check and group a rollouts file.
 
     Raises:
         InputError: see :func:`read_rollouts` and :func:`group_rollouts`.
     """
-    return group_rollouts(read_rollouts(path), temperature)
+    return group_rollouts(read_rollouts(path), temperature, least_responses=least_responses)
 
 
 def read_rollouts(path: Path) -> list[Rollout]:

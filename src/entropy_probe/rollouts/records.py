@@ -77,6 +77,10 @@ class RolloutBatch:
         """G_n, the number of responses of each prompt."""
         return tuple(len(group.responses) for group in self.groups)
 
+    def of_prompts(self, prompts: Sequence[int]) -> RolloutBatch:
+        """The batch of these prompts alone, by their places."""
+        return RolloutBatch(tuple(self.groups[n] for n in prompts), self.temperature)
+
     @property
     def mean_length(self) -> float:
         """T̄, the mean over prompts of the mean response length, in tokens."""
@@ -89,12 +93,15 @@ class RolloutBatch:
         return sum(len(response.response_ids) for response in self.responses)
 
 
-def group_rollouts(rollouts: Iterable[Rollout], temperature: float | None = None) -> RolloutBatch:
+def group_rollouts(
+    rollouts: Iterable[Rollout], temperature: float | None = None, *, least_responses: int = 2
+) -> RolloutBatch:
     """Group rows by ``prompt_id`` and check what the estimators need: two prompts, two responses each, one temperature.
 
     Args:
         rollouts: the rows, in any order.
         temperature: sampling temperature of rows that declare none; 1 if neither says.
+        least_responses: that a prompt must have; 1 will do for an evaluation batch under Rao-Blackwell.
 
     Raises:
         InputError: fewer than two prompts, a prompt with one response, two prompts under one id, rows that disagree
@@ -110,7 +117,7 @@ def group_rollouts(rollouts: Iterable[Rollout], temperature: float | None = None
             raise InputError(
                 f"prompt_id {prompt_id!r} names two different prompts (their prompt_ids differ); give each its own id"
             )
-        if len(rows) < 2:
+        if len(rows) < least_responses:
             raise InputError(
                 f"prompt_id {prompt_id!r} has one response; the leave-one-out mean needs at least two responses a prompt"
             )

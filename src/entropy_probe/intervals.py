@@ -1,0 +1,332 @@
+"""Confidence intervals of U_cross from the matrix of unit dots, and how many units would settle a question.
+
+K_uw = X̃_u · Ỹ_w over U units of equal size, in nats per unit of learning rate (divide XS_u · YS_w by the square of the units'
+size). With h = (K + Kᵀ)/2, its diagonal left out, r_u = Σ_{w≠u} h_uw / (U−1) and U_cross = Σ r_u / U, Hoeffding's (1948)
+decomposition h_uw = U + g_u + g_w + ψ_uw gives
+
+    Var U_cross = 4 ζ₁/U + 2 τ²/(U(U−1)),    ζ₁ = Var g (linear part),  τ² = Var ψ (degenerate part)
+
+``docs/coverage.md`` has the measured coverage of every method here, from which ``DEFAULT_METHOD`` and the limits of
+:func:`known_shortfall` are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+FloatArray = NDArray[np.float64]
+
+MOST_UNITS = 10_000_000
+"""Above this :func:`needed_units` gives up."""
+EXTENSION_LIMIT = 1.5
+"""Standard errors by which a skewed interval grows on its long side at most."""
+FEW_UNITS = 8
+SKEWNESS_LIMIT = 1.0
+"""Absolute sample skewness of the row means above which the interval is known to fall short (``docs/coverage.md``)."""
+
+
+class IntervalMethod(StrEnum):
+    """How an interval of U_cross is made; q is the standard normal's and t that of Student's quantile with U − 1 degrees.
+
+    NORMAL: U_cross ± q SE, SE² = 4 Σ (r_u − U_cross)² / (U(U−1)), the plug-in.
+    T: U_cross ± t SE.
+    JACKKNIFE_T: U_cross ± t SE (U−1)/(U−2), the delete-one standard error.
+    BOOTSTRAP: percentiles of U* over resamples of units.
+    BOOTSTRAP_T: studentised over resamples of units, each with its own SE*.
+    UNBIASED_T: U_cross ± t √V, V the unbiased variance with its floor (:func:`interval_variance`).
+    SKEWED_T: the same with Satterthwaite's degrees of freedom, and longer on the side of the skew (:func:`interval`).
+    """
+
+    NORMAL = "normal"
+    T = "t"
+    JACKKNIFE_T = "jackknife_t"
+    BOOTSTRAP = "bootstrap"
+    BOOTSTRAP_T = "bootstrap_t"
+    UNBIASED_T = "unbiased_t"
+    SKEWED_T = "skewed_t"
+
+
+DEFAULT_METHOD = IntervalMethod.SKEWED_T
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """h with a zero diagonal [U, U], row means [U], U_cross, and the plug-in, jackknife and unbiased variances."""
+
+    h: FloatArray
+    row_means: FloatArray
+    u_cross: float
+    plugin: float
+    jackknife: float
+    unbiased: float
+
+    @property
+    def units(self) -> int:
+        return len(self.row_means)
+
+
+def _summary(kernel: FloatArray) -> _Summary:
+    units = len(kernel)
+    if kernel.shape != (units, units) or units < 4:
+        raise ValueError(f"the kernel has shape {kernel.shape}; an interval needs a square one of 4 units or more")
+    h = 0.5 * (kernel + kernel.T)
+    np.fill_diagonal(h, 0.0)
+    row_means = h.sum(axis=1) / (units - 1)
+    u_cross = float(row_means.mean())
+    plugin = 4.0 * float(((row_means - u_cross) ** 2).sum()) / (units * (units - 1))
+    jackknife = plugin * ((units - 1) / (units - 2)) ** 2
+    return _Summary(h, row_means, u_cross, plugin, jackknife, interval_variance(kernel, u_cross, jackknife))
+
+
+def interval(
+    kernel: FloatArray,
+    method: IntervalMethod = DEFAULT_METHOD,
+    *,
+    level: float = 0.95,
+    replicates: int = 999,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """(low, high) of U_cross in nats per unit of learning rate, from K [U, U] with equal units and U ≥ 4.
+
+    SKEWED_T, with γ and κ the sample skewness and excess kurtosis (G₁ and G₂) of the row means:
+
+        half width t_ν √V,  ν = 2 (U−1) / (2 + max(κ, 0) (U−1)/U), 2 at least
+        and on the side of γ's sign further by min(1.5, |γ| (2 t² + 1) / (3 √U)) √V,  t with U − 1 degrees
+
+    ν matches the first two moments of the variance estimate of U values with kurtosis κ (Satterthwaite 1946). The extension
+    is the Edgeworth shift of a studentised U-statistic, [(2t²+1) E g³ + 3 (t²+1) E g_u g_w ψ_uw] / (6 √U ζ₁^{3/2})
+    (Helmers 1991), with its second term taken to be as large as the first: estimating it cost more coverage than it gained.
+    For the same reason only the side that it lengthens is moved.
+
+    Args:
+        kernel: K / (unit size)², [U, U]; its diagonal is not used.
+        method: see :class:`IntervalMethod`.
+        level: nominal coverage, in (0, 1).
+        replicates: resamples of the bootstraps.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: the kernel is not square or has fewer than 4 units, or the level is not in (0, 1).
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"the level is {level}; expected a number between 0 and 1")
+    found = _summary(kernel)
+    tail = 0.5 * (1.0 + level)
+    if method is IntervalMethod.BOOTSTRAP:
+        resampled, _ = bootstrap(found.h, replicates, seed)
+        low, high = np.quantile(resampled, [1.0 - tail, tail])
+        return float(low), float(high)
+    if method is IntervalMethod.BOOTSTRAP_T:
+        resampled, variances = bootstrap(found.h, replicates, seed)
+        # A resample whose row means are all alike has no error of its own and tells nothing about the quantiles of T.
+        kept = variances > 1e-12 * found.plugin
+        if not kept.any():
+            return found.u_cross, found.u_cross
+        low, high = np.quantile((resampled[kept] - found.u_cross) / np.sqrt(variances[kept]), [1.0 - tail, tail])
+        error = math.sqrt(found.plugin)
+        return found.u_cross - float(high) * error, found.u_cross - float(low) * error
+    if method is IntervalMethod.SKEWED_T:
+        return _skewed_t(found, tail)
+    quantile = stats.norm.ppf(tail) if method is IntervalMethod.NORMAL else stats.t.ppf(tail, found.units - 1)
+    variance = {
+        IntervalMethod.NORMAL: found.plugin,
+        IntervalMethod.T: found.plugin,
+        IntervalMethod.JACKKNIFE_T: found.jackknife,
+        IntervalMethod.UNBIASED_T: found.unbiased,
+    }[method]
+    half_width = float(quantile) * math.sqrt(variance)
+    return found.u_cross - half_width, found.u_cross + half_width
+
+
+def t_quantile(units: int, level: float = 0.95) -> float:
+    """Student's quantile with U − 1 degrees of freedom, both sides."""
+    return float(stats.t.ppf(0.5 * (1.0 + level), units - 1))
+
+
+def _skewed_t(found: _Summary, tail: float) -> tuple[float, float]:
+    units, error = found.units, math.sqrt(found.unbiased)
+    skewness, kurtosis = row_mean_shape(found.row_means)
+    degrees = max(2.0, 2.0 * (units - 1) / (2.0 + max(kurtosis, 0.0) * (units - 1) / units))
+    t = float(stats.t.ppf(tail, units - 1))
+    half_width = float(stats.t.ppf(tail, degrees)) * error
+    further = min(EXTENSION_LIMIT, abs(skewness) * (2.0 * t**2 + 1.0) / (3.0 * math.sqrt(units))) * error
+    return (
+        found.u_cross - half_width - (further if skewness < 0.0 else 0.0),
+        found.u_cross + half_width + (further if skewness > 0.0 else 0.0),
+    )
+
+
+def row_mean_shape(row_means: FloatArray) -> tuple[float, float]:
+    """Sample skewness G₁ and excess kurtosis G₂ of the row means, 0 where they are all alike; U ≥ 4."""
+    units = len(row_means)
+    spread = row_means - row_means.mean()
+    second = float((spread**2).mean())
+    if second <= 1e-24 * float((row_means**2).mean()):
+        return 0.0, 0.0
+    scaled = spread / math.sqrt(second)
+    skewness = float((scaled**3).mean()) * math.sqrt(units * (units - 1)) / (units - 2)
+    excess = float((scaled**4).mean()) - 3.0
+    return skewness, (units - 1) / ((units - 2) * (units - 3)) * ((units + 1) * excess + 6.0)
+
+
+def bootstrap(h: FloatArray, replicates: int, seed: int) -> tuple[FloatArray, FloatArray]:
+    """U* and its plug-in variance SE*² over resamples of units, [replicates] each.
+
+    With n_u the times that unit u is drawn (multinomial), R_u = Σ_w n_w h_uw and h_uu = 0:
+
+        U* = Σ_u n_u R_u / (U² − Σ n_u²)     r*_u = R_u / (U − n_u)     SE*² = 4 Σ n_u (r*_u − U*)² / (U(U−1))
+
+    Pairs of two copies of one original unit are left out of both sums. They stand for pairs of different prompts, but hold
+    X̃_u · Ỹ_u, which shares responses, and Σ n_u (n_u − 1) h_uu / (U(U−1)) has mean (1/U) mean h_uu: keeping them shifts U* by
+    (mean h_uu − U_cross)/U, the bias that U_cross is built to avoid. Leaving them out of the numerator alone would shrink U*
+    by (1 − 1/U). What no weighting mends: both parts of the resampled variance carry ψ, so Var* counts τ² up to three times.
+
+    Args:
+        h: symmetric with a zero diagonal, [U, U].
+        replicates: resamples.
+        seed: of the draws.
+    """
+    units = len(h)
+    counts = np.random.default_rng(seed).multinomial(units, np.full(units, 1.0 / units), size=replicates)
+    n = counts[np.count_nonzero(counts, axis=1) > 1].astype(np.float64)  # one unit alone has no pairs
+    sums = n @ h
+    u_star = (n * sums).sum(axis=1) / (units**2 - (n**2).sum(axis=1))
+    spread = sums / (units - n) - u_star[:, None]
+    return u_star, 4.0 * (n * spread**2).sum(axis=1) / (units * (units - 1))
+
+
+def unbiased_variance(kernel: FloatArray, u_cross: float) -> float:
+    """V_unb, unbiased for Var U_cross with equal units, U ≥ 4; it can be negative.
+
+    With h = (K + Kᵀ)/2 and a zero diagonal, S₁ = Σh, S₂ = Σ (row sums)², S₃ = Σh²:
+    V_unb = U_cross² − (S₁² − 4 S₂ + 2 S₃) / [U(U−1)(U−2)(U−3)]. The bracket sums h_ij h_kl over distinct i, j, k, l, whose
+    mean is (E U_cross)².
+    """
+    units = len(kernel)
+    h = 0.5 * (kernel + kernel.T)
+    np.fill_diagonal(h, 0.0)
+    s1, s2, s3 = h.sum(), (h.sum(axis=1) ** 2).sum(), (h**2).sum()
+    return float(u_cross**2 - (s1**2 - 4.0 * s2 + 2.0 * s3) / (units * (units - 1) * (units - 2) * (units - 3)))
+
+
+def interval_variance(kernel: FloatArray, u_cross: float, variance_jackknife: float) -> float:
+    """V = max(V_unb, 2 τ̂² / (U(U−1))) with τ̂² = max(0, (V_jack − V_unb) / [4/(U(U−2)) − 2/(U(U−1))]); U ≥ 4.
+
+    Var U = 4 ζ₁/U + 2 τ²/(U(U−1)); the jackknife doubles the second, degenerate part, so its excess over V_unb estimates
+    τ². The floor keeps V from falling below the degenerate part alone where V_unb is small or negative.
+    """
+    units = len(kernel)
+    unbiased = unbiased_variance(kernel, u_cross)
+    tau_squared = max(
+        0.0, (variance_jackknife - unbiased) / (4.0 / (units * (units - 2)) - 2.0 / (units * (units - 1)))
+    )
+    return max(unbiased, 2.0 * tau_squared / (units * (units - 1)))
+
+
+def variance_parts(kernel: FloatArray, u_cross: float) -> tuple[float, float]:
+    """(ζ̂₁, τ̂²) ≥ 0 such that 4 ζ̂₁/U + 2 τ̂²/(U(U−1)) is the V that the interval rests on, (nats per unit of learning rate)².
+
+    τ̂² = max(0, (V_jack − V_unb) / [4/(U(U−2)) − 2/(U(U−1))]), which the jackknife's double counting of τ² reveals, and
+    ζ̂₁ = U (V − 2 τ̂²/(U(U−1))) / 4: zero where V is its floor. Source: design section 4; Hoeffding (1948).
+
+    Args:
+        kernel: K / (unit size)², [U, U], U ≥ 4.
+        u_cross: mean of its entries off the diagonal.
+
+    Raises:
+        ValueError: the kernel is not square or has fewer than 4 units.
+    """
+    found = _summary(kernel)
+    units, per_tau = found.units, 2.0 / (found.units * (found.units - 1))
+    excess = found.jackknife - unbiased_variance(kernel, u_cross)
+    tau_squared = max(0.0, excess / (4.0 / (units * (units - 2)) - per_tau))
+    variance = interval_variance(kernel, u_cross, found.jackknife)
+    return units * max(0.0, variance - per_tau * tau_squared) / 4.0, tau_squared
+
+
+def variance_at(units: int, zeta1: float, tau_squared: float) -> float:
+    """V(U) = 4 ζ₁/U + 2 τ²/(U(U−1)), (nats per unit of learning rate)²; U ≥ 2 (Hoeffding 1948)."""
+    return 4.0 * zeta1 / units + 2.0 * tau_squared / (units * (units - 1))
+
+
+def needed_units(
+    u_cross: float,
+    zeta1: float,
+    tau_squared: float,
+    *,
+    exclude_zero: bool = False,
+    target_se: float | None = None,
+    level: float = 0.95,
+) -> int | None:
+    """The smallest U ≥ 4 that would do, if further units are like these: the same U_cross, ζ₁, τ² and responses a prompt.
+
+    With ``exclude_zero`` the smallest U with t_{U−1} √V(U) < |u_cross|; with ``target_se`` that with √V(U) ≤ target_se;
+    V(U) of :func:`variance_at`. An estimate, as good as u_cross and both parts are: a u_cross of one standard error may be
+    nothing. It counts the symmetric interval; the default one is a little longer on one side. Intervals begin at U = 4.
+
+    Args:
+        u_cross: nats per unit of learning rate.
+        zeta1: linear part, of :func:`variance_parts`.
+        tau_squared: degenerate part.
+        exclude_zero: ask for an interval without zero; exactly one of this and ``target_se``.
+        target_se: standard error to reach, in the unit of u_cross, above 0.
+        level: of the interval.
+
+    Returns:
+        Units, or None: u_cross is zero, or more than ``MOST_UNITS`` would be needed.
+
+    Raises:
+        ValueError: neither or both questions, or a target that is not above 0.
+    """
+    if exclude_zero is (target_se is not None):
+        raise ValueError("ask for exactly one of exclude_zero and target_se")
+    if target_se is not None and not target_se > 0.0:
+        raise ValueError(f"the target standard error is {target_se}; expected a number above 0")
+
+    def does(units: int) -> bool:
+        error = math.sqrt(variance_at(units, zeta1, tau_squared))
+        if target_se is not None:
+            return error <= target_se
+        return float(stats.t.ppf(0.5 * (1.0 + level), units - 1)) * error < abs(u_cross)
+
+    # Both t and V fall with U, so the question has one threshold.
+    low, high = 3, 4
+    while not does(high):
+        if high >= MOST_UNITS:
+            return None
+        low, high = high, min(2 * high, MOST_UNITS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if does(middle) else (middle, high)
+    return high
+
+
+def known_shortfall(kernel: FloatArray) -> str | None:
+    """What is known to make the default interval cover less than it says, seen in this kernel, or None.
+
+    Fewer than ``FEW_UNITS`` units, or row means whose absolute sample skewness G₁ is above ``SKEWNESS_LIMIT``: a few units
+    carry the mean, and the like of them that this batch may lack are not in its spread. Coverage and how often this speaks
+    up stand side by side in ``docs/coverage.md``.
+
+    Args:
+        kernel: K / (unit size)², [U, U], U ≥ 4.
+
+    Raises:
+        ValueError: the kernel is not square or has fewer than 4 units.
+    """
+    found = _summary(kernel)
+    skewness, _ = row_mean_shape(found.row_means)
+    if abs(skewness) > SKEWNESS_LIMIT:
+        return (
+            f"the row means of {found.units} units have skewness {skewness:.1f}, beyond ±{SKEWNESS_LIMIT:.1f}: a few units "
+            "carry the mean, and intervals of such kernels were measured to cover less than they say"
+        )
+    if found.units < FEW_UNITS:
+        return f"{found.units} units, fewer than {FEW_UNITS}: coverage was measured to depend on the kernel there"
+    return None

@@ -1,0 +1,181 @@
+"""Which steps are realised on which responses: the rows of the report, each beside its own linear term.
+
+On the same responses as the update; on a separate evaluation batch; or held out by folds, where the step from all other folds'
+prompts is realised on one fold's, and the rows are averaged over folds. Source: guide section 4; design section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.adam_step import optimizer_step, preconditioned_step
+from entropy_probe.gradients import Rules, loss_gradient, response_dots
+from entropy_probe.gradients.coefficients import target_coefficients
+from entropy_probe.policy import Measured, Policy, check_finite
+from entropy_probe.progress import Progress
+from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure, Predicted, RealizedChange, Step, average, realize
+from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.scores import EntropyCoefficients
+from entropy_probe.u_statistics import FloatArray
+
+
+@dataclass(frozen=True)
+class Realizer:
+    """Realises steps of one model by given measures.
+
+    Attributes:
+        policy: the model at θ, weights in float32 or better, without autocast.
+        preconditioners: P by name.
+        learning_rates: η by name.
+        adam: the optimizer's state.
+        measures: which entropies are compared before and after.
+        rules: of this very policy, or None.
+        progress: told of long work.
+    """
+
+    policy: Policy
+    preconditioners: Mapping[str, Tensor]
+    learning_rates: Mapping[str, float]
+    adam: AdamState
+    measures: Sequence[EntropyMeasure]
+    rules: Rules | None
+    progress: Progress
+
+    def measured(self, batch: RolloutBatch) -> Measured:
+        """Scores (and entropies where a measure needs them) at θ.
+
+        Raises:
+            InputError: a response without a finite score; its prompt is named.
+        """
+        found = self.policy.measure(batch.responses, self.progress, entropies=self._needs_entropies)
+        check_finite(found.scores, batch.responses)
+        return found
+
+    def steps(self, ascent: Mapping[str, Tensor]) -> list[Step]:
+        """The preconditioned step and the optimizer's own, from Ȳ."""
+        return [
+            Step("preconditioned", "virtual", preconditioned_step(ascent, self.preconditioners, self.learning_rates)),
+            Step("adamw", "clone", optimizer_step(self.policy.trainable(), self.adam, ascent)),
+        ]
+
+    def changes(
+        self,
+        batch: RolloutBatch,
+        before: Measured,
+        directions: Sequence[Mapping[str, Tensor]],
+        more: Sequence[EntropyCoefficients] = (),
+    ) -> FloatArray:
+        """dS, then d Σ_t H_t where a measure needs it, then ``more``, of every response in every direction: [N, M, K]."""
+        ones = torch.ones(len(batch.responses), dtype=torch.float64)
+        combinations = [EntropyCoefficients(ones)]
+        if self._needs_entropies:
+            combinations.append(EntropyCoefficients(torch.zeros_like(ones), ones))
+        found: FloatArray = response_dots(
+            self.policy, batch, directions, [*combinations, *more], rules=self.rules, progress=self.progress
+        ).numpy()
+        return found
+
+    def realized(
+        self,
+        batch: RolloutBatch,
+        before: Measured,
+        steps: Sequence[Step],
+        changes: FloatArray,
+        batch_name: str,
+    ) -> list[RealizedChange]:
+        """Every step by every measure, the first measure's steps first; ``changes`` are along the steps, [N, M, steps]."""
+        terms = [measure.linear_term(batch, before) for measure in self.measures]
+        by_step = []
+        for k, step in enumerate(steps):
+            predictions = []
+            for measure, term in zip(self.measures, terms, strict=True):
+                linear = float(term.on_scores @ changes[:, 0, k])
+                if term.on_entropies is not None:
+                    linear += float(term.on_entropies @ changes[:, 1, k])
+                predictions.append(Predicted(measure, linear))
+            by_step.append(
+                realize(self.policy, batch, before, step, predictions, batch_name=batch_name, progress=self.progress)
+            )
+        return [rows[m] for m in range(len(self.measures)) for rows in by_step]
+
+    def held_out(self, batch: RolloutBatch, ascent: Mapping[str, Tensor]) -> list[RealizedChange]:
+        """The steps from another batch's Ȳ, realised on this one."""
+        before, steps = self.measured(batch), self.steps(ascent)
+        changes = self.changes(batch, before, [step.deltas for step in steps])
+        return self.realized(batch, before, steps, changes, HELD_OUT)
+
+    def by_folds(
+        self, batch: RolloutBatch, folds: Sequence[int], ascent: Mapping[str, Tensor], coefficients: Tensor
+    ) -> list[RealizedChange]:
+        """The step from the other folds' prompts realised on each fold's, averaged over folds.
+
+        Args:
+            batch: the rollouts.
+            folds: of every prompt.
+            ascent: Ȳ of the whole batch, from which a fold's own part is taken out.
+            coefficients: a, [N], whose gradient Σ a_i ∇S_i that part is.
+        """
+        prompts = len(batch.groups)
+        of_row = np.repeat(np.asarray(folds), batch.group_sizes)
+        found = []
+        for fold in sorted(set(folds)):
+            part = batch.of_prompts([n for n in range(prompts) if folds[n] == fold])
+            own = loss_gradient(
+                self.policy, part.responses, coefficients[torch.from_numpy(of_row == fold)], progress=self.progress
+            )
+            others = {
+                name: (prompts * y.double() - own[name].to(y.device) if name in own else prompts * y.double())
+                / (prompts - len(part.groups))
+                for name, y in ascent.items()
+            }
+            found.append(self.held_out(part, others))
+        return [average(rows) for rows in zip(*found, strict=True)]
+
+    @property
+    def _needs_entropies(self) -> bool:
+        return any(measure.target.needs_token_entropies for measure in self.measures)
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """Each response's part of X_n · η P Ȳ (``x``) and of Y_n · η P X̄ (``y``), flat [N], nats."""
+
+    x: FloatArray
+    y: FloatArray
+
+
+def same_batch(
+    realizer: Realizer,
+    batch: RolloutBatch,
+    before: Measured,
+    ascent: Mapping[str, Tensor],
+    entropy_descent: Mapping[str, Tensor],
+    coefficients: Tensor,
+) -> tuple[list[RealizedChange], Contributions]:
+    """The rows on the update's own responses, and what each response contributes to δH₁, by one set of backwards.
+
+    Args:
+        realizer: see :class:`Realizer`; its first measure's target is the one that X estimates.
+        batch: the rollouts.
+        before: their scores and entropies at θ.
+        ascent: Ȳ by name.
+        entropy_descent: X̄ by name.
+        coefficients: a, [N].
+    """
+    target = realizer.measures[0].target
+    steps = realizer.steps(ascent)
+    towards_entropy = preconditioned_step(entropy_descent, realizer.preconditioners, realizer.learning_rates)
+    x = target_coefficients(target, before.scores, before.entropies, batch)
+    per_token = x.entropies is not None
+    changes = realizer.changes(
+        batch, before, [*(step.deltas for step in steps), towards_entropy], [x] if per_token else []
+    )
+    rows = realizer.realized(batch, before, steps, changes[:, :, : len(steps)], SAME)
+    of_x = changes[:, -1, 0] if per_token else x.log_probs.numpy() * changes[:, 0, 0]
+    return rows, Contributions(of_x, coefficients.numpy() * changes[:, 0, len(steps)])
