@@ -86,7 +86,10 @@ def test_the_symmetric_intervals_are_those_of_the_standard_errors() -> None:
     ):
         expected = (found.u_cross - quantile * error, found.u_cross + quantile * error)
         assert interval(kernel, method) == pytest.approx(expected, rel=1e-12)
-    assert interval(kernel, IntervalMethod.UNBIASED_T) == pytest.approx(found.ci95, rel=1e-12)
+    assert found.se is not None
+    unbiased = (found.u_cross - t * found.se, found.u_cross + t * found.se)
+    assert interval(kernel, IntervalMethod.UNBIASED_T) == pytest.approx(unbiased, rel=1e-12)
+    assert found.ci95 == interval(kernel)
     left = [statistics(np.delete(np.delete(kernel, u, 0), u, 1)).u_cross for u in range(9)]
     low, high = interval(kernel, IntervalMethod.JACKKNIFE_T)
     assert (high - low) / 2 / t == pytest.approx(math.sqrt(8 / 9 * ((left - np.mean(left)) ** 2).sum()), rel=1e-10)

@@ -21,14 +21,7 @@ from entropy_probe.adam_preconditioner import AdamState, Preconditioners, valida
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import (
-    Preparation,
-    Rules,
-    make_plan,
-    marked,
-    prepare,
-    unit_gradients,
-)
+from entropy_probe.gradients import Preparation, Rules, cross_gradients, make_plan, marked, prepare, unit_gradients
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.noise import noise_of
 from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, input_limits

@@ -1,0 +1,235 @@
+"""Where the noise is, two batches and folds: against simulation, loops and the engine's own vectors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import support
+from entropy_probe import Settings, probe, state_of_optimizer
+from entropy_probe.errors import InputError
+from entropy_probe.gradients import cross_gradients, reference, unit_gradients
+from entropy_probe.noise import noise_parts, within_covariance
+from entropy_probe.policy import Policy
+from entropy_probe.rollouts import RolloutBatch, group_rollouts
+from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.two_batches import fold_statistics, folds_of, two_batch_statistics
+from entropy_probe.units import exact_units
+
+RAO_BLACKWELL = EntropyTarget(Estimator.RAO_BLACKWELL)
+
+
+def test_within_covariance_is_the_variance_of_a_prompts_sum() -> None:
+    rng = np.random.default_rng(0)
+    sizes = [3, 5, 2]
+    found = np.zeros(3)
+    sums = []
+    for _ in range(4000):
+        left = rng.normal(size=10) * np.repeat([1.0, 2.0, 0.5], sizes) + np.repeat([3.0, -1.0, 2.0], sizes)
+        found += within_covariance(left, left, sizes)
+        sums.append(np.add.reduceat(left, [0, 3, 8]))
+    assert found / 4000 == pytest.approx(np.var(sums, axis=0), rel=0.1)
+
+
+def simulated(prompts: int, responses: int, spread: float, x_noise: float, y_noise: float, seed: int) -> list[float]:
+    """Mean parts over batches of prompts with true x_n of standard deviation ``spread`` and noisy responses, no product."""
+    rng = np.random.default_rng(seed)
+    totals = np.zeros(5)
+    draws = 400
+    for _ in range(draws):
+        mean = np.repeat(spread * rng.normal(size=prompts) / responses, responses)
+        x = mean + x_noise * rng.normal(size=prompts * responses) / responses
+        y = y_noise * rng.normal(size=prompts * responses) / responses
+        of_prompt = np.add.reduceat(x + y, np.arange(0, prompts * responses, responses))
+        variance = float(of_prompt.var(ddof=1)) / prompts
+        parts = noise_parts(x, y, [responses] * prompts, variance, 0.0)
+        assert math.isclose(
+            parts.entropy_gradient + parts.update + parts.shared + parts.product + parts.prompts, variance, rel_tol=1e-9
+        )
+        totals += [parts.entropy_gradient, parts.update, parts.shared, parts.product, parts.prompts]
+    return list(totals / draws)
+
+
+def test_the_parts_are_those_that_the_noise_was_made_of() -> None:
+    x, y, shared, product, prompts = simulated(60, 8, spread=3.0, x_noise=2.0, y_noise=4.0, seed=1)
+    assert x == pytest.approx(2.0**2 / 8 / 60, rel=0.1)
+    assert y == pytest.approx(4.0**2 / 8 / 60, rel=0.1)
+    assert abs(shared) < 0.1 * x
+    assert product == 0.0
+    assert prompts == pytest.approx(3.0**2 / 60, rel=0.1)
+    x, _, _, _, prompts = simulated(60, 8, spread=0.0, x_noise=2.0, y_noise=0.5, seed=2)
+    assert prompts < 0.15 * x
+
+
+def test_two_batch_variance_is_that_of_many_pairs_of_batches() -> None:
+    """And planted: without the minus term it is 1.2 times too large or more where both sides are noisy."""
+    rng = np.random.default_rng(3)
+    dimension, rows, columns = 6, 9, 14
+    means, variances, planted = [], [], []
+    mean_x, mean_y = 0.2 * rng.normal(size=(2, dimension))
+    for _ in range(6000):
+        x = mean_x + rng.normal(size=(rows, dimension))
+        y = mean_y + rng.normal(size=(columns, dimension))
+        found = two_batch_statistics(x @ y.T)
+        means.append(found.mean)
+        variances.append(found.evaluation + found.update - found.product)
+        planted.append(found.evaluation + found.update)
+    truth = float(np.var(means))
+    assert 0.95 < np.mean(variances) / truth < 1.05
+    assert np.mean(planted) / truth > 1.2
+
+
+def test_two_batch_statistics_equal_their_loops() -> None:
+    kernel = np.random.default_rng(4).normal(size=(3, 4))
+    found = two_batch_statistics(kernel)
+    mean = kernel.mean()
+    x, y = kernel.mean(1), kernel.mean(0)
+    product = sum((kernel[n, m] - x[n] - y[m] + mean) ** 2 for n, m in itertools.product(range(3), range(4))) / (
+        2 * 3 * 3 * 4
+    )
+    assert found.product == pytest.approx(product, rel=1e-12)
+    assert found.evaluation == pytest.approx(np.var(x, ddof=1) / 3, rel=1e-12)
+    assert found.update == pytest.approx(np.var(y, ddof=1) / 4, rel=1e-12)
+    assert found.ci95[0] < found.mean < found.ci95[1]
+
+
+def test_folds_pair_a_fold_with_the_others_alone() -> None:
+    kernel = np.random.default_rng(5).normal(size=(6, 6))
+    folds = folds_of(6, 2)
+    assert folds == [0, 1, 0, 1, 0, 1]
+    found = fold_statistics(kernel, folds)
+    first = np.mean([kernel[n, m] for n in (0, 2, 4) for m in (1, 3, 5)])
+    second = np.mean([kernel[n, m] for n in (1, 3, 5) for m in (0, 2, 4)])
+    assert found.by_fold == pytest.approx((first, second))
+    assert found.mean == pytest.approx((first + second) / 2)
+    spoilt = kernel + 1e6 * np.eye(6)  # the diagonal is never used
+    assert fold_statistics(spoilt, folds).mean == pytest.approx(found.mean)
+    assert found.se is not None
+    assert fold_statistics(kernel, folds_of(6, 6)).se is None
+
+
+@pytest.mark.parametrize("target", [EntropyTarget(), RAO_BLACKWELL], ids=["score", "rao-blackwell"])
+def test_two_batches_of_one_file_give_that_files_kernel(target: EntropyTarget) -> None:
+    policy = Policy(support.tiny_model("llama-tied", dtype=torch.float64), microbatch_size=4)
+    batch = support.random_batch(4, 3)
+    a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
+    p = {name: 0.1 + torch.rand_like(q) for name, q in policy.trainable().items()}
+    rates = {name: 0.5 if "norm" in name else 1.0 for name in p}
+    expected = reference.unit_gradients(policy, batch, exact_units(4), target, a, p, rates).step_weighted.kernel
+    found = cross_gradients(policy, batch, batch, target, a, p, rates)
+    assert expected is not None
+    assert np.abs(found.kernel.numpy() - expected).max() < 1e-11 * np.abs(expected).max()
+
+
+def test_the_mean_entropy_direction_is_that_of_the_vectors() -> None:
+    from entropy_probe.gradients import Storage
+
+    policy = Policy(support.tiny_model("llama-tied", dtype=torch.float64), microbatch_size=4)
+    batch = support.random_batch(4, 3)
+    a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
+    p = {name: 0.1 + torch.rand_like(q) for name, q in policy.trainable().items()}
+    arguments = (policy, batch, exact_units(4), RAO_BLACKWELL, a, p, dict.fromkeys(p, 1.0))
+    expected = reference.unit_gradients(*arguments).entropy_descent
+    for storage in Storage:
+        found = unit_gradients(*arguments, storage=storage).entropy_descent
+        for name, x in expected.items():
+            assert float((found[name] - x).norm()) <= 1e-11 * max(1.0, float(x.norm())), name
+
+
+def live(batch: RolloutBatch, **more: object) -> object:
+    model = support.tiny_model("llama-tied", dtype=torch.float64)
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-4), model)
+    evaluation = more.pop("evaluation", None)
+    return probe(model, adam, batch, Settings(**more), evaluation=evaluation)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("estimator", list(Estimator))
+@pytest.mark.parametrize("unit", list(EntropyUnit))
+def test_a_held_out_row_shrinks_onto_its_linear_term(estimator: Estimator, unit: EntropyUnit) -> None:
+    batch = support.random_batch(6, [3, 4, 2, 3, 3, 4])
+    others = support.random_batch(4, 3, seed=9)
+    gaps: list[list[float]] = []
+    for rate in (4e-6, 2e-6):
+        result = live(batch, estimator=estimator, entropy=unit, learning_rate=rate, evaluation=others)
+        rows = [r for r in result.report.realized if r.batch == "held-out"]  # type: ignore[attr-defined]
+        assert len(rows) == (2 if estimator is Estimator.SCORE else 4)
+        gaps.append([abs(r.delta_h - r.predicted) for r in rows if r.step == "preconditioned"])
+    for wide, narrow in zip(*gaps, strict=True):
+        assert narrow == pytest.approx(wide / 4, rel=0.15)
+
+
+def test_folds_hold_out_every_prompt_once() -> None:
+    batch = support.random_batch(6, 3)
+    report = live(batch, split=3).report  # type: ignore[attr-defined]
+    assert report.folds.folds == 3
+    assert len(report.folds.delta_h1_by_fold) == 3
+    held = [row for row in report.realized if row.batch == "held-out"]
+    assert [row.step for row in held] == ["preconditioned", "adamw"]
+    # The same by hand: the step from the other folds' own gradients, on each fold.
+    model = support.tiny_model("llama-tied", dtype=torch.float64)
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-4), model)
+    rewards = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
+    by_hand = []
+    for fold in range(3):
+        inside = batch.of_prompts([n for n in range(6) if n % 3 == fold])
+        outside = batch.of_prompts([n for n in range(6) if n % 3 != fold])
+        result = probe(model, adam, outside, Settings(), evaluation=inside)
+        by_hand.append(next(r for r in result.report.realized if r.batch == "held-out"))
+    assert held[0].delta_h == pytest.approx(np.mean([row.delta_h for row in by_hand]), rel=1e-9)
+    assert held[0].predicted == pytest.approx(np.mean([row.predicted for row in by_hand]), rel=1e-9)
+    assert rewards.shape == (18,)
+
+
+def test_the_noise_of_a_probe_is_that_of_its_responses_contributions() -> None:
+    """Of X: Σ_i c_i ∇S_i · η P Ȳ by prompt must be the row of the kernel, own prompt included."""
+    batch = support.random_batch(6, 4)
+    for estimator in Estimator:
+        report = live(batch, estimator=estimator).report  # type: ignore[attr-defined]
+        shares = [
+            report.noise.entropy_gradient, report.noise.update, report.noise.shared, report.noise.product,
+            report.noise.prompts,
+        ]  # fmt: skip
+        assert sum(shares) == pytest.approx(1.0, abs=1e-9)
+        assert report.noise.advice
+
+
+def test_one_response_a_prompt_will_do_for_rao_blackwell_alone() -> None:
+    batch = support.random_batch(5, 3)
+    single = group_rollouts(
+        [group.responses[0] for group in support.random_batch(7, 2, seed=4).groups], least_responses=1
+    )
+    report = live(batch, estimator=Estimator.RAO_BLACKWELL, evaluation=single).report  # type: ignore[attr-defined]
+    assert report.two_batches.evaluation_prompts == 7
+    with pytest.raises(InputError, match="one response"):
+        live(batch, estimator=Estimator.SCORE, evaluation=single)
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_a_split_that_leaves_a_fold_too_small_is_refused(split: int) -> None:
+    with pytest.raises(InputError, match="expected 2 to 3"):
+        live(support.random_batch(6, 2), split=split)
+
+
+def test_the_command_takes_both_files(tmp_path: Path) -> None:
+    from entropy_probe.demo import demo_files
+
+    files = demo_files()
+    out = tmp_path / "report.json"
+    found = support.run_command(
+        "run", files.checkpoint, "--rollouts", files.rollouts, "--evaluation-rollouts", files.rollouts, "--estimator",
+        "rao-blackwell", "--entropy", "per-token", "--importance-weights", "per-prompt", "--target-se", "0.001",
+        "--json", out,
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    report = json.loads(out.read_text())
+    assert {row["estimator"] for row in report["realized"]} == {"score", "rao-blackwell"}
+    assert {row["batch"] for row in report["realized"]} == {"same", "held-out"}
+    assert report["needed"]["reach_target_se"] > 0
+    assert report["first_order"]["entropy"] == "per-token"
+    assert "nats per token" in found.out
