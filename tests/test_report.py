@@ -16,6 +16,7 @@ import enumerable
 import support
 from entropy_probe import ProbeResult, Settings, probe, state_of_optimizer
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState
+from entropy_probe.intervals import interval, variance_at, variance_parts
 from entropy_probe.report import Report, write_report_folder
 from entropy_probe.report.text import headline, print_report, quantity
 from entropy_probe.rollouts import group_rollouts
@@ -83,10 +84,13 @@ def test_the_interval_and_the_error_are_of_delta_h1(result: ProbeResult) -> None
     assert first.delta_h1_ci95 is not None
     assert first.delta_h1_ci95[0] < first.delta_h1 < first.delta_h1_ci95[1]
     assert first.delta_h1_se is not None
-    from scipy import stats
-
-    width = 2 * stats.t.ppf(0.975, 11) * first.delta_h1_se
-    assert first.delta_h1_ci95[1] - first.delta_h1_ci95[0] == pytest.approx(width, rel=1e-12)
+    # Of −η U_cross: the ends of U_cross's interval, which is not symmetric, change places.
+    assert result.kernel is not None
+    low, high = interval(result.kernel)
+    assert first.delta_h1_ci95 == pytest.approx([-1e-4 * high, -1e-4 * low], rel=1e-9)
+    assert first.delta_h1_se == pytest.approx(
+        1e-4 * variance_at(12, *variance_parts(result.kernel, first.u_cross)) ** 0.5
+    )
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_mode_and_length_weight_of_the_settings_are_those_of_the_probe() -> None
 
 
 def test_the_linear_term_is_taken_in_the_arithmetic_of_the_realised_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, seen = importlib.import_module("entropy_probe.probe"), []
+    module, seen = importlib.import_module("entropy_probe.realized_rows"), []
     original = module.response_dots
 
     def spy(policy: Any, *arguments: Any, **named: Any) -> Any:
