@@ -20,7 +20,7 @@ from entropy_probe.gradients import unit_gradients
 from entropy_probe.policy import Policy
 from entropy_probe.probe import resolve_advantages, resolve_length_weights
 from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.scores import LengthWeight, leave_one_out_mean, probe_loss, score_coefficients
+from entropy_probe.scores import Estimator, LengthWeight, leave_one_out_mean, probe_loss, score_coefficients
 from entropy_probe.u_statistics import UnitDots, cross_statistics
 from entropy_probe.units import exact_units
 
@@ -77,7 +77,11 @@ def standard_errors() -> str:
 
 def two_steps() -> str:
     files = demo_files()
-    settings = Settings(length_weight=LengthWeight.DR_GRPO, max_completion_length=files.max_completion_length)
+    settings = Settings(
+        estimator=Estimator.SCORE,
+        length_weight=LengthWeight.DR_GRPO,
+        max_completion_length=files.max_completion_length,
+    )
     rows = probe_checkpoint(files.checkpoint, files.rollouts, settings).report.realized
     return "; ".join(f"{r.step}: realised {r.delta_h:+.4f} ± {r.se:.4f}, linear {r.predicted:+.4f}" for r in rows)
 

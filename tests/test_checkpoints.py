@@ -76,7 +76,17 @@ def probe_json(checkpoint: Path, folder: Path, *options: str) -> tuple[dict[str,
     write_rollouts(random_rollouts(5, 3), folder / "rollouts.jsonl")
     target = folder / "report.json"
     outcome = run_command(
-        "run", checkpoint, "--rollouts", folder / "rollouts.jsonl", "--json", target, "--dtype", "float64", *options
+        "run",
+        checkpoint,
+        "--rollouts",
+        folder / "rollouts.jsonl",
+        "--json",
+        target,
+        "--dtype",
+        "float64",
+        "--estimator",
+        "score",
+        *options,
     )
     assert outcome.code == 0, outcome.err
     return json.loads(target.read_text()), outcome.out

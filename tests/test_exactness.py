@@ -14,6 +14,7 @@ import oracle
 import support
 from entropy_probe import Settings, probe_checkpoint
 from entropy_probe.rollouts import read_batch, write_rollouts
+from entropy_probe.scores import Estimator
 
 ETA = 1e-3
 
@@ -65,7 +66,9 @@ def test_full_checkpoint_equals_one_at_a_time_autograd(name: str, tmp_path: Path
     path = support.save_checkpoint(source, optimizer, tmp_path / "checkpoint-3")
     rollouts = tmp_path / "rollouts.jsonl"
     write_rollouts(support.random_rollouts(5, 3), rollouts)
-    result = probe_checkpoint(path, rollouts, Settings(dtype=torch.float64, microbatch_size=4))
+    result = probe_checkpoint(
+        path, rollouts, Settings(dtype=torch.float64, microbatch_size=4, estimator=Estimator.SCORE)
+    )
 
     kernels = {"experts_implementation": "eager"} if name == "mixtral" else {}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **kernels).to(torch.float64)
@@ -84,7 +87,12 @@ def test_lora_checkpoint_equals_one_at_a_time_autograd(tmp_path: Path) -> None:
     path = support.save_checkpoint(adapted, optimizer, tmp_path / "checkpoint-3")
     rollouts = tmp_path / "rollouts.jsonl"
     write_rollouts(support.random_rollouts(5, 3), rollouts)
-    result = probe_checkpoint(path, rollouts, Settings(dtype=torch.float64, microbatch_size=4), base=tmp_path / "base")
+    result = probe_checkpoint(
+        path,
+        rollouts,
+        Settings(dtype=torch.float64, microbatch_size=4, estimator=Estimator.SCORE),
+        base=tmp_path / "base",
+    )
     assert result.report.checkpoint.kind == "lora"
 
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64).to(torch.float64)

@@ -17,7 +17,7 @@ from entropy_probe.gradients import Storage, unit_gradients
 from entropy_probe.gradients.plan import make_plan
 from entropy_probe.policy import Policy, pad_right
 from entropy_probe.rollouts import Rollout, group_rollouts
-from entropy_probe.scores import score_coefficients
+from entropy_probe.scores import Estimator, score_coefficients
 from entropy_probe.u_statistics import cross_statistics
 from entropy_probe.units import Mode, block_units, exact_units
 
@@ -91,7 +91,7 @@ def test_unequal_group_sizes_equal_the_slow_truth(setting: tuple[Any, Any]) -> N
     model, adam = setting
     sizes = [2, 5, 3, 4]
     batch = support.random_batch(4, sizes)
-    report = probe(model, adam, batch).report
+    report = probe(model, adam, batch, Settings(estimator=Estimator.SCORE)).report
     alone = oracle.one_at_a_time(model, batch)
     xs, ys = oracle.prompt_vectors(alone, batch)
     p = (
@@ -119,7 +119,7 @@ def _preconditioners(model: Any, adam: Any) -> list[torch.Tensor]:
 def test_block_units_equal_the_double_loop_over_blocks(setting: tuple[Any, Any]) -> None:
     model, adam = setting
     batch = support.random_batch(7, 3)
-    first = probe(model, adam, batch, Settings(mode=Mode.BLOCK, blocks=3)).report.first_order
+    first = probe(model, adam, batch, Settings(mode=Mode.BLOCK, blocks=3, estimator=Estimator.SCORE)).report.first_order
     xs, ys = oracle.prompt_vectors(oracle.one_at_a_time(model, batch), batch)
     p = torch.cat([q.flatten() for q in _preconditioners(model, adam)]).numpy() ** 0.5
     u_cross, r, _ = oracle.double_loop(xs * p, ys * p, [3, 2, 2])

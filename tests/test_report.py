@@ -20,6 +20,7 @@ from entropy_probe.intervals import interval, variance_at, variance_parts
 from entropy_probe.report import Report, write_report_folder
 from entropy_probe.report.text import headline, print_report, quantity
 from entropy_probe.rollouts import group_rollouts
+from entropy_probe.scores import Estimator
 from enumerable import EnumerablePolicy
 
 CONTRACT = {
@@ -40,7 +41,7 @@ CONTRACT = {
 def result() -> ProbeResult:
     model = support.tiny_model("llama-tied")
     adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-4), model)
-    return probe(model, adam, support.random_batch(12, 4))
+    return probe(model, adam, support.random_batch(12, 4), Settings(estimator=Estimator.SCORE))
 
 
 def test_schema_1_holds_every_field_of_the_contract(result: ProbeResult) -> None:

@@ -18,6 +18,7 @@ from entropy_probe import ProbeResult, Settings, probe, state_of_optimizer
 from entropy_probe.assemble import assemble_report
 from entropy_probe.report import Report, plots
 from entropy_probe.report.text import print_report
+from entropy_probe.scores import Estimator
 from entropy_probe.u_statistics import UnitDots, cross_statistics
 
 
@@ -25,14 +26,14 @@ from entropy_probe.u_statistics import UnitDots, cross_statistics
 def result() -> ProbeResult:
     model = support.tiny_model()
     adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-4), model)
-    return probe(model, adam, support.random_batch(12, 4))
+    return probe(model, adam, support.random_batch(12, 4), Settings(estimator=Estimator.SCORE))
 
 
 def distinct(report: Report) -> Report:
     """The same report with a number of its own in every field that is shown."""
     first = dataclasses.replace(
         report.first_order, u_cross=11.5, delta_h1=-0.125, delta_h1_se=0.0415, delta_h1_ci95=[-0.25, -0.0625], se_plugin=1.25,
-        se_jackknife=1.5, se_this_step=1.75, se_plugin_guide=2.25, learning_rate=[3e-3, 5e-4], self_test_residual=3e-15,
+        se_jackknife=1.5, se_this_step=1.75, delta_h1_se_this_step=0.0225, se_plugin_guide=2.25, learning_rate=[3e-3, 5e-4], self_test_residual=3e-15,
         row_means=[3.0, 1.0, 2.0], row_x=[30.0, 10.0, 20.0], row_y=[-24.0, -8.0, -16.0], unit_ids=["c", "a", "b"],
     )  # fmt: skip
     rows = [
@@ -55,6 +56,7 @@ def test_every_line_of_the_terminal_report_shows_the_number_of_its_name(
     for line in (
         "δH₁ = −η U_cross -0.125 nats per response",
         "standard error of δH₁ 0.0415 over fresh batches",
+        "the same, this step 0.0225 given this update: without the noise that another batch's Y would add",
         f"95 % interval of δH₁ [-0.25, -0.0625] {result.report.first_order.interval_method}",
         "entropy now 6.25 ± 0.55 nats per response",
         "1.875 ± 0.025 nats per token",
@@ -141,7 +143,7 @@ def test_units_entropy_and_realised_rows_are_those_of_the_batch_and_the_steps(mo
     adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-2), model)
     sizes = [4, 9, 6, 5, 7]
     batch = support.random_batch(5, sizes)
-    report = probe(model, adam, batch, Settings(blocks=2)).report
+    report = probe(model, adam, batch, Settings(blocks=2, estimator=Estimator.SCORE)).report
     tokens = [[len(r.response_ids) for r in group.responses] for group in batch.groups]
     assert (report.units.mode, report.units.count, report.units.sizes) == ("block", 2, [3, 2])
     assert (report.units.prompts, report.units.responses) == (5, 31)

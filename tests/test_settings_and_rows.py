@@ -16,7 +16,7 @@ from entropy_probe import AdamState, InputError, RolloutBatch, Settings, group_r
 from entropy_probe.files import replacing
 from entropy_probe.policy import Policy
 from entropy_probe.probe import resolve_advantages, resolve_length_weights
-from entropy_probe.scores import AdvantageRule, LengthWeight, length_weights
+from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight, length_weights
 from entropy_probe.units import Mode
 from support import random_rollouts
 
@@ -128,7 +128,7 @@ def test_the_temperature_of_the_rows_is_the_policys() -> None:
     adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-4), model)
     batch = support.random_batch(4, 3, temperature=0.6)
     scores = Policy(model, 0.6).scores(batch.responses)
-    report = probe(model, adam, batch).report
+    report = probe(model, adam, batch, Settings(estimator=Estimator.SCORE)).report
     assert report.entropy.per_response == pytest.approx(-float(scores.mean()), rel=1e-9)
     assert report.realized[1].entropy_before == pytest.approx(-float(scores.mean()), rel=1e-9)
     assert abs(float(Policy(model).scores(batch.responses).mean()) - float(scores.mean())) > 0.1

@@ -184,6 +184,8 @@ def _first_order(
     reasons = {name: why for name, why in statistics.null_reasons.items() if name not in {"variance", "ci95"}}
     if statistics.ci95 is None:
         reasons["delta_h1_se"] = reasons["delta_h1_ci95"] = statistics.null_reasons["ci95"]
+    if step.se_this_step is None:
+        reasons["delta_h1_se_this_step"] = reasons["se_this_step"]
     return FirstOrder(
         estimator=target.estimator.value,
         entropy=target.unit.value,
@@ -205,6 +207,7 @@ def _first_order(
         zeta1_jackknife=statistics.zeta1_jackknife,
         delta_h1_se=step.se,
         delta_h1_ci95=None if step.ci95_of_minus is None else list(step.ci95_of_minus),
+        delta_h1_se_this_step=step.se_this_step,
         interval_method=statistics.interval_method,
         self_test_residual=statistics.self_test_residual,
         null_reasons=reasons,

@@ -238,13 +238,17 @@ def parameter_warnings(
 def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
     """Low ESS, a heavy tail of weights, or a change below the numerical floor."""
     found = []
+    said: set[tuple[str, str]] = set()
     for row in rows:
         weights = row.change.weights
-        if weights.is_low:
+        # All measures of a step on a batch have the same weights.
+        first, which = (row.step, row.batch) not in said, f"{row.step} step ({row.batch} batch)"
+        said.add((row.step, row.batch))
+        if first and weights.is_low:
             found.append(
                 Evidence(
                     "low_ess",
-                    f"the {row.step} step leaves an effective sample of {weights.ess:.1f} of {len(weights.weights)} responses "
+                    f"the {which} leaves an effective sample of {weights.ess:.1f} of {len(weights.weights)} responses "
                     f"({100 * weights.ess_fraction:.0f} %)",
                     "Its ΔH rests on a few responses; look at delta_h_psis, or at a smaller --learning-rate",
                 )
@@ -254,11 +258,11 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
         matters = weights.ess_fraction < MILD_ESS_FRACTION or (
             smoothed is not None and abs(smoothed - row.change.delta_h) > row.change.se
         )
-        if weights.pareto_k is not None and weights.pareto_k > PARETO_K_LIMIT and matters:
+        if first and weights.pareto_k is not None and weights.pareto_k > PARETO_K_LIMIT and matters:
             found.append(
                 Evidence(
                     "heavy_weights",
-                    f"the {row.step} step's importance weights have Pareto k̂ = {weights.pareto_k:.2f}, above {PARETO_K_LIMIT}",
+                    f"the {which} has importance weights with Pareto k̂ = {weights.pareto_k:.2f}, above {PARETO_K_LIMIT}",
                     "Their mean converges slowly; compare delta_h_psis, and give more responses",
                 )
             )
@@ -266,8 +270,8 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
             found.append(
                 Evidence(
                     "below_noise_floor",
-                    f"the {row.step} step's ΔH of {row.change.delta_h:.1e} is within its numerical floor of "
-                    f"{row.noise_floor:.1e}",
+                    f"the {which} changes entropy by {row.change.delta_h:.1e} ({row.measure.target.estimator}), within the "
+                    f"numerical floor of {row.noise_floor:.1e}",
                     "Run with --dtype float64",
                 )
             )

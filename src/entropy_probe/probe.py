@@ -74,7 +74,7 @@ class Settings:
 
     mode: Mode = Mode.AUTO
     blocks: int | None = None
-    estimator: Estimator = Estimator.SCORE
+    estimator: Estimator = Estimator.RAO_BLACKWELL
     entropy: EntropyUnit = EntropyUnit.PER_RESPONSE
     weighting: Weighting = Weighting.GLOBAL
     target_se: float | None = None

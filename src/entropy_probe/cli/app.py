@@ -92,7 +92,9 @@ def run(
     blocks: Annotated[int | None, typer.Option(metavar="M", help="Number of blocks; implies --mode block.")] = None,
     dtype: DTypeOption = DType.FLOAT32,
     autocast: Annotated[Autocast | None, typer.Option(help="Mixed precision over float32 weights.")] = None,
-    estimator: Annotated[Estimator, typer.Option(help="Of the entropy gradient.")] = Estimator.SCORE,
+    estimator: Annotated[
+        Estimator, typer.Option(help="Of the entropy and its gradient; score: the guide's, with more noise.")
+    ] = Estimator.RAO_BLACKWELL,
     entropy: Annotated[
         EntropyUnit, typer.Option(help="Entropy per response, or per token: H over the mean length.")
     ] = EntropyUnit.PER_RESPONSE,

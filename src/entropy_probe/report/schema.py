@@ -27,7 +27,8 @@ class Evidence:
 class FirstOrder:
     """The prediction δH₁ = −η U_cross and its uncertainty.
 
-    Standard errors are of U_cross; ``delta_h1_se`` and ``delta_h1_ci95`` are of δH₁ and belong together (``interval_method``).
+    Standard errors are of U_cross; ``delta_h1_se`` and ``delta_h1_ci95`` are of δH₁ and belong together (``interval_method``);
+    ``delta_h1_se_this_step`` is what this very update does to δH₁, without the noise that another batch's Y would add.
     ``learning_rate`` is a list where parameter groups differ. ``unit_ids`` are prompt ids, lists of them for blocks.
     ``row_means``, ``row_x`` and ``row_y`` are r_u, x_u and y_u, one a unit.
     """
@@ -51,6 +52,7 @@ class FirstOrder:
     zeta1_jackknife: float | None
     delta_h1_se: float | None
     delta_h1_ci95: list[float] | None
+    delta_h1_se_this_step: float | None
     interval_method: str | None
     self_test_residual: float
     null_reasons: Mapping[str, str] = field(default_factory=dict)

@@ -85,6 +85,11 @@ def _first_order(report: Report) -> Table:
     return _rows(
         ("δH₁ = −η U_cross", f"{first.delta_h1:+.4g}", _nats(report)),
         ("standard error of δH₁", _number(first.delta_h1_se, reasons, "delta_h1_se"), "over fresh batches"),
+        (
+            "the same, this step",
+            _number(first.delta_h1_se_this_step, reasons, "delta_h1_se_this_step"),
+            "given this update: without the noise that another batch's Y would add",
+        ),
         ("95 % interval of δH₁", interval, first.interval_method or ""),
         ("prompts needed", *_needed(report)),
         ("where the noise is", *_noise(report)),
