@@ -33,7 +33,8 @@ def distinct(report: Report) -> Report:
     """The same report with a number of its own in every field that is shown."""
     first = dataclasses.replace(
         report.first_order, u_cross=11.5, delta_h1=-0.125, delta_h1_se=0.0415, delta_h1_ci95=[-0.25, -0.0625], se_plugin=1.25,
-        se_jackknife=1.5, se_this_step=1.75, delta_h1_se_this_step=0.0225, se_plugin_guide=2.25, learning_rate=[3e-3, 5e-4], self_test_residual=3e-15,
+        se_jackknife=1.5, se_this_step=1.75, delta_h1_se_this_step=0.0225,
+        se_plugin_guide=2.25, learning_rate=[3e-3, 5e-4], self_test_residual=3e-15,
         row_means=[3.0, 1.0, 2.0], row_x=[30.0, 10.0, 20.0], row_y=[-24.0, -8.0, -16.0], unit_ids=["c", "a", "b"],
     )  # fmt: skip
     rows = [
