@@ -16,7 +16,7 @@ from entropy_probe.adam_step import preconditioned_step
 from entropy_probe.gradients import Storage, unit_gradients
 from entropy_probe.language_head import HeadMode
 from entropy_probe.policy import Policy
-from entropy_probe.rollouts import group_rollouts
+from entropy_probe.rollouts import Rollout, group_rollouts
 from entropy_probe.scores import (
     EntropyCoefficients,
     EntropyRatio,
@@ -259,3 +259,17 @@ def test_the_ratio_is_of_means_over_prompts() -> None:
     assert by_score == EntropyRatio(4.0 / 3.0, 3.0)
     by_tokens = entropy_ratio(response_entropies(Estimator.RAO_BLACKWELL, scores, h, lengths), lengths, sizes)
     assert by_tokens.entropy_per_token == pytest.approx((0.5 * (1.0 + 2.0) + 4.0) / 2 / 3.0)
+
+
+def test_coefficients_a_token_for_rows_of_one_token_each() -> None:
+    """A strip of one-token responses beside longer ones: a coefficient a token must not be taken for one a response."""
+    rows = [
+        Rollout(f"p{n}", (3 + n,), tuple([4] * length), float(g % 2))
+        for n, lengths in enumerate([(1, 1), (1, 1), (6, 5), (4, 7)])
+        for g, length in enumerate(lengths)
+    ]
+    batch = group_rollouts(rows)
+    tokens = sum(len(r.response_ids) for r in batch.responses)
+    c = torch.randn(tokens, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for size in (2, 4, 8):
+        assert_same(*both(support.tiny_model("llama-tied", dtype=torch.float64), batch, exact_units(4), size, c))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -18,7 +18,6 @@ from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.gradients import Coverage, Plan, Preparation
 from entropy_probe.importance_sampling import entropy_estimate
 from entropy_probe.intervals import needed_units
-from entropy_probe.noise import NoiseParts
 from entropy_probe.policy import Measured
 from entropy_probe.realized import HELD_OUT, SAME, RealizedChange
 from entropy_probe.report.schema import (
@@ -30,7 +29,6 @@ from entropy_probe.report.schema import (
     FirstOrder,
     FoldSection,
     NeededSection,
-    NoiseSection,
     PreconditionerDots,
     RealizedRow,
     Report,
@@ -68,7 +66,6 @@ def assemble_report(
     measured: Measured,
     adam: AdamState,
     realized: Sequence[RealizedChange],
-    noise: NoiseParts | None,
     two_batches: TwoBatchStatistics | None,
     evaluation: RolloutBatch | None,
     folds: Sequence[int] | None,
@@ -97,7 +94,6 @@ def assemble_report(
         ),
         first_order=first,
         needed=_needed(step_statistics, len(batch.groups) / len(plan.units.ranges), target_se),
-        noise=_noise(noise, step_statistics),
         two_batches=None if two_batches is None else _two_batches(two_batches, evaluation),
         folds=None if folds is None else _folds(folds, step_kernel, plan),
         units=UnitsSection(
@@ -217,7 +213,9 @@ def _first_order(
 def _needed(step: CrossStatistics, prompts_per_unit: float, target_se: float | None) -> NeededSection:
     """How many prompts would do, from the η-weighted statistics."""
     if step.parts is None:
-        why = step.null_reasons["ci95"]
+        why = step.null_reasons.get(
+            "ci95", "needs the matrix of dots of equal units, to tell what falls as 1/U from 1/U²"
+        )
         reasons = {"exclude_zero": why, "reach_target_se": why}
         exclude = reach = None
     else:
@@ -235,24 +233,6 @@ def _needed(step: CrossStatistics, prompts_per_unit: float, target_se: float | N
         return None if units is None else math.ceil(units * prompts_per_unit)
 
     return NeededSection(prompts(exclude), target_se, prompts(reach), reasons)
-
-
-ADVICE = {
-    "entropy_gradient": "most of it is X's sampling noise: more responses a prompt, or --estimator rao-blackwell, would help",
-    "update": "most of it is Y's sampling noise: more responses a prompt, or lower-variance advantages, would help",
-    "shared": "most of it is noise that X and Y share through their responses: a separate evaluation batch would help",
-    "product": "most of it is X's noise times Y's, which falls as 1/U²: more prompts or more responses would help",
-    "prompts": "most of it is real differences between prompts: only more prompts would help",
-}
-
-
-def _noise(noise: NoiseParts | None, step: CrossStatistics) -> NoiseSection:
-    parts = {} if noise is None else asdict(noise)
-    if step.variance is None or not step.variance > 0.0:
-        why = step.null_reasons.get("ci95", "δH₁ has no variance")
-        return NoiseSection(None, None, None, None, None, "nothing to split: " + why, dict.fromkeys(ADVICE, why))
-    shares = {name: value / step.variance for name, value in parts.items()}
-    return NoiseSection(**shares, advice=ADVICE[max(shares, key=lambda name: shares[name])])
 
 
 def _two_batches(found: TwoBatchStatistics, evaluation: RolloutBatch | None) -> TwoBatchSection:
@@ -289,6 +269,10 @@ def _row(realized: RealizedChange) -> RealizedRow:
     reasons = {}
     if weights.pareto_reason is not None:
         reasons["pareto_k"] = reasons["delta_h_psis"] = weights.pareto_reason
+    elif change.delta_h_smoothed is None:
+        reasons["delta_h_psis"] = (
+            "smoothing is of weights that are normalised over one batch, not prompt by prompt or by folds"
+        )
     return RealizedRow(
         step=realized.step,
         batch=realized.batch,

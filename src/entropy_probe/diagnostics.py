@@ -8,6 +8,7 @@ from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.gradients import Coverage
+from entropy_probe.importance_sampling import Weighting
 from entropy_probe.realized import RealizedChange
 from entropy_probe.report import Evidence
 from entropy_probe.rollouts import RolloutBatch
@@ -20,6 +21,7 @@ OFF_POLICY_PER_TOKEN, OFF_POLICY_PER_RESPONSE = 0.02, 0.1
 is for long responses, whose differences of either sign cancel in the mean a token but not in the ratio exp(S − sampler)."""
 PARETO_K_LIMIT, MILD_ESS_FRACTION = 0.7, 0.95
 RESIDUAL_LIMIT = 1e-6
+UNBIASED_RESPONSES = 16
 
 
 def interval_warnings(statistics: CrossStatistics, delta_h1_ci95: tuple[float, float] | None) -> list[Evidence]:
@@ -276,6 +278,21 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                 )
             )
     return found
+
+
+def weighting_warnings(weighting: Weighting, group_sizes: Sequence[int]) -> list[Evidence]:
+    """Importance weights normalised prompt by prompt are biased by a share of about 1/G."""
+    least = min(group_sizes)
+    if weighting is Weighting.GLOBAL or least >= UNBIASED_RESPONSES:
+        return []
+    return [
+        Evidence(
+            "per_prompt_weights",
+            f"importance weights are normalised prompt by prompt, and a prompt has {least} responses: that shrinks ΔH by "
+            f"a share of about 1/{least}",
+            "Use --importance-weights global, or give more responses a prompt",
+        )
+    ]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -160,7 +160,7 @@ def entropy_change(
     prompts = len(group_sizes)
     se = math.sqrt(prompts / (prompts - 1) * float((by_prompt**2).sum()))
     smoothed = None
-    if found.smoothed is not None:
+    if found.smoothed is not None and weighting is Weighting.GLOBAL:
         smoothed = float(found.smoothed @ v_after) / float(found.smoothed @ exposure) - before
     return EntropyChange(before, after, after - before, se, smoothed, found)
 

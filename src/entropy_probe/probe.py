@@ -21,13 +21,21 @@ from entropy_probe.adam_preconditioner import AdamState, Preconditioners, valida
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import Preparation, Rules, cross_gradients, make_plan, marked, prepare, unit_gradients
+from entropy_probe.gradients import (
+    VECTOR_SHARE,
+    Preparation,
+    Rules,
+    cross_gradients,
+    make_plan,
+    marked,
+    prepare,
+    unit_gradients,
+)
 from entropy_probe.importance_sampling import Weighting
-from entropy_probe.noise import noise_of
 from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.realized import EntropyMeasure
-from entropy_probe.realized_rows import Realizer, same_batch
+from entropy_probe.realized_rows import Realizer
 from entropy_probe.report import CheckpointSection, ConfigSection, Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import (
@@ -144,9 +152,7 @@ def probe_checkpoint(
     clock = Clock()
     with clock.stage("load"):
         batch = read_batch(rollouts, temperature)
-        evaluation = (
-            None if evaluation_rollouts is None else read_batch(evaluation_rollouts, temperature, least_responses=1)
-        )
+        evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
         loaded = load_checkpoint(
             checkpoint,
             base=base,
@@ -288,6 +294,7 @@ def _probe_as_marked(
     statistics = cross_statistics(gradients.total)
     two_batches = None
     if evaluation is not None:
+        check_cross_memory(len(evaluation.groups) + len(batch.groups), trainable, vector_dtype, memory)
         with clock.stage("evaluation"):
             two_batches = against_evaluation(
                 policy,
@@ -297,6 +304,7 @@ def _probe_as_marked(
                 y_coefficients,
                 p,
                 rates,
+                vector_dtype,
                 gradients.rules or preparation.rules,
                 progress,
             )
@@ -318,14 +326,7 @@ def _probe_as_marked(
                 progress,
             )
             before = Measured(scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
-            realized, contributions = same_batch(
-                realizer,
-                batch,
-                before,
-                gradients.ascent,
-                gradients.entropy_descent,
-                y_coefficients,
-            )
+            realized = realizer.same(batch, before, gradients.ascent)
             folds = None
             if settings.split is not None:
                 folds = folds_of(len(batch.groups), settings.split)
@@ -335,7 +336,6 @@ def _probe_as_marked(
 
     # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
     step_statistics = cross_statistics(gradients.step_weighted)
-    noise = noise_of(step_statistics, contributions.x, contributions.y, batch.group_sizes)
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
@@ -347,6 +347,7 @@ def _probe_as_marked(
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals),
         *diagnostics.coverage_warnings(gradients.coverage),
         *diagnostics.realized_warnings(realized),
+        *diagnostics.weighting_warnings(settings.weighting, batch.group_sizes),
     ]
     report = assemble_report(
         statistics=statistics,
@@ -359,7 +360,6 @@ def _probe_as_marked(
         measured=Measured(scores, gradients.token_entropies),
         adam=adam,
         realized=realized,
-        noise=noise,
         two_batches=two_batches,
         evaluation=evaluation,
         folds=folds,
@@ -403,12 +403,36 @@ def against_evaluation(
     coefficients: Tensor,
     p: Mapping[str, Tensor],
     rates: Mapping[str, float],
+    vector_dtype: torch.dtype,
     rules: Rules,
     progress: Progress,
 ) -> TwoBatchStatistics:
     """η-weighted statistics of X of the evaluation batch against Y of the update batch."""
-    crossed = cross_gradients(policy, evaluation, batch, target, coefficients, p, rates, rules=rules, progress=progress)
-    return two_batch_statistics(crossed.kernel.numpy())
+    kernel = cross_gradients(
+        policy,
+        evaluation,
+        batch,
+        target,
+        coefficients,
+        p,
+        rates,
+        vector_dtype=vector_dtype,
+        rules=rules,
+        progress=progress,
+    )
+    return two_batch_statistics(kernel.numpy())
+
+
+def read_evaluation(path: Path, temperature: float | None) -> RolloutBatch:
+    """An evaluation file; what is wrong with it is said with its name.
+
+    Raises:
+        InputError: see :func:`entropy_probe.rollouts.read_batch`.
+    """
+    try:
+        return read_batch(path, temperature, least_responses=1)
+    except InputError as error:
+        raise InputError(f"evaluation rollouts {path}: {error}") from error
 
 
 def check_evaluation(evaluation: RolloutBatch, batch: RolloutBatch, settings: Settings) -> None:
@@ -424,10 +448,38 @@ def check_evaluation(evaluation: RolloutBatch, batch: RolloutBatch, settings: Se
             "an evaluation prompt has one response, which the score estimator's leave-one-out mean cannot use; give two, or "
             "--estimator rao-blackwell"
         )
+    if min(evaluation.group_sizes) < 2 and settings.weighting is Weighting.PER_PROMPT:
+        raise InputError(
+            "an evaluation prompt has one response, which importance weights normalised prompt by prompt would leave at weight "
+            "one whatever the step; give two, or --importance-weights global"
+        )
+    known = {(row.prompt_ids, row.response_ids) for row in batch.responses}
+    again = sum((row.prompt_ids, row.response_ids) in known for row in evaluation.responses)
+    if again == len(evaluation.responses):
+        raise InputError(
+            "every evaluation response is also among the update's: the two batches must be drawn independently, or the "
+            "diagonal that U_cross leaves out comes back; sample anew, or use --split on one file"
+        )
     if evaluation.temperature != batch.temperature:
         raise InputError(
             f"the evaluation rollouts were sampled at temperature {evaluation.temperature:g}, the update's at "
             f"{batch.temperature:g}; expected one policy"
+        )
+
+
+def check_cross_memory(
+    prompts: int, trainable: Mapping[str, nn.Parameter], dtype: torch.dtype, memory_bytes: float
+) -> None:
+    """Refuse two batches whose vectors, one a prompt, take more than their share of the memory.
+
+    Raises:
+        InputError: they do; both figures are named.
+    """
+    needed = prompts * sum(parameter.numel() for parameter in trainable.values()) * dtype.itemsize
+    if needed > VECTOR_SHARE * memory_bytes:
+        raise InputError(
+            f"vectors of {prompts} prompts of both batches take {needed / 1e9:.3g} GB, more than half of the "
+            f"{memory_bytes / 1e9:.3g} GB that may be used; give fewer prompts, more --memory, or --vectors bfloat16"
         )
 
 
@@ -437,6 +489,8 @@ def check_split(prompts: int, split: int) -> None:
     Raises:
         InputError: it does.
     """
+    if prompts < 4:
+        raise InputError(f"--split of {prompts} prompts; expected at least 4: a fold needs two prompts for its error")
     if not 2 <= split <= prompts // 2:
         raise InputError(
             f"--split {split} of {prompts} prompts; expected 2 to {prompts // 2}: a fold needs two prompts for its error"

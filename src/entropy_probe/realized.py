@@ -172,7 +172,7 @@ def realize(
 
 
 def average(rows: Sequence[RealizedChange]) -> RealizedChange:
-    """One row for several folds': means, the error of a mean of independent ones, the worst of ESS, k̂ and floor."""
+    """One row for several folds': means, the error of a mean of independent ones, ESS summed, the worst share, k̂ and floor."""
     changes = [row.change for row in rows]
     weights = [change.weights for change in changes]
     known = [found.pareto_k for found in weights if found.pareto_k is not None]

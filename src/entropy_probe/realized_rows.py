@@ -16,7 +16,6 @@ from torch import Tensor
 from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.adam_step import optimizer_step, preconditioned_step
 from entropy_probe.gradients import Rules, loss_gradient, response_dots
-from entropy_probe.gradients.coefficients import target_coefficients
 from entropy_probe.policy import Measured, Policy, check_finite
 from entropy_probe.progress import Progress
 from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure, Predicted, RealizedChange, Step, average, realize
@@ -64,20 +63,19 @@ class Realizer:
             Step("adamw", "clone", optimizer_step(self.policy.trainable(), self.adam, ascent)),
         ]
 
-    def changes(
-        self,
-        batch: RolloutBatch,
-        before: Measured,
-        directions: Sequence[Mapping[str, Tensor]],
-        more: Sequence[EntropyCoefficients] = (),
-    ) -> FloatArray:
-        """dS, then d Σ_t H_t where a measure needs it, then ``more``, of every response in every direction: [N, M, K]."""
+    def changes(self, batch: RolloutBatch, steps: Sequence[Step]) -> FloatArray:
+        """dS, then d Σ_t H_t where a measure needs it, of every response along every step: [N, M, steps]."""
         ones = torch.ones(len(batch.responses), dtype=torch.float64)
         combinations = [EntropyCoefficients(ones)]
         if self._needs_entropies:
             combinations.append(EntropyCoefficients(torch.zeros_like(ones), ones))
         found: FloatArray = response_dots(
-            self.policy, batch, directions, [*combinations, *more], rules=self.rules, progress=self.progress
+            self.policy,
+            batch,
+            [step.deltas for step in steps],
+            combinations,
+            rules=self.rules,
+            progress=self.progress,
         ).numpy()
         return found
 
@@ -104,11 +102,15 @@ class Realizer:
             )
         return [rows[m] for m in range(len(self.measures)) for rows in by_step]
 
+    def same(self, batch: RolloutBatch, before: Measured, ascent: Mapping[str, Tensor]) -> list[RealizedChange]:
+        """The steps from the batch's own Ȳ, realised on its own responses."""
+        steps = self.steps(ascent)
+        return self.realized(batch, before, steps, self.changes(batch, steps), SAME)
+
     def held_out(self, batch: RolloutBatch, ascent: Mapping[str, Tensor]) -> list[RealizedChange]:
         """The steps from another batch's Ȳ, realised on this one."""
         before, steps = self.measured(batch), self.steps(ascent)
-        changes = self.changes(batch, before, [step.deltas for step in steps])
-        return self.realized(batch, before, steps, changes, HELD_OUT)
+        return self.realized(batch, before, steps, self.changes(batch, steps), HELD_OUT)
 
     def by_folds(
         self, batch: RolloutBatch, folds: Sequence[int], ascent: Mapping[str, Tensor], coefficients: Tensor
@@ -140,42 +142,3 @@ class Realizer:
     @property
     def _needs_entropies(self) -> bool:
         return any(measure.target.needs_token_entropies for measure in self.measures)
-
-
-@dataclass(frozen=True)
-class Contributions:
-    """Each response's part of X_n · η P Ȳ (``x``) and of Y_n · η P X̄ (``y``), flat [N], nats."""
-
-    x: FloatArray
-    y: FloatArray
-
-
-def same_batch(
-    realizer: Realizer,
-    batch: RolloutBatch,
-    before: Measured,
-    ascent: Mapping[str, Tensor],
-    entropy_descent: Mapping[str, Tensor],
-    coefficients: Tensor,
-) -> tuple[list[RealizedChange], Contributions]:
-    """The rows on the update's own responses, and what each response contributes to δH₁, by one set of backwards.
-
-    Args:
-        realizer: see :class:`Realizer`; its first measure's target is the one that X estimates.
-        batch: the rollouts.
-        before: their scores and entropies at θ.
-        ascent: Ȳ by name.
-        entropy_descent: X̄ by name.
-        coefficients: a, [N].
-    """
-    target = realizer.measures[0].target
-    steps = realizer.steps(ascent)
-    towards_entropy = preconditioned_step(entropy_descent, realizer.preconditioners, realizer.learning_rates)
-    x = target_coefficients(target, before.scores, before.entropies, batch)
-    per_token = x.entropies is not None
-    changes = realizer.changes(
-        batch, before, [*(step.deltas for step in steps), towards_entropy], [x] if per_token else []
-    )
-    rows = realizer.realized(batch, before, steps, changes[:, :, : len(steps)], SAME)
-    of_x = changes[:, -1, 0] if per_token else x.log_probs.numpy() * changes[:, 0, 0]
-    return rows, Contributions(of_x, coefficients.numpy() * changes[:, 0, len(steps)])

@@ -25,7 +25,8 @@ class TwoBatchStatistics:
     """The mean of K and its uncertainty, in the unit of K.
 
     ``evaluation`` and ``update`` are the first two terms of the variance, ``product`` the third (what is subtracted). The
-    interval is mean ± t SE with Satterthwaite's degrees of freedom of the first two terms.
+    interval is mean ± t SE with Satterthwaite's degrees of freedom of the first two terms, or those of the smaller batch where
+    the product is all of the variance.
     """
 
     mean: float
@@ -44,7 +45,7 @@ class TwoBatchStatistics:
 def two_batch_statistics(kernel: FloatArray) -> TwoBatchStatistics:
     """From K [B_E, B_U], two prompts or more on either side.
 
-    The variance is clipped at the smaller of the two margins' terms less the product, 0 at least.
+    The variance is at least the product's, which it holds in truth: where the first two terms cancel, V would be 0 otherwise.
     """
     rows, columns = kernel.shape
     assert min(rows, columns) >= 2, "the caller refuses fewer than two prompts in a batch"
@@ -54,9 +55,11 @@ def two_batch_statistics(kernel: FloatArray) -> TwoBatchStatistics:
     evaluation = float(((x - mean) ** 2).sum()) / (rows * (rows - 1))
     update = float(((y - mean) ** 2).sum()) / (columns * (columns - 1))
     product = float((centred**2).sum()) / ((rows - 1) * (columns - 1) * rows * columns)
-    variance = max(evaluation + update - product, max(evaluation, update) - product, 0.0)
-    total = evaluation + update
-    degrees = 1.0 if total == 0.0 else total**2 / (evaluation**2 / (rows - 1) + update**2 / (columns - 1))
+    variance = max(evaluation + update - product, product)
+    degrees = float(min(rows, columns) - 1)
+    if evaluation + update > product + product:
+        share = evaluation / (evaluation + update)
+        degrees = 1.0 / (share**2 / (rows - 1) + (1.0 - share) ** 2 / (columns - 1))
     half_width = float(stats.t.ppf(0.975, degrees)) * math.sqrt(variance)
     return TwoBatchStatistics(mean, variance, evaluation, update, product, (mean - half_width, mean + half_width))
 

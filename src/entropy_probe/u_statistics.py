@@ -109,8 +109,8 @@ class CrossStatistics:
     entropy (positive: lowers it). ``se_plugin_guide`` is the guide's own formula, which estimates the standard deviation
     of r and does not shrink with U. ``se_this_step`` is the error of what *this* update does. ``variance`` is V of design
     section 4 where the kernel is there and units are equal, else the jackknife's; ``ci95`` is :func:`intervals.interval` there,
-    else U_cross ± t √V. ``parts`` are ζ₁ and τ² with V = 4 ζ₁/U + 2 τ²/(U(U−1)); without the kernel all of V is taken as
-    linear. ``shortfall`` says why the interval is known to cover less than it says, where it is.
+    else U_cross ± t √V. ``parts`` are ζ₁ and τ² with V = 4 ζ₁/U + 2 τ²/(U(U−1)); None without
+    the kernel. ``shortfall`` says why the interval is known to cover less than it says, where it is.
     """
 
     u_cross: float
@@ -205,7 +205,7 @@ def cross_statistics(dots: UnitDots) -> CrossStatistics:
         assert se_jackknife is not None
         variance, method = se_jackknife**2, "t, jackknife variance (conservative)"
         half_width = intervals.t_quantile(units) * se_jackknife
-        parts, ci95 = (units * variance / 4.0, 0.0), (u_cross - half_width, u_cross + half_width)
+        ci95 = (u_cross - half_width, u_cross + half_width)
 
     return CrossStatistics(
         u_cross=u_cross,

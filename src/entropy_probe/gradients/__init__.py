@@ -7,16 +7,16 @@ obvious backend (:mod:`~entropy_probe.gradients.reference`), a planner that fits
 """
 
 from entropy_probe.gradients.checkpointing import marked
-from entropy_probe.gradients.engine import CrossGradients, cross_gradients, response_dots, unit_gradients
+from entropy_probe.gradients.engine import cross_gradients, response_dots, unit_gradients
 from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
-from entropy_probe.gradients.plan import Plan, make_plan
+from entropy_probe.gradients.plan import VECTOR_SHARE, Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
 from entropy_probe.gradients.reference import loss_gradient
 from entropy_probe.gradients.treatments import Rules
 
 __all__ = [
+    "VECTOR_SHARE",
     "Coverage",
-    "CrossGradients",
     "Plan",
     "Preparation",
     "Rules",

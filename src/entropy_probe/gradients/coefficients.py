@@ -89,7 +89,10 @@ class EntropySide:
         self._group_of_row = [n for n, size in enumerate(self.batch.group_sizes) for _ in range(size)]
         self._first_row = [0, *itertools.accumulate(self.batch.group_sizes)]
         self.needs_entropies = isinstance(self.entropy, EntropyTarget) and self.entropy.needs_token_entropies
+        # Of the whole batch: in rows of one token each the two could not be told apart.
+        self._per_token = self.needs_entropies
         if isinstance(self.entropy, Tensor):
+            self._per_token = len(self.entropy) != len(self._lengths)
             assert len(self.entropy) in (len(self._lengths), self._first_token[-1])
 
     def needed_rows(self, rows: range) -> Sequence[int]:
@@ -105,7 +108,7 @@ class EntropySide:
     def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
         """One backward; its coefficients stand in the weights where they are one a response."""
         x = self.of_rows(rows, found)
-        if len(x.log_probs) == len(rows) and x.entropies is None:
+        if not self._per_token:
             return [_weighted(x.log_probs, [self._lengths[row] for row in rows], 0, apart=apart)]
         return [
             Backward(x.log_probs.double(), x.entropies, torch.ones((1, len(rows)), dtype=torch.float64), slice(0, 1))
@@ -114,9 +117,8 @@ class EntropySide:
     def of_rows(self, rows: Sequence[int], found: Found) -> EntropyCoefficients:
         """X's coefficients of these rows, one a response or one a token."""
         whole = self._whole(found)
-        per_token = len(whole.log_probs) != len(self._lengths)
         return EntropyCoefficients(
-            self._tokens(rows, whole.log_probs) if per_token else whole.log_probs[list(rows)],
+            self._tokens(rows, whole.log_probs) if self._per_token else whole.log_probs[list(rows)],
             None if whole.entropies is None else self._tokens(rows, whole.entropies),
         )
 

@@ -36,7 +36,6 @@ from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
 from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import (
-    Measured,
     PaddedResponses,
     Policy,
     TokenValues,
@@ -155,19 +154,6 @@ def _streamed(
     return sums.finish(contractions, units.sizes, reached), reached
 
 
-@dataclass(frozen=True)
-class CrossGradients:
-    """X of one batch against Y of another.
-
-    Attributes:
-        kernel: X_n · η P Y_m for prompts n of the evaluation batch and m of the update batch, float64 [B_E, B_U].
-        evaluation: what the forwards found of the evaluation batch.
-    """
-
-    kernel: Tensor
-    evaluation: Measured
-
-
 def cross_gradients(
     policy: Policy,
     evaluation: RolloutBatch,
@@ -177,10 +163,11 @@ def cross_gradients(
     preconditioners: Mapping[str, Tensor],
     learning_rates: Mapping[str, float],
     *,
+    vector_dtype: torch.dtype | None = None,
     rules: Rules | None = None,
     progress: Progress | None = None,
-) -> CrossGradients:
-    """Dots of every prompt's X in one batch with every prompt's Y in another, all vectors stored.
+) -> Tensor:
+    """X_n · η P Y_m for prompts n of one batch and m of another, all vectors stored: float64 [B_E, B_U], on the CPU.
 
     Args:
         policy: the model at θ.
@@ -191,6 +178,7 @@ def cross_gradients(
         preconditioners: P by parameter name.
         learning_rates: η by parameter name.
         rules: of an earlier call on this very model; None proves them first.
+        vector_dtype: of stored vectors; None takes the weights', float32 at least.
         progress: told of every microbatch.
     """
     progress = progress if progress is not None else Silent()
@@ -200,7 +188,7 @@ def cross_gradients(
         rules.check(policy)
     parameters = policy.trainable()
     counts = (len(evaluation.groups), len(update.groups))
-    dtype = torch.promote_types(policy.dtype, torch.float32)
+    dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
     shapes = {name: p.shape for name, p in parameters.items()}
     vectors = UnitVectors(shapes, sum(counts), dtype, policy.device, channels=1)
     vectors.open(range(sum(counts)))
@@ -209,17 +197,14 @@ def cross_gradients(
         (evaluation, EntropySide(evaluation, target), 0),
         (update, UpdateSide(update, advantage_coefficients), counts[0]),
     ]
-    found = []
     for batch, coefficients, first in sides:
         units = [first + n for n, size in enumerate(batch.group_sizes) for _ in range(size)]
         run = _Run(policy, batch, units, coefficients, treatments, rules.unproven)
         parts = run.parts()
         for part in progress.track(parts, "gradients of two batches", len(parts)):
             run.backward(part, vectors)
-        found.append(run.found)
     vectors.settle(range(sum(counts)))
-    kernel = cross_kernel(vectors, range(counts[0]), range(counts[0], sum(counts)), preconditioners, learning_rates)
-    return CrossGradients(kernel, Measured(found[0].scores, found[0].token_entropies))
+    return cross_kernel(vectors, range(counts[0]), range(counts[0], sum(counts)), preconditioners, learning_rates)
 
 
 def response_dots(

@@ -72,26 +72,11 @@ class NeededSection:
 
 
 @dataclass(frozen=True)
-class NoiseSection:
-    """Shares of δH₁'s variance by where it comes from; they sum to 1 (``shared`` may be below 0), and what would help.
-
-    See :class:`entropy_probe.noise.NoiseParts`. The shares are null with a reason where there is no variance to split.
-    """
-
-    entropy_gradient: float | None
-    update: float | None
-    shared: float | None
-    product: float | None
-    prompts: float | None
-    advice: str
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class TwoBatchSection:
     """δH₁ with X from the evaluation rollouts and Y from the update's, nats; ``variance_*`` are its terms, nats².
 
-    ``delta_h1_se`` squared is ``variance_evaluation`` + ``variance_update`` − ``variance_product``.
+    ``delta_h1_se`` squared is ``variance_evaluation`` + ``variance_update`` − ``variance_product``, and at least
+    the last.
     """
 
     delta_h1: float
@@ -240,7 +225,6 @@ class Report:
     headline: str
     first_order: FirstOrder
     needed: NeededSection
-    noise: NoiseSection
     two_batches: TwoBatchSection | None
     folds: FoldSection | None
     units: UnitsSection
@@ -260,7 +244,7 @@ class Report:
             AssertionError: a number is not finite, or a null has no reason: a fault of ours.
         """
         content = {"schema": SCHEMA, **asdict(self)}
-        for record in (content["first_order"], content["needed"], content["noise"], *content["realized"]):
+        for record in (content["first_order"], content["needed"], *content["realized"]):
             for name, value in record.items():
                 assert value is not None or name in record["null_reasons"], f"{name} is null without a reason"
         _assert_finite(content, "report")

@@ -92,7 +92,6 @@ def _first_order(report: Report) -> Table:
         ),
         ("95 % interval of δH₁", interval, first.interval_method or ""),
         ("prompts needed", *_needed(report)),
-        ("where the noise is", *_noise(report)),
         *_other_batches(report),
         ("entropy now", quantity(report.entropy.per_response, report.entropy.se), "nats per response"),
         ("", quantity(report.entropy.per_token, report.entropy.per_token_se), "nats per token"),
@@ -123,16 +122,6 @@ def _needed(report: Report) -> tuple[str, str]:
         return f"{needed.exclude_zero}", said
     reach = "none would do" if needed.reach_target_se is None else f"{needed.reach_target_se}"
     return f"{needed.exclude_zero}; {reach}", f"{said}; for a standard error of {needed.target_se:g}"
-
-
-def _noise(report: Report) -> tuple[str, str]:
-    noise = report.noise
-    named = {
-        "X": noise.entropy_gradient, "Y": noise.update, "shared": noise.shared, "X·Y": noise.product,
-        "prompts": noise.prompts,
-    }  # fmt: skip
-    said = ", ".join(f"{name} {100 * share:.0f} %" for name, share in named.items() if share is not None)
-    return said or "none", noise.advice
 
 
 def _other_batches(report: Report) -> list[tuple[str, str, str]]:

@@ -1,10 +1,9 @@
-"""Where the noise is, two batches and folds: against simulation, loops and the engine's own vectors."""
+"""Two batches and folds: against simulation, loops and the engine's own vectors."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,56 +14,14 @@ import support
 from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import cross_gradients, reference, unit_gradients
-from entropy_probe.noise import noise_parts, within_covariance
+from entropy_probe.importance_sampling import Weighting
 from entropy_probe.policy import Policy
-from entropy_probe.rollouts import RolloutBatch, group_rollouts
+from entropy_probe.rollouts import RolloutBatch, group_rollouts, read_batch, write_rollouts
 from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator
 from entropy_probe.two_batches import fold_statistics, folds_of, two_batch_statistics
 from entropy_probe.units import exact_units
 
 RAO_BLACKWELL = EntropyTarget(Estimator.RAO_BLACKWELL)
-
-
-def test_within_covariance_is_the_variance_of_a_prompts_sum() -> None:
-    rng = np.random.default_rng(0)
-    sizes = [3, 5, 2]
-    found = np.zeros(3)
-    sums = []
-    for _ in range(4000):
-        left = rng.normal(size=10) * np.repeat([1.0, 2.0, 0.5], sizes) + np.repeat([3.0, -1.0, 2.0], sizes)
-        found += within_covariance(left, left, sizes)
-        sums.append(np.add.reduceat(left, [0, 3, 8]))
-    assert found / 4000 == pytest.approx(np.var(sums, axis=0), rel=0.1)
-
-
-def simulated(prompts: int, responses: int, spread: float, x_noise: float, y_noise: float, seed: int) -> list[float]:
-    """Mean parts over batches of prompts with true x_n of standard deviation ``spread`` and noisy responses, no product."""
-    rng = np.random.default_rng(seed)
-    totals = np.zeros(5)
-    draws = 400
-    for _ in range(draws):
-        mean = np.repeat(spread * rng.normal(size=prompts) / responses, responses)
-        x = mean + x_noise * rng.normal(size=prompts * responses) / responses
-        y = y_noise * rng.normal(size=prompts * responses) / responses
-        of_prompt = np.add.reduceat(x + y, np.arange(0, prompts * responses, responses))
-        variance = float(of_prompt.var(ddof=1)) / prompts
-        parts = noise_parts(x, y, [responses] * prompts, variance, 0.0)
-        assert math.isclose(
-            parts.entropy_gradient + parts.update + parts.shared + parts.product + parts.prompts, variance, rel_tol=1e-9
-        )
-        totals += [parts.entropy_gradient, parts.update, parts.shared, parts.product, parts.prompts]
-    return list(totals / draws)
-
-
-def test_the_parts_are_those_that_the_noise_was_made_of() -> None:
-    x, y, shared, product, prompts = simulated(60, 8, spread=3.0, x_noise=2.0, y_noise=4.0, seed=1)
-    assert x == pytest.approx(2.0**2 / 8 / 60, rel=0.1)
-    assert y == pytest.approx(4.0**2 / 8 / 60, rel=0.1)
-    assert abs(shared) < 0.1 * x
-    assert product == 0.0
-    assert prompts == pytest.approx(3.0**2 / 60, rel=0.1)
-    x, _, _, _, prompts = simulated(60, 8, spread=0.0, x_noise=2.0, y_noise=0.5, seed=2)
-    assert prompts < 0.15 * x
 
 
 def test_two_batch_variance_is_that_of_many_pairs_of_batches() -> None:
@@ -124,7 +81,7 @@ def test_two_batches_of_one_file_give_that_files_kernel(target: EntropyTarget) -
     expected = reference.unit_gradients(policy, batch, exact_units(4), target, a, p, rates).step_weighted.kernel
     found = cross_gradients(policy, batch, batch, target, a, p, rates)
     assert expected is not None
-    assert np.abs(found.kernel.numpy() - expected).max() < 1e-11 * np.abs(expected).max()
+    assert np.abs(found.numpy() - expected).max() < 1e-11 * np.abs(expected).max()
 
 
 def test_the_mean_entropy_direction_is_that_of_the_vectors() -> None:
@@ -184,19 +141,6 @@ def test_folds_hold_out_every_prompt_once() -> None:
     assert held[0].predicted == pytest.approx(np.mean([row.predicted for row in by_hand]), rel=1e-9)
 
 
-def test_the_noise_of_a_probe_is_that_of_its_responses_contributions() -> None:
-    """Of X: Σ_i c_i ∇S_i · η P Ȳ by prompt must be the row of the kernel, own prompt included."""
-    batch = support.random_batch(6, 4)
-    for estimator in Estimator:
-        report = live(batch, estimator=estimator).report  # type: ignore[attr-defined]
-        shares = [
-            report.noise.entropy_gradient, report.noise.update, report.noise.shared, report.noise.product,
-            report.noise.prompts,
-        ]  # fmt: skip
-        assert sum(shares) == pytest.approx(1.0, abs=1e-9)
-        assert report.noise.advice
-
-
 def test_one_response_a_prompt_will_do_for_rao_blackwell_alone() -> None:
     batch = support.random_batch(5, 3)
     single = group_rollouts(
@@ -206,6 +150,31 @@ def test_one_response_a_prompt_will_do_for_rao_blackwell_alone() -> None:
     assert report.two_batches.evaluation_prompts == 7
     with pytest.raises(InputError, match="one response"):
         live(batch, estimator=Estimator.SCORE, evaluation=single)
+
+
+def test_a_file_given_twice_is_refused() -> None:
+    batch = support.random_batch(5, 3)
+    with pytest.raises(InputError, match="drawn independently"):
+        live(batch, evaluation=batch)
+
+
+def test_vectors_of_both_batches_must_fit() -> None:
+    batch, others = support.random_batch(5, 3), support.random_batch(4, 3, seed=9)
+    with pytest.raises(InputError, match="more than half of the"):
+        live(batch, evaluation=others, memory_bytes=1e4)
+
+
+def test_one_response_a_prompt_has_no_weights_of_its_own() -> None:
+    single = group_rollouts([g.responses[0] for g in support.random_batch(7, 2, seed=4).groups], least_responses=1)
+    with pytest.raises(InputError, match="weight one"):
+        live(support.random_batch(5, 3), evaluation=single, weighting=Weighting.PER_PROMPT)
+
+
+def test_the_variance_of_a_product_of_noises_never_vanishes() -> None:
+    found = two_batch_statistics(np.array([[1.0, -1.0], [-1.0, 1.0]]))
+    assert found.variance == found.product == 1.0
+    tiny = two_batch_statistics(1e-90 * np.random.default_rng(0).normal(size=(3, 4)))
+    assert tiny.ci95[0] <= tiny.mean <= tiny.ci95[1]
 
 
 @pytest.mark.parametrize("split", [1, 4])
@@ -218,9 +187,13 @@ def test_the_command_takes_both_files(tmp_path: Path) -> None:
     from entropy_probe.demo import demo_files
 
     files = demo_files()
+    update, evaluation = tmp_path / "update.jsonl", tmp_path / "evaluation.jsonl"
+    groups = read_batch(files.rollouts).groups
+    for path, part in ((update, groups[:12]), (evaluation, groups[12:20])):
+        write_rollouts([row for group in part for row in group.responses], path)
     out = tmp_path / "report.json"
     found = support.run_command(
-        "run", files.checkpoint, "--rollouts", files.rollouts, "--evaluation-rollouts", files.rollouts, "--estimator",
+        "run", files.checkpoint, "--rollouts", update, "--evaluation-rollouts", evaluation, "--estimator",
         "rao-blackwell", "--entropy", "per-token", "--importance-weights", "per-prompt", "--target-se", "0.001",
         "--json", out,
     )  # fmt: skip
