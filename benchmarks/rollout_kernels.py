@@ -324,6 +324,13 @@ def leave_one_out_by_fraction(values: Tensor, lengths: Sequence[int], group_size
     return torch.from_numpy(np.concatenate(found))
 
 
+def leave_one_out_of_running(values: Tensor, lengths: Sequence[int], group_sizes: Sequence[int]) -> Tensor:
+    """The position mean over those of the others that have not ended before t; 0 where all have."""
+    alive = leave_one_out_by_position(torch.ones_like(values), lengths, group_sizes)
+    mean = leave_one_out_by_position(values, lengths, group_sizes)
+    return torch.where(alive > 0.0, mean / alive.clamp(min=1e-12), 0.0)
+
+
 @dataclass(frozen=True)
 class Baseline:
     """Standard errors of U_cross at 16 and 64 prompts over those of the position baseline, and of X's projections.
@@ -343,9 +350,10 @@ class Baseline:
 def compare_baselines(case: Case, rao_blackwell: FloatArray) -> list[Baseline]:
     """Any baseline b_t of the tokens before t and of other responses leaves X unbiased: it adds (1/G) Σ b_t ∇log π(y_t).
 
-    Features, each with a kernel of its own: F̄ of the others at the same position, F̄ at the same fraction of length (which looks
-    at the response's own length, so it is biased where lengths differ), H_t, and H_t times the tokens that may follow.
-    The fits are out of fold, two folds of prompts dealt in turn: once of F_t on the first, third and fourth (least squares over
+    Features, each with a kernel of its own: F̄ of the others at the same position, that over those still running, F̄ at the same
+    fraction of length (which looks at the response's own length, so it is biased where lengths differ), H_t, and H_t times the
+    tokens that may follow.
+    The fits are out of fold, two folds of prompts dealt in turn: once of F_t on the first and the last two (least squares over
     tokens), once of the weights that make X̃_u · (the others' mean Ỹ) vary least.
     """
     lengths, sizes = case.lengths, case.batch.group_sizes
@@ -354,6 +362,7 @@ def compare_baselines(case: Case, rao_blackwell: FloatArray) -> list[Baseline]:
     positions = torch.cat([torch.arange(n, dtype=torch.float64) for n in lengths])
     features = {
         "position": leave_one_out_by_position(to_come, lengths, sizes),
+        "running": leave_one_out_of_running(to_come, lengths, sizes),
         "fraction": leave_one_out_by_fraction(to_come, lengths, sizes),
         "entropy": entropies,
         "entropy × room": entropies * (case.longest_allowed - 1 - positions),
@@ -380,6 +389,7 @@ def compare_baselines(case: Case, rao_blackwell: FloatArray) -> list[Baseline]:
     found = {
         "leave-one-out by position": rao_blackwell,
         "none": none,
+        "leave-one-out by position, of those still running": none + kernels["running"],
         "leave-one-out by fraction of length": none + kernels["fraction"],
         "fitted to F_t out of fold": by_value,
         "fitted to the projection out of fold": by_projection,
