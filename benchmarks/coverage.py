@@ -116,16 +116,7 @@ def policy_family(
     scores = np.stack([s.numpy() for s, _ in tables])
     gradients = np.stack([g.numpy() for _, g in tables])
     p = np.exp(scores)
-    if stationary:
-        rewards = np.random.default_rng(seed).normal(size=p.shape)
-        for n in range(contexts):
-            # E[Y_n] is linear in the rewards; what its left null space holds does not move the policy.
-            effect = (np.diag(p[n]) - np.outer(p[n], p[n])) @ (gradients[n] / lengths[:, None])
-            left, sizes, _ = np.linalg.svd(effect)
-            null = left[:, np.count_nonzero(sizes > 1e-10 * sizes[0]) :]
-            rewards[n] = null @ (null.T @ rewards[n])
-    else:
-        rewards = np.tile([float(len(r) == 2) + 0.5 * float(r[-1] == 1) for r in responses], (contexts, 1))
+    rewards = policy_rewards(p, gradients, lengths, stationary, seed)
     mean_x = np.einsum("nk,nk,nkp->p", p, scores, gradients) / contexts
     centred = rewards - (p * rewards).sum(axis=1, keepdims=True)
     mean_y = np.einsum("nk,nkp->p", p * centred / lengths, gradients) / contexts
@@ -149,6 +140,31 @@ def policy_family(
         return kernel
 
     return Family(name, group, sentence, float(mean_x @ mean_y), draw)
+
+
+def policy_rewards(
+    p: FloatArray, gradients: FloatArray, lengths: FloatArray, stationary: bool, seed: int
+) -> FloatArray:
+    """Rewards of every response, [contexts, responses]: of its form, or such that no context's E[Y_n] is other than 0.
+
+    Args:
+        p: probabilities, [contexts, responses].
+        gradients: ∇S, [contexts, responses, parameters].
+        lengths: T, [responses].
+        stationary: draw them at random from what the policy cannot improve on.
+        seed: of that draw.
+    """
+    if not stationary:
+        responses = enumerable.all_responses(3, LIMIT)
+        return np.tile([float(len(r) == 2) + 0.5 * float(r[-1] == 1) for r in responses], (len(p), 1))
+    rewards = np.random.default_rng(seed).normal(size=p.shape)
+    for n in range(len(p)):
+        # E[Y_n] is linear in the rewards; what its left null space holds does not move the policy.
+        effect = (np.diag(p[n]) - np.outer(p[n], p[n])) @ (gradients[n] / lengths[:, None])
+        left, sizes, _ = np.linalg.svd(effect)
+        null = left[:, np.count_nonzero(sizes > 1e-10 * sizes[0]) :]
+        rewards[n] = null @ (null.T @ rewards[n])
+    return rewards
 
 
 def leave_one_out(values: FloatArray) -> FloatArray:
