@@ -36,7 +36,7 @@ from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, in
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.realized import EntropyMeasure
 from entropy_probe.realized_rows import Realizer
-from entropy_probe.report import CheckpointSection, ConfigSection, Report
+from entropy_probe.report import CheckpointSection, ConfigSection, Evidence, Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import (
     AdvantageRule,
@@ -272,8 +272,10 @@ def _probe_as_marked(
         memory_bytes=memory,
     )
     with clock.stage("prepare"):
+        # Planned for both batches: the evaluation's rows may be the longer ones.
+        rows = batch if evaluation is None else RolloutBatch((*batch.groups, *evaluation.groups), batch.temperature)
         preparation = prepare(
-            policy, batch, memory_bytes=memory, microbatch_size=settings.microbatch_size, earlier=preparation
+            policy, rows, memory_bytes=memory, microbatch_size=settings.microbatch_size, earlier=preparation
         )
         policy = preparation.applied(policy)
     with clock.stage("gradients"):
@@ -327,12 +329,18 @@ def _probe_as_marked(
             )
             before = Measured(scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
             realized = realizer.same(batch, before, gradients.ascent)
-            folds = None
+            folds, of_evaluation = None, list[Evidence]()
             if settings.split is not None:
                 folds = folds_of(len(batch.groups), settings.split)
                 realized += realizer.by_folds(batch, folds, gradients.ascent, y_coefficients)
             if evaluation is not None:
-                realized += realizer.held_out(evaluation, gradients.ascent)
+                evaluated = realizer.measured(evaluation)
+                realized += realizer.held_out(evaluation, evaluated, gradients.ascent)
+                of_evaluation = [
+                    *diagnostics.on_policy_warnings(evaluation, evaluated.scores),
+                    *diagnostics.pairing_warnings(evaluation, subject.facts.trainer_step, settings.length_weight),
+                    *diagnostics.end_token_warnings(evaluation, end_token_ids(model)),
+                ]
 
     # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
     step_statistics = cross_statistics(gradients.step_weighted)
@@ -347,6 +355,7 @@ def _probe_as_marked(
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals),
         *diagnostics.coverage_warnings(gradients.coverage),
         *diagnostics.realized_warnings(realized),
+        *(replace(warning, seen=f"evaluation rollouts: {warning.seen}") for warning in of_evaluation),
         *diagnostics.weighting_warnings(settings.weighting, batch.group_sizes),
     ]
     report = assemble_report(

@@ -107,9 +107,9 @@ class Realizer:
         steps = self.steps(ascent)
         return self.realized(batch, before, steps, self.changes(batch, steps), SAME)
 
-    def held_out(self, batch: RolloutBatch, ascent: Mapping[str, Tensor]) -> list[RealizedChange]:
+    def held_out(self, batch: RolloutBatch, before: Measured, ascent: Mapping[str, Tensor]) -> list[RealizedChange]:
         """The steps from another batch's Ȳ, realised on this one."""
-        before, steps = self.measured(batch), self.steps(ascent)
+        steps = self.steps(ascent)
         return self.realized(batch, before, steps, self.changes(batch, steps), HELD_OUT)
 
     def by_folds(
@@ -136,7 +136,7 @@ class Realizer:
                 / (prompts - len(part.groups))
                 for name, y in ascent.items()
             }
-            found.append(self.held_out(part, others))
+            found.append(self.held_out(part, self.measured(part), others))
         return [average(rows) for rows in zip(*found, strict=True)]
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import (
     EntropyCoefficients,
+    EntropyRatio,
     EntropyTarget,
     EntropyUnit,
     entropy_coefficients,
@@ -89,6 +90,7 @@ class EntropySide:
         self._group_of_row = [n for n, size in enumerate(self.batch.group_sizes) for _ in range(size)]
         self._first_row = [0, *itertools.accumulate(self.batch.group_sizes)]
         self.needs_entropies = isinstance(self.entropy, EntropyTarget) and self.entropy.needs_token_entropies
+        self._ratio: EntropyRatio | None = None
         # Of the whole batch: in rows of one token each the two could not be told apart.
         self._per_token = self.needs_entropies
         if isinstance(self.entropy, Tensor):
@@ -116,20 +118,42 @@ class EntropySide:
 
     def of_rows(self, rows: Sequence[int], found: Found) -> EntropyCoefficients:
         """X's coefficients of these rows, one a response or one a token."""
-        whole = self._whole(found)
-        return EntropyCoefficients(
-            self._tokens(rows, whole.log_probs) if self._per_token else whole.log_probs[list(rows)],
-            None if whole.entropies is None else self._tokens(rows, whole.entropies),
+        if isinstance(self.entropy, Tensor):
+            return EntropyCoefficients(
+                self._tokens(rows, self.entropy) if self._per_token else self.entropy[list(rows)]
+            )
+        # Of the rows' prompts alone: over the whole batch anew for every strip would be quadratic in it.
+        groups = sorted({self._group_of_row[row] for row in rows})
+        members = [row for n in groups for row in range(self._first_row[n], self._first_row[n + 1])]
+        lengths = [self._lengths[row] for row in members]
+        of_groups = entropy_coefficients(
+            self.entropy,
+            found.scores[members],
+            None if found.token_entropies is None else self._tokens(members, found.token_entropies),
+            lengths,
+            [self.batch.group_sizes[n] for n in groups],
+            self._ratio_of(found) if self.entropy.unit is EntropyUnit.PER_TOKEN else None,
         )
+        places = {row: place for place, row in enumerate(members)}
+
+        def picked(values: Tensor, sizes: Sequence[int]) -> Tensor:
+            parts = torch.split(values, list(sizes))
+            return torch.cat([parts[places[row]] for row in rows])
+
+        if of_groups.entropies is None:
+            return EntropyCoefficients(picked(of_groups.log_probs, [1] * len(members)))
+        return EntropyCoefficients(picked(of_groups.log_probs, lengths), picked(of_groups.entropies, lengths))
 
     def _tokens(self, rows: Sequence[int], values: Tensor) -> Tensor:
         return torch.cat([values[self._first_token[row] : self._first_token[row + 1]] for row in rows])
 
-    def _whole(self, found: Found) -> EntropyCoefficients:
-        """Over the whole batch; only what belongs to the needed rows is finite there."""
-        if isinstance(self.entropy, Tensor):
-            return EntropyCoefficients(self.entropy)
-        return target_coefficients(self.entropy, found.scores, found.token_entropies, self.batch)
+    def _ratio_of(self, found: Found) -> EntropyRatio:
+        """Of the whole batch, whose scores are all known by then; they do not change."""
+        if self._ratio is None:
+            assert isinstance(self.entropy, EntropyTarget)
+            entropies = response_entropies(self.entropy.estimator, found.scores, found.token_entropies, self._lengths)
+            self._ratio = entropy_ratio(entropies, self._lengths, self.batch.group_sizes)
+        return self._ratio
 
 
 @dataclass
@@ -179,18 +203,6 @@ def _weighted(values: Tensor, lengths: Sequence[int], channel: int, *, apart: bo
         ones = torch.ones((1, len(lengths)), dtype=torch.float64)
         return Backward(torch.repeat_interleave(values.double(), tokens), None, ones, channels)
     return Backward(torch.ones(int(tokens.sum()), dtype=torch.float64), None, values.double()[None], channels)
-
-
-def target_coefficients(
-    target: EntropyTarget, scores: Tensor, token_entropies: Tensor | None, batch: RolloutBatch
-) -> EntropyCoefficients:
-    """X's coefficients for a whole batch, with the batch's own ratio for the entropy per token."""
-    lengths = [len(response.response_ids) for response in batch.responses]
-    ratio = None
-    if target.unit is EntropyUnit.PER_TOKEN:
-        entropies = response_entropies(target.estimator, scores, token_entropies, lengths)
-        ratio = entropy_ratio(entropies, lengths, batch.group_sizes)
-    return entropy_coefficients(target, scores, token_entropies, lengths, batch.group_sizes, ratio)
 
 
 @dataclass
