@@ -11,7 +11,8 @@ tokens with G = 4 responses, T positions a sequence in all. Legs:
     forward       the same forward alone
     preparation   what the first probe of a model does once: head, microbatch, rules (``entropy_probe.gradients.prepare``)
     probe         the engine: scores, both coefficients, X_u and Y_u of every prompt, P, the kernel and its statistics
-    streamed      the same in two passes, no unit vectors kept (full training alone)
+    rao_blackwell the same with coefficients a token: two activation backwards
+    streamed      the probe in two passes, no unit vectors kept (full training alone)
     two_backward  one forward and two backwards a prompt with retain_graph, X_u and Y_u stored, and the same products
     guide         the guide's recipe: bars (forward, backward of L_X; forward, backward of L_Y) over all rows, the diagonal
                   prompt by prompt (one forward, two backwards with retain_graph): 3 forwards, 4 backwards;
@@ -54,11 +55,11 @@ from entropy_probe.adam_preconditioner import AdamState, Preconditioners, state_
 from entropy_probe.gradients import Preparation, Storage, UnitGradients, prepare, unit_gradients
 from entropy_probe.policy import PaddedResponses, Policy, pad_right
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
-from entropy_probe.scores import EntropyTarget, probe_loss, score_coefficients
+from entropy_probe.scores import EntropyTarget, Estimator, probe_loss, score_coefficients
 from entropy_probe.u_statistics import cross_statistics
 from entropy_probe.units import exact_units
 
-LEGS = ("training", "forward", "preparation", "probe", "streamed", "two_backward", "guide")
+LEGS = ("training", "forward", "preparation", "probe", "rao_blackwell", "streamed", "two_backward", "guide")
 SLOW_LEGS = ("two_backward", "guide")
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "268435456"}
 LONG = 512
@@ -209,17 +210,19 @@ def forward(case: Case) -> None:
         log_probs(case)
 
 
-def probe(case: Case, storage: Storage = Storage.STORED) -> None:
-    cross_statistics(gradients_of(case, storage).total)
+def probe(case: Case) -> None:
+    cross_statistics(gradients_of(case).total)
 
 
-def gradients_of(case: Case, storage: Storage) -> UnitGradients:
+def gradients_of(
+    case: Case, storage: Storage = Storage.STORED, estimator: Estimator = Estimator.SCORE
+) -> UnitGradients:
     assert case.preparation is not None
     return unit_gradients(
         case.preparation.applied(case.policy),
         case.batch,
         exact_units(len(case.batch.groups)),
-        EntropyTarget(),
+        EntropyTarget(estimator),
         case.advantage,
         Preconditioners(case.adam),
         case.rates,
@@ -229,7 +232,11 @@ def gradients_of(case: Case, storage: Storage) -> UnitGradients:
 
 
 def streamed(case: Case) -> None:
-    probe(case, Storage.STREAMED)
+    cross_statistics(gradients_of(case, Storage.STREAMED).total)
+
+
+def rao_blackwell(case: Case) -> None:
+    cross_statistics(gradients_of(case, estimator=Estimator.RAO_BLACKWELL).total)
 
 
 def _prompts(case: Case) -> Iterable[slice]:
@@ -294,6 +301,7 @@ RUN: dict[str, Callable[[Case], None]] = {
     "forward": forward,
     "preparation": prepared_anew,
     "probe": probe,
+    "rao_blackwell": rao_blackwell,
     "streamed": streamed,
     "two_backward": two_backward,
     "guide": guide,
@@ -382,7 +390,7 @@ def peak_memory(leg: str, shape: Shape) -> int:
 def measure(shape: Shape, repeats: int, legs: Iterable[str], *, memory: bool = True) -> Row:
     case = make_case(shape)
     trainable = case.policy.trainable()
-    found = gradients_of(case, Storage.STORED)
+    found = gradients_of(case)
     count = sum(p.numel() for p in trainable.values())
     vectors = 2 * len(case.batch.groups) * count * 4
     if shape.training == "lora":
