@@ -12,11 +12,11 @@ import torch
 import enumerable
 import oracle
 import support
-from entropy_probe import probe, state_of_optimizer
+from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.adam_step import optimizer_step, preconditioned_step
 from entropy_probe.policy import Policy
-from entropy_probe.scores import leave_one_out_mean, probe_loss, score_coefficients
+from entropy_probe.scores import Estimator, leave_one_out_mean, probe_loss, score_coefficients
 from entropy_probe.u_statistics import UnitDots, cross_statistics
 from enumerable import EnumerablePolicy
 
@@ -54,7 +54,7 @@ def test_row_2_p_half_on_both_sides_is_the_step_that_adam_takes() -> None:
     model = support.tiny_model("llama-tied", dtype=torch.float64)
     optimizer = support.trained_optimizer(model)
     batch = support.random_batch(4, 3)
-    result = probe(model, state_of_optimizer(optimizer, model), batch)
+    result = probe(model, state_of_optimizer(optimizer, model), batch, Settings(estimator=Estimator.SCORE))
     xs, ys = oracle.prompt_vectors(oracle.one_at_a_time(model, batch), batch)
     p = oracle.flat_preconditioner(model, optimizer)
     # What the update of prompts m ≠ n does to n: X_n · (P Y_m), with P applied once, as the optimizer does.
@@ -106,9 +106,9 @@ def test_row_5_the_adamw_step_is_not_the_preconditioned_one_and_each_has_its_own
     model = support.tiny_model("llama-tied", dtype=torch.float64)
     optimizer = support.trained_optimizer(model, steps=5, learning_rate=1e-5)
     report = probe(model, state_of_optimizer(optimizer, model), support.random_batch(6, 4)).report
-    preconditioned, adamw = report.realized
+    preconditioned, adamw, *by_score = report.realized
     assert abs(preconditioned.predicted - adamw.predicted) > 0.2 * abs(preconditioned.predicted)
-    for row in (preconditioned, adamw):
+    for row in (preconditioned, adamw, *by_score):
         assert row.delta_h == pytest.approx(row.predicted, rel=0.02)
 
 
