@@ -13,7 +13,7 @@ from torch import Tensor
 import enumerable
 import support
 from entropy_probe.adam_step import preconditioned_step
-from entropy_probe.gradients import Storage, unit_gradients
+from entropy_probe.gradients import Storage, batching, unit_gradients
 from entropy_probe.language_head import HeadMode
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import Rollout, group_rollouts
@@ -261,7 +261,7 @@ def test_the_ratio_is_of_means_over_prompts() -> None:
     assert by_tokens.entropy_per_token == pytest.approx((0.5 * (1.0 + 2.0) + 4.0) / 2 / 3.0)
 
 
-def test_coefficients_a_token_for_rows_of_one_token_each() -> None:
+def test_coefficients_a_token_for_rows_of_one_token_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """A strip of one-token responses beside longer ones: a coefficient a token must not be taken for one a response."""
     rows = [
         Rollout(f"p{n}", (3 + n,), tuple([4] * length), float(g % 2))
@@ -271,5 +271,6 @@ def test_coefficients_a_token_for_rows_of_one_token_each() -> None:
     batch = group_rollouts(rows)
     tokens = sum(len(r.response_ids) for r in batch.responses)
     c = torch.randn(tokens, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    monkeypatch.setattr(batching, "STRIP_POSITIONS", 1)
     for size in (2, 4, 8):
         assert_same(*both(support.tiny_model("llama-tied", dtype=torch.float64), batch, exact_units(4), size, c))
