@@ -13,7 +13,7 @@ import torch
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import cross_gradients, reference, unit_gradients
+from entropy_probe.gradients import cross_gradients, reference
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import RolloutBatch, group_rollouts, read_batch, write_rollouts
@@ -82,21 +82,6 @@ def test_two_batches_of_one_file_give_that_files_kernel(target: EntropyTarget) -
     found = cross_gradients(policy, batch, batch, target, a, p, rates)
     assert expected is not None
     assert np.abs(found.numpy() - expected).max() < 1e-11 * np.abs(expected).max()
-
-
-def test_the_mean_entropy_direction_is_that_of_the_vectors() -> None:
-    from entropy_probe.gradients import Storage
-
-    policy = Policy(support.tiny_model("llama-tied", dtype=torch.float64), microbatch_size=4)
-    batch = support.random_batch(4, 3)
-    a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
-    p = {name: 0.1 + torch.rand_like(q) for name, q in policy.trainable().items()}
-    arguments = (policy, batch, exact_units(4), RAO_BLACKWELL, a, p, dict.fromkeys(p, 1.0))
-    expected = reference.unit_gradients(*arguments).entropy_descent
-    for storage in Storage:
-        found = unit_gradients(*arguments, storage=storage).entropy_descent
-        for name, x in expected.items():
-            assert float((found[name] - x).norm()) <= 1e-11 * max(1.0, float(x.norm())), name
 
 
 def live(batch: RolloutBatch, **more: object) -> object:

@@ -221,19 +221,20 @@ def interval_variance(kernel: FloatArray, u_cross: float, variance_jackknife: fl
     Var U = 4 ζ₁/U + 2 τ²/(U(U−1)); the jackknife doubles the second, degenerate part, so its excess over V_unb estimates
     τ². The floor keeps V from falling below the degenerate part alone where V_unb is small or negative.
     """
-    units = len(kernel)
     unbiased = unbiased_variance(kernel, u_cross)
-    tau_squared = max(
-        0.0, (variance_jackknife - unbiased) / (4.0 / (units * (units - 2)) - 2.0 / (units * (units - 1)))
-    )
-    return max(unbiased, 2.0 * tau_squared / (units * (units - 1)))
+    return max(unbiased, variance_at(len(kernel), 0.0, _tau_squared(len(kernel), unbiased, variance_jackknife)))
+
+
+def _tau_squared(units: int, unbiased: float, jackknife: float) -> float:
+    """τ̂², from the jackknife's double counting of it."""
+    return max(0.0, (jackknife - unbiased) / (4.0 / (units * (units - 2)) - 2.0 / (units * (units - 1))))
 
 
 def variance_parts(kernel: FloatArray, u_cross: float) -> tuple[float, float]:
     """(ζ̂₁, τ̂²) ≥ 0 such that 4 ζ̂₁/U + 2 τ̂²/(U(U−1)) is the V that the interval rests on, (nats per unit of learning rate)².
 
-    τ̂² = max(0, (V_jack − V_unb) / [4/(U(U−2)) − 2/(U(U−1))]), which the jackknife's double counting of τ² reveals, and
-    ζ̂₁ = U (V − 2 τ̂²/(U(U−1))) / 4: zero where V is its floor. Source: design section 4; Hoeffding (1948).
+    τ̂² is that of :func:`interval_variance`, and ζ̂₁ = U (V − 2 τ̂²/(U(U−1))) / 4: zero where V is its floor. Source: design
+    section 4; Hoeffding (1948).
 
     Args:
         kernel: K / (unit size)², [U, U], U ≥ 4.
@@ -243,11 +244,10 @@ def variance_parts(kernel: FloatArray, u_cross: float) -> tuple[float, float]:
         ValueError: the kernel is not square or has fewer than 4 units.
     """
     found = _summary(kernel)
-    units, per_tau = found.units, 2.0 / (found.units * (found.units - 1))
-    excess = found.jackknife - unbiased_variance(kernel, u_cross)
-    tau_squared = max(0.0, excess / (4.0 / (units * (units - 2)) - per_tau))
+    units = found.units
+    tau_squared = _tau_squared(units, unbiased_variance(kernel, u_cross), found.jackknife)
     variance = interval_variance(kernel, u_cross, found.jackknife)
-    return units * max(0.0, variance - per_tau * tau_squared) / 4.0, tau_squared
+    return units * max(0.0, variance - variance_at(units, 0.0, tau_squared)) / 4.0, tau_squared
 
 
 def variance_at(units: int, zeta1: float, tau_squared: float) -> float:
@@ -293,7 +293,7 @@ def needed_units(
         error = math.sqrt(variance_at(units, zeta1, tau_squared))
         if target_se is not None:
             return error <= target_se
-        return float(stats.t.ppf(0.5 * (1.0 + level), units - 1)) * error < abs(u_cross)
+        return t_quantile(units, level) * error < abs(u_cross)
 
     # Both t and V fall with U, so the question has one threshold.
     low, high = 3, 4

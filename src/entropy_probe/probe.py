@@ -34,7 +34,7 @@ from entropy_probe.gradients import (
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
-from entropy_probe.realized import EntropyMeasure
+from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure
 from entropy_probe.realized_rows import Realizer
 from entropy_probe.report import CheckpointSection, ConfigSection, Evidence, Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
@@ -328,14 +328,15 @@ def _probe_as_marked(
                 progress,
             )
             before = Measured(scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
-            realized = realizer.same(batch, before, gradients.ascent)
+            steps = realizer.steps(gradients.ascent)
+            realized = realizer.realized(batch, before, steps, SAME)
             folds, of_evaluation = None, list[Evidence]()
             if settings.split is not None:
                 folds = folds_of(len(batch.groups), settings.split)
                 realized += realizer.by_folds(batch, folds, gradients.ascent, y_coefficients)
             if evaluation is not None:
                 evaluated = realizer.measured(evaluation)
-                realized += realizer.held_out(evaluation, evaluated, gradients.ascent)
+                realized += realizer.realized(evaluation, evaluated, steps, HELD_OUT)
                 of_evaluation = [
                     *diagnostics.on_policy_warnings(evaluation, evaluated.scores),
                     *diagnostics.pairing_warnings(evaluation, subject.facts.trainer_step, settings.length_weight),

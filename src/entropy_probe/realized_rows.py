@@ -18,7 +18,7 @@ from entropy_probe.adam_step import optimizer_step, preconditioned_step
 from entropy_probe.gradients import Rules, loss_gradient, response_dots
 from entropy_probe.policy import Measured, Policy, check_finite
 from entropy_probe.progress import Progress
-from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure, Predicted, RealizedChange, Step, average, realize
+from entropy_probe.realized import HELD_OUT, EntropyMeasure, Predicted, RealizedChange, Step, average, realize
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import EntropyCoefficients
 from entropy_probe.u_statistics import FloatArray
@@ -80,14 +80,17 @@ class Realizer:
         return found
 
     def realized(
-        self,
-        batch: RolloutBatch,
-        before: Measured,
-        steps: Sequence[Step],
-        changes: FloatArray,
-        batch_name: str,
+        self, batch: RolloutBatch, before: Measured, steps: Sequence[Step], batch_name: str
     ) -> list[RealizedChange]:
-        """Every step by every measure, the first measure's steps first; ``changes`` are along the steps, [N, M, steps]."""
+        """Every step by every measure, the first measure's steps first.
+
+        Args:
+            batch: the responses that are scored again.
+            before: their scores and entropies at θ.
+            steps: from the same responses or from others, as ``batch_name`` says.
+            batch_name: ``SAME`` or ``HELD_OUT``.
+        """
+        changes = self.changes(batch, steps)
         terms = [measure.linear_term(batch, before) for measure in self.measures]
         by_step = []
         for k, step in enumerate(steps):
@@ -101,16 +104,6 @@ class Realizer:
                 realize(self.policy, batch, before, step, predictions, batch_name=batch_name, progress=self.progress)
             )
         return [rows[m] for m in range(len(self.measures)) for rows in by_step]
-
-    def same(self, batch: RolloutBatch, before: Measured, ascent: Mapping[str, Tensor]) -> list[RealizedChange]:
-        """The steps from the batch's own Ȳ, realised on its own responses."""
-        steps = self.steps(ascent)
-        return self.realized(batch, before, steps, self.changes(batch, steps), SAME)
-
-    def held_out(self, batch: RolloutBatch, before: Measured, ascent: Mapping[str, Tensor]) -> list[RealizedChange]:
-        """The steps from another batch's Ȳ, realised on this one."""
-        steps = self.steps(ascent)
-        return self.realized(batch, before, steps, self.changes(batch, steps), HELD_OUT)
 
     def by_folds(
         self, batch: RolloutBatch, folds: Sequence[int], ascent: Mapping[str, Tensor], coefficients: Tensor
@@ -136,7 +129,7 @@ class Realizer:
                 / (prompts - len(part.groups))
                 for name, y in ascent.items()
             }
-            found.append(self.held_out(part, self.measured(part), others))
+            found.append(self.realized(part, self.measured(part), self.steps(others), HELD_OUT))
         return [average(rows) for rows in zip(*found, strict=True)]
 
     @property

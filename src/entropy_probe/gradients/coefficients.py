@@ -211,7 +211,7 @@ class Combinations:
 
     Attributes:
         batch: the rollouts.
-        combinations: what multiplies ∇log π and ∇H_t, one value a response [N] or one a response token [tokens] each.
+        combinations: what multiplies ∇log π and ∇H_t, one value a response [N] each.
         directions: K.
     """
 
@@ -223,7 +223,6 @@ class Combinations:
     def __post_init__(self) -> None:
         """Entropies are needed where a combination has them."""
         self._lengths = [len(r.response_ids) for r in self.batch.responses]
-        self._first_token = [0, *itertools.accumulate(self._lengths)]
         self.needs_entropies = any(c.entropies is not None for c in self.combinations)
 
     def needed_rows(self, rows: range) -> Sequence[int]:
@@ -236,9 +235,7 @@ class Combinations:
         weights = torch.ones((self.directions, len(rows)), dtype=torch.float64)
 
         def by_token(values: Tensor) -> Tensor:
-            if len(values) == len(self._lengths):
-                return torch.repeat_interleave(values[list(rows)].double(), tokens)
-            return torch.cat([values[self._first_token[row] : self._first_token[row + 1]] for row in rows]).double()
+            return torch.repeat_interleave(values[list(rows)].double(), tokens)
 
         return [
             Backward(

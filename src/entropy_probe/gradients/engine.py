@@ -85,10 +85,7 @@ def unit_gradients(
     """
     progress = progress if progress is not None else Silent()
     parameters = policy.trainable()
-    if rules is None:
-        rules = prove_rules(policy, batch)
-    else:
-        rules.check(policy)
+    rules = _proved(policy, batch, rules)
     shapes = {name: p.shape for name, p in parameters.items()}
     dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
     run = _Run(
@@ -115,9 +112,6 @@ def unit_gradients(
     return UnitGradients(
         dots=dots.dots,
         ascent={name: dots.y_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in dots.y_sums},
-        entropy_descent={
-            name: dots.x_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in dots.x_sums
-        },
         untouched=tuple(name for name in parameters if name not in reached),
         scores=run.found.scores,
         token_entropies=run.found.token_entropies,
@@ -182,10 +176,7 @@ def cross_gradients(
         progress: told of every microbatch.
     """
     progress = progress if progress is not None else Silent()
-    if rules is None:
-        rules = prove_rules(policy, evaluation)
-    else:
-        rules.check(policy)
+    rules = _proved(policy, evaluation, rules)
     parameters = policy.trainable()
     counts = (len(evaluation.groups), len(update.groups))
     dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
@@ -224,15 +215,12 @@ def response_dots(
         policy: the model at θ.
         batch: the rollouts.
         directions: V by parameter name; names that one lacks count as zero, and names that are not trainable are passed by.
-        combinations: l and e, one a response [N] or one a response token [tokens], e None for zeros.
+        combinations: l and e, [N] each, e None for zeros.
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
     """
     progress = progress if progress is not None else Silent()
-    if rules is None:
-        rules = prove_rules(policy, batch)
-    else:
-        rules.check(policy)
+    rules = _proved(policy, batch, rules)
     rows = list(range(len(batch.responses)))
     if combinations is None:
         combinations = [EntropyCoefficients(torch.ones(len(rows), dtype=torch.float64))]
@@ -247,6 +235,14 @@ def response_dots(
     for part in progress.track(parts, "linear prediction", len(parts)):
         run.backward(part, contractions)
     return contractions.total.cpu().view(len(rows), len(combinations), len(directions))
+
+
+def _proved(policy: Policy, batch: RolloutBatch, rules: Rules | None) -> Rules:
+    """Rules of an earlier call, if they are this model's, or new ones."""
+    if rules is None:
+        return prove_rules(policy, batch)
+    rules.check(policy)
+    return rules
 
 
 @dataclass

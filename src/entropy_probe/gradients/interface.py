@@ -44,7 +44,6 @@ class UnitGradients:
         token_entropies: H_t of every response token by the same forward, flat [tokens]; None where X did not need them.
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
-        entropy_descent: X̄ = (1/B) Σ_n X_n likewise: an estimate of −∇H.
         untouched: trainable parameters that no response reaches (autograd gives None for them).
         coverage: how parameters got their gradients.
         rules: for the next call on the same model; None where the backend has none.
@@ -52,7 +51,6 @@ class UnitGradients:
 
     dots: Mapping[float, UnitDots]
     ascent: Mapping[str, Tensor]
-    entropy_descent: Mapping[str, Tensor]
     untouched: tuple[str, ...]
     scores: Tensor
     token_entropies: Tensor | None = None

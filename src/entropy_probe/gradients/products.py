@@ -19,10 +19,9 @@ CHUNK = 1 << 19
 
 @dataclass(frozen=True)
 class Dots:
-    """Unit dots by learning rate, and Σ_u X_u and Σ_u Y_u by parameter."""
+    """Unit dots by learning rate, and Σ_u Y_u by parameter."""
 
     dots: dict[float, UnitDots]
-    x_sums: dict[str, Tensor]
     y_sums: dict[str, Tensor]
 
 
@@ -43,19 +42,17 @@ def stored_dots(
         rate: torch.zeros((len(units),) * 2, dtype=torch.float64, device=device) for rate in learning_rates.values()
     }
     sum_dots = {rate: torch.zeros((), dtype=torch.float64, device=device) for rate in kernels}
-    x_sums, y_sums = (
-        {name: uninitialised((values.shape[-1],), torch.float64, device) for name, values in vectors.values.items()}
-        for _ in range(2)
-    )
+    y_sums = {
+        name: uninitialised((values.shape[-1],), torch.float64, device) for name, values in vectors.values.items()
+    }
 
     def multiply(rate: float, pieces: Sequence[tuple[str, slice]], used: int) -> None:
         x, y = buffer[:, :, :used]
         x_sum, y_sum, p = x.sum(0), y.sum(0), weights[:used]
         start = 0
         for name, part in pieces:
-            here = slice(start, start + part.stop - part.start)
-            x_sums[name][part], y_sums[name][part] = x_sum[here], y_sum[here]
-            start = here.stop
+            y_sums[name][part] = y_sum[start : start + part.stop - part.start]
+            start += part.stop - part.start
         sum_dots[rate] += torch.dot(x_sum.mul_(p), y_sum)
         x *= p
         kernels[rate].addmm_(x, y.T)
@@ -79,7 +76,7 @@ def stored_dots(
         if pieces:
             multiply(rate, pieces, used)
     dots = {rate: UnitDots.from_kernel(k.cpu().numpy(), sizes, float(sum_dots[rate])) for rate, k in kernels.items()}
-    return Dots(dots, *({n: v for n, v in sums.items() if n in vectors.reached} for sums in (x_sums, y_sums)))
+    return Dots(dots, {name: y for name, y in y_sums.items() if name in vectors.reached})
 
 
 def cross_kernel(
@@ -166,7 +163,7 @@ class StreamedSums:
                 [diagonal[unit] for unit in range(len(sizes))],
                 sum(self._sum_dot(name) for name in names),
             )
-        return Dots(dots, *({n: v for n, v in sums.items() if n in reached} for sums in (self.x_sums, self.y_sums)))
+        return Dots(dots, {name: y for name, y in self.y_sums.items() if name in reached})
 
     def _sum_dot(self, name: str) -> float:
         x_sum = self.x_sums[name]

@@ -80,7 +80,6 @@ def unit_gradients(
     sizes = units.sizes
 
     ascent_sum: dict[str, Tensor] = {}
-    descent_sum: dict[str, Tensor] = {}
     reached: set[str] = set()
 
     def vectors(span: slice, *, first_pass: bool) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
@@ -94,11 +93,10 @@ def unit_gradients(
         )
         if first_pass:
             reached.update(x_grads, y_grads)
-            for sums, grads in ((ascent_sum, y_grads), (descent_sum, x_grads)):
-                for name, grad in grads.items():
-                    # Sums over units are kept in float64: they are subtracted from and compared with dots of float64.
-                    total = sums.setdefault(name, torch.zeros_like(grad, dtype=torch.float64))
-                    total += grad
+            for name, grad in y_grads.items():
+                # Sums over units are kept in float64: they are subtracted from and compared with dots of float64.
+                total = ascent_sum.setdefault(name, torch.zeros_like(grad, dtype=torch.float64))
+                total += grad
         return _flat(x_grads, roots, segments, parameters), _flat(y_grads, roots, segments, parameters)
 
     def track(description: str) -> Iterable[slice]:
@@ -118,7 +116,6 @@ def unit_gradients(
     return UnitGradients(
         dots=dots,
         ascent={name: total / prompts for name, total in ascent_sum.items()},
-        entropy_descent={name: total / prompts for name, total in descent_sum.items()},
         untouched=tuple(name for name in parameters if name not in reached),
         scores=scores,
         token_entropies=measured.entropies,
