@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from entropy_probe.importance_sampling import entropy_change, entropy_estimate, importance_weights, pareto_smooth
+from entropy_probe.importance_sampling import (
+    Weighting,
+    entropy_change,
+    entropy_estimate,
+    importance_weights,
+    linear_term,
+    pareto_smooth,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,3 +138,39 @@ def test_unequal_groups_weigh_prompts_equally() -> None:
     scores = np.array([-1.0, -1.0, -1.0, -1.0, -5.0])
     assert entropy_estimate(-scores, [4, 1])[0] == pytest.approx(3.0)
     assert entropy_change(scores, scores, [4, 1]).delta_h == pytest.approx(0.0, abs=1e-15)
+
+
+@pytest.mark.parametrize("weighting", list(Weighting))
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_the_linear_term_is_the_derivative_of_every_measure(
+    weighting: Weighting, per_token: bool, by_tokens: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    sizes = [3, 2, 4]
+    scores, v, d_scores, d_v = -rng.gamma(2.0, 1.0, size=9), rng.gamma(2.0, 1.0, size=9), *rng.normal(size=(2, 9))
+    lengths = rng.integers(1, 6, size=9).astype(float) if per_token else None
+
+    def change(eps: float) -> float:
+        entropies = (v, v + eps * d_v) if by_tokens else None
+        found = entropy_change(
+            scores, scores + eps * d_scores, sizes, entropies=entropies, lengths=lengths, weighting=weighting
+        )
+        return found.delta_h
+
+    term = linear_term(scores, sizes, entropies=v if by_tokens else None, lengths=lengths, weighting=weighting)
+    linear = float(term.on_scores @ d_scores)
+    if term.on_entropies is not None:
+        linear += float(term.on_entropies @ d_v)
+    assert linear == pytest.approx((change(1e-6) - change(-1e-6)) / 2e-6, rel=1e-6)
+    assert (term.on_entropies is not None) is by_tokens
+
+
+def test_weights_of_each_prompt_sum_to_its_share_and_are_not_smoothed() -> None:
+    rng = np.random.default_rng(4)
+    scores = -rng.gamma(2.0, 1.0, size=60)
+    after = scores + rng.normal(size=60)
+    found = entropy_change(scores, after, [20] * 3, weighting=Weighting.PER_PROMPT)
+    assert found.weights.weights.reshape(3, 20).sum(axis=1) == pytest.approx([1 / 3] * 3)
+    assert found.delta_h_smoothed is None
+    assert entropy_change(scores, after, [20] * 3).delta_h_smoothed is not None
