@@ -60,7 +60,7 @@ from entropy_probe.u_statistics import cross_statistics
 from entropy_probe.units import exact_units
 
 LEGS = ("training", "forward", "preparation", "probe", "rao_blackwell", "streamed", "two_backward", "guide")
-SLOW_LEGS = ("two_backward", "guide")
+SLOW_LEGS = ("rao_blackwell", "two_backward", "guide")
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "268435456"}
 LONG = 512
 """Positions from which the slowest legs run in every third repeat only."""

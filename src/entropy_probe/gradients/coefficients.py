@@ -120,7 +120,7 @@ class EntropySide:
         """X's coefficients of these rows, one a response or one a token."""
         if isinstance(self.entropy, Tensor):
             return EntropyCoefficients(
-                self._tokens(rows, self.entropy) if self._per_token else self.entropy[list(rows)]
+                _of_rows(self.entropy, rows, self._first_token) if self._per_token else self.entropy[list(rows)]
             )
         # Of the rows' prompts alone: over the whole batch anew for every strip would be quadratic in it.
         groups = sorted({self._group_of_row[row] for row in rows})
@@ -129,7 +129,7 @@ class EntropySide:
         of_groups = entropy_coefficients(
             self.entropy,
             found.scores[members],
-            None if found.token_entropies is None else self._tokens(members, found.token_entropies),
+            None if found.token_entropies is None else _of_rows(found.token_entropies, members, self._first_token),
             lengths,
             [self.batch.group_sizes[n] for n in groups],
             self._ratio_of(found) if self.entropy.unit is EntropyUnit.PER_TOKEN else None,
@@ -143,9 +143,6 @@ class EntropySide:
         if of_groups.entropies is None:
             return EntropyCoefficients(picked(of_groups.log_probs, [1] * len(members)))
         return EntropyCoefficients(picked(of_groups.log_probs, lengths), picked(of_groups.entropies, lengths))
-
-    def _tokens(self, rows: Sequence[int], values: Tensor) -> Tensor:
-        return torch.cat([values[self._first_token[row] : self._first_token[row + 1]] for row in rows])
 
     def _ratio_of(self, found: Found) -> EntropyRatio:
         """Of the whole batch, whose scores are all known by then; they do not change."""
@@ -195,6 +192,11 @@ class EntropyAndUpdate:
         return [x, y]
 
 
+def _of_rows(values: Tensor, rows: Sequence[int], first_token: Sequence[int]) -> Tensor:
+    """Those of ``values`` [tokens] that are of these rows, one after the other."""
+    return torch.cat([values[first_token[row] : first_token[row + 1]] for row in rows])
+
+
 def _weighted(values: Tensor, lengths: Sequence[int], channel: int, *, apart: bool) -> Backward:
     """One value a response, in the weights, or at its tokens where ``apart``."""
     tokens = torch.tensor(list(lengths))
@@ -211,7 +213,7 @@ class Combinations:
 
     Attributes:
         batch: the rollouts.
-        combinations: what multiplies ∇log π and ∇H_t, one value a response [N] each.
+        combinations: what multiplies ∇log π and ∇H_t, each one value a response [N] or one a response token [tokens].
         directions: K.
     """
 
@@ -223,6 +225,7 @@ class Combinations:
     def __post_init__(self) -> None:
         """Entropies are needed where a combination has them."""
         self._lengths = [len(r.response_ids) for r in self.batch.responses]
+        self._first_token = [0, *itertools.accumulate(self._lengths)]
         self.needs_entropies = any(c.entropies is not None for c in self.combinations)
 
     def needed_rows(self, rows: range) -> Sequence[int]:
@@ -235,6 +238,9 @@ class Combinations:
         weights = torch.ones((self.directions, len(rows)), dtype=torch.float64)
 
         def by_token(values: Tensor) -> Tensor:
+            if len(values) != len(self._lengths):
+                assert len(values) == self._first_token[-1]
+                return _of_rows(values, rows, self._first_token).double()
             return torch.repeat_interleave(values[list(rows)].double(), tokens)
 
         return [

@@ -209,13 +209,14 @@ def response_dots(
 ) -> Tensor:
     """What every response changes to first order in each direction: float64 [N, M, K], on the CPU.
 
-    D_imk = (l_mi ∇S_i + e_mi Σ_t ∇H_it) · V_k, by one forward and M backwards. By default M = 1 and D_i1k = dS_i = ∇S_i · V_k.
+    D_imk = Σ_t (l_mit ∇log π_it + e_mit ∇H_it) · V_k, by one forward and M backwards. By default M = 1 and D_i1k = dS_i =
+    ∇S_i · V_k.
 
     Args:
         policy: the model at θ.
         batch: the rollouts.
         directions: V by parameter name; names that one lacks count as zero, and names that are not trainable are passed by.
-        combinations: l and e, [N] each, e None for zeros.
+        combinations: l and e, each one value a response [N] or one a response token [tokens], e None for zeros.
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
     """
