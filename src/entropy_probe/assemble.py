@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +18,7 @@ from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.gradients import Coverage, Plan, Preparation
 from entropy_probe.importance_sampling import entropy_estimate
 from entropy_probe.intervals import needed_units
+from entropy_probe.noise import LEAST_UNITS, NoiseParts
 from entropy_probe.policy import Measured
 from entropy_probe.realized import HELD_OUT, SAME, RealizedChange
 from entropy_probe.report.schema import (
@@ -29,6 +30,7 @@ from entropy_probe.report.schema import (
     FirstOrder,
     FoldSection,
     NeededSection,
+    NoiseSection,
     PreconditionerDots,
     RealizedRow,
     Report,
@@ -67,6 +69,7 @@ def assemble_report(
     adam: AdamState,
     realized: Sequence[RealizedChange],
     two_batches: TwoBatchStatistics | None,
+    noise: NoiseParts | None,
     evaluation: RolloutBatch | None,
     folds: Sequence[int] | None,
     warnings: Sequence[Evidence],
@@ -94,6 +97,7 @@ def assemble_report(
         ),
         first_order=first,
         needed=_needed(step_statistics, len(batch.groups) / len(plan.units.ranges), target_se),
+        noise=_noise(noise, step_statistics),
         two_batches=None if two_batches is None else _two_batches(two_batches, evaluation),
         folds=None if folds is None else _folds(folds, step_kernel, plan),
         units=UnitsSection(
@@ -233,6 +237,20 @@ def _needed(step: CrossStatistics, prompts_per_unit: float, target_se: float | N
         return None if units is None else math.ceil(units * prompts_per_unit)
 
     return NeededSection(prompts(exclude), target_se, prompts(reach), reasons)
+
+
+def _noise(parts: NoiseParts | None, step: CrossStatistics) -> NoiseSection:
+    """Shares of V, or why there are none."""
+    names = [field.name for field in fields(NoiseParts)]
+    if parts is None or not step.variance:
+        if step.parts is None:
+            why = step.null_reasons.get("ci95", "needs the matrix of dots of equal units")
+        elif not step.variance:
+            why = "δH₁ has no noise to split"
+        else:
+            why = f"{len(step.row_means)} units; three thirds need at least {LEAST_UNITS}"
+        return NoiseSection(**dict.fromkeys(names), null_reasons=dict.fromkeys(names, why))
+    return NoiseSection(**{name: value / step.variance for name, value in asdict(parts).items()})
 
 
 def _two_batches(found: TwoBatchStatistics, evaluation: RolloutBatch | None) -> TwoBatchSection:

@@ -29,9 +29,11 @@ from entropy_probe.gradients import (
     make_plan,
     marked,
     prepare,
+    response_parts,
     unit_gradients,
 )
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.noise import LEAST_UNITS, THIRDS, NoiseParts, noise_of
 from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure
@@ -289,6 +291,7 @@ def _probe_as_marked(
             rates,
             storage=plan.storage,
             vector_dtype=vector_dtype,
+            thirds=len(plan.units.ranges) >= LEAST_UNITS,
             rules=preparation.rules,
             progress=progress,
         )
@@ -345,6 +348,20 @@ def _probe_as_marked(
 
     # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
     step_statistics = cross_statistics(gradients.step_weighted)
+    noise: NoiseParts | None = None
+    if gradients.third_directions is not None and step_statistics.parts is not None:
+        with clock.stage("noise"):
+            parts = response_parts(
+                policy,
+                batch,
+                target,
+                Measured(scores, gradients.token_entropies),
+                y_coefficients,
+                [{name: v[k] for name, v in gradients.third_directions.items()} for k in range(2 * THIRDS)],
+                rules=preparation.rules,
+                progress=progress,
+            ).numpy()
+            noise = noise_of(step_statistics, parts, batch.group_sizes, plan.units)
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
@@ -371,6 +388,7 @@ def _probe_as_marked(
         adam=adam,
         realized=realized,
         two_batches=two_batches,
+        noise=noise,
         evaluation=evaluation,
         folds=folds,
         warnings=warnings,

@@ -31,11 +31,12 @@ from entropy_probe.gradients.contractions import Contractions
 from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import Treatment, fall_back_around, parameter_owners, treated
-from entropy_probe.gradients.products import Dots, StreamedSums, cross_kernel, stored_dots
+from entropy_probe.gradients.products import Dots, StreamedSums, cross_kernel, stored_dots, third_directions
 from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
 from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import (
+    Measured,
     PaddedResponses,
     Policy,
     TokenValues,
@@ -60,6 +61,7 @@ def unit_gradients(
     *,
     storage: Storage = Storage.STORED,
     vector_dtype: torch.dtype | None = None,
+    thirds: bool = False,
     rules: Rules | None = None,
     progress: Progress | None = None,
 ) -> UnitGradients:
@@ -76,6 +78,7 @@ def unit_gradients(
         learning_rates: η by parameter name; dots are kept apart by it.
         storage: keep all vectors (and get the kernel), or stream them in two passes.
         vector_dtype: of stored vectors; None takes the weights', float32 at least.
+        thirds: whether to find the directions of :mod:`entropy_probe.noise`, three units or more, where vectors are stored.
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
 
@@ -97,6 +100,7 @@ def unit_gradients(
         rules.unproven,
     )
     parts = run.parts()
+    directions: dict[str, Tensor] | None = None
     if storage is Storage.STORED:
         vectors = UnitVectors(shapes, len(units.ranges), dtype, policy.device)
         vectors.open(range(len(units.ranges)))
@@ -104,6 +108,8 @@ def unit_gradients(
             run.backward(part, vectors)
         vectors.settle(range(len(units.ranges)))
         dots, reached = stored_dots(vectors, units.sizes, preconditioners, learning_rates), vectors.reached
+        if thirds:
+            directions = third_directions(vectors, units.sizes, preconditioners, learning_rates)
     else:
         dots, reached = _streamed(run, parts, units, shapes, dtype, preconditioners, learning_rates, progress)
     if not reached:
@@ -115,6 +121,7 @@ def unit_gradients(
         untouched=tuple(name for name in parameters if name not in reached),
         scores=run.found.scores,
         token_entropies=run.found.token_entropies,
+        third_directions=directions,
         coverage=run.coverage(),
         rules=replace(rules, treatments=run.treatments),
     )
@@ -236,6 +243,40 @@ def response_dots(
     for part in progress.track(parts, "linear prediction", len(parts)):
         run.backward(part, contractions)
     return contractions.total.cpu().view(len(rows), len(combinations), len(directions))
+
+
+def response_parts(
+    policy: Policy,
+    batch: RolloutBatch,
+    target: EntropyTarget,
+    measured: Measured,
+    advantage_coefficients: Tensor,
+    directions: Sequence[Mapping[str, Tensor]],
+    *,
+    rules: Rules | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """ξ_ik and ψ_ik, what each response adds to X_n · V_k and to Y_n · V_k: float64 [N, 2, K], on the CPU.
+
+    Args:
+        policy: the model at θ.
+        batch: the rollouts.
+        target: what X estimates.
+        measured: scores, and entropies where the target needs them, as found at θ.
+        advantage_coefficients: a, [N].
+        directions: V by parameter name.
+        rules: of an earlier call on this very model; None proves them first.
+        progress: told of every microbatch.
+    """
+    found = Found(measured.scores, measured.entropies)
+    x = EntropySide(batch, target).of_rows(range(len(batch.responses)), found)
+    a = advantage_coefficients.double()[:, None]
+    ones = EntropyCoefficients(torch.ones(len(a), dtype=torch.float64))
+    # Coefficients a response stand outside of dS_i · V_k, which is then all that is needed.
+    combinations = [ones] if x.entropies is None else [ones, x]
+    dots = response_dots(policy, batch, directions, combinations, rules=rules, progress=progress)
+    of_x = x.log_probs.double()[:, None] * dots[:, 0] if x.entropies is None else dots[:, 1]
+    return torch.stack([of_x, a * dots[:, 0]], dim=1)
 
 
 def _proved(policy: Policy, batch: RolloutBatch, rules: Rules | None) -> Rules:

@@ -11,6 +11,7 @@ from torch import Tensor
 from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.gradients.contractions import Contractions
 from entropy_probe.gradients.unit_vectors import UnitVectors, uninitialised
+from entropy_probe.noise import THIRDS
 from entropy_probe.u_statistics import UnitDots
 
 CHUNK = 1 << 19
@@ -77,6 +78,34 @@ def stored_dots(
             multiply(rate, pieces, used)
     dots = {rate: UnitDots.from_kernel(k.cpu().numpy(), sizes, float(sum_dots[rate])) for rate, k in kernels.items()}
     return Dots(dots, {name: y for name, y in y_sums.items() if name in vectors.reached})
+
+
+def third_directions(
+    vectors: UnitVectors,
+    sizes: Sequence[int],
+    preconditioners: Mapping[str, Tensor],
+    learning_rates: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """η P Ȳᵈ and η P X̄ᵈ, the means over the prompts of each third of the units (:mod:`~entropy_probe.noise`).
+
+    By parameter name, [2 · 3, elements], in the dtype of the vectors' arithmetic: Ȳ of every third, then X̄ of every third.
+    """
+    units = range(len(sizes))
+    prompts = [sum(sizes[third::THIRDS]) for third in range(THIRDS)]
+    found = {}
+    for name in vectors.reached:
+        values = vectors.of(name, units)
+        means = torch.stack(
+            [
+                values[third::THIRDS, channel].sum(0, dtype=vectors.arithmetic) / prompts[third]
+                for channel in (1, 0)
+                for third in range(THIRDS)
+            ]
+        )
+        for part in _chunks(means.shape[-1], CHUNK):
+            means[:, part] *= learning_rates[name] * _p_chunk(preconditioners, name, part).to(means)
+        found[name] = means
+    return found
 
 
 def cross_kernel(

@@ -72,6 +72,26 @@ class NeededSection:
 
 
 @dataclass(frozen=True)
+class NoiseSection:
+    """Where δH₁'s noise comes from: shares of its variance, of which the first five add up to 1.
+
+    ``entropy_gradient`` and ``update`` are the sampling noise of X and of Y through the responses within prompts, ``shared``
+    what the two share (negative where they cancel), ``prompts`` real differences between prompts, ``product`` the one's noise
+    times the other's, which falls as 1/U²; ``product_with_entropy_gradient`` and ``product_with_update`` are what of the
+    product would go with X's sampling noise and with Y's. See :mod:`entropy_probe.noise`.
+    """
+
+    entropy_gradient: float | None
+    update: float | None
+    shared: float | None
+    prompts: float | None
+    product: float | None
+    product_with_entropy_gradient: float | None
+    product_with_update: float | None
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TwoBatchSection:
     """δH₁ with X from the evaluation rollouts and Y from the update's, nats; ``variance_*`` are its terms, nats².
 
@@ -225,6 +245,7 @@ class Report:
     headline: str
     first_order: FirstOrder
     needed: NeededSection
+    noise: NoiseSection
     two_batches: TwoBatchSection | None
     folds: FoldSection | None
     units: UnitsSection
@@ -244,7 +265,7 @@ class Report:
             AssertionError: a number is not finite, or a null has no reason: a fault of ours.
         """
         content = {"schema": SCHEMA, **asdict(self)}
-        for record in (content["first_order"], content["needed"], *content["realized"]):
+        for record in (content["first_order"], content["needed"], content["noise"], *content["realized"]):
             for name, value in record.items():
                 assert value is not None or name in record["null_reasons"], f"{name} is null without a reason"
         _assert_finite(content, "report")

@@ -49,6 +49,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(Text(report.headline, style="bold"))
     console.print()
     console.print(_section("First order, before the step", _first_order(report)))
+    console.print(_section("Where the noise of δH₁ comes from, in shares of its variance", _noise(report)))
     console.print(_section(f"Realised, after a step ({_nats(report)})", _realized(report)))
     console.print(_section("Batch and checkpoint", _facts(report)))
     for warning in report.warnings:
@@ -106,6 +107,34 @@ def _first_order(report: Report) -> Table:
         ),
         ("learning rate", _rates(first.learning_rate), ""),
         ("self-test residual", f"{first.self_test_residual:.1e}", "relative"),
+    )
+
+
+def _noise(report: Report) -> Table:
+    noise = report.noise
+    reasons = dict(noise.null_reasons)
+
+    def share(value: float | None, name: str) -> str:
+        return f"none: {reasons[name]}" if value is None else f"{100.0 * value:.0f} %".replace("-", "−")
+
+    if noise.product is None:
+        return _rows(("all of it", share(None, "product"), ""))
+    of_x = share(noise.product_with_entropy_gradient, "product_with_entropy_gradient")
+    of_y = share(noise.product_with_update, "product_with_update")
+    return _rows(
+        (
+            "entropy gradient, X",
+            share(noise.entropy_gradient, "entropy_gradient"),
+            "sampling of responses: more of them, or a better --estimator",
+        ),
+        ("update, Y", share(noise.update, "update"), "sampling of responses: more of them"),
+        ("both together", share(noise.shared, "shared"), "through the responses that both are made of"),
+        ("prompts", share(noise.prompts, "prompts"), "real differences: more prompts, nothing else"),
+        (
+            "X's times Y's",
+            share(noise.product, "product"),
+            f"falls with the square of the prompts; X's sampling is in {of_x}, Y's in {of_y}",
+        ),
     )
 
 
