@@ -64,8 +64,8 @@ def true_parts() -> dict[str, float]:
         "shared": 2.0 * MEAN_Y @ both @ MEAN_X / PROMPTS,
         "prompts": (MEAN_Y @ differ_x @ MEAN_Y + MEAN_X @ differ_y @ MEAN_X + 2.0 * MEAN_Y @ differ @ MEAN_X) / PROMPTS,
         "product": (np.trace(all_x @ all_y) + np.trace(all_both @ all_both)) / pairs,
-        "product_with_entropy_gradient": np.trace(of_x @ all_y) / pairs,
-        "product_with_update": np.trace(all_x @ of_y) / pairs,
+        "product_with_entropy_gradient": (np.trace(of_x @ all_y) + np.trace(both @ all_both)) / pairs,
+        "product_with_update": (np.trace(all_x @ of_y) + np.trace(both @ all_both)) / pairs,
     }
 
 
@@ -168,9 +168,8 @@ def test_parts_of_responses_add_up_to_the_kernel(estimator: Estimator) -> None:
     units, target = block_units(14, 7), EntropyTarget(estimator)
     found = unit_gradients(policy, batch, units, target, a, p, rates, thirds=True)
     assert found.third_directions is not None
-    directions = [{name: v[k] for name, v in found.third_directions.items()} for k in range(2 * THIRDS)]
     measured = Measured(found.scores, found.token_entropies)
-    parts = response_parts(policy, batch, target, measured, a, directions).numpy()
+    x_parts, y_parts = response_parts(policy, batch, target, measured, a, *found.third_directions)
     kernel = found.step_weighted.kernel
     assert kernel is not None
     of_unit = np.array(units.of_rows(batch.group_sizes))
@@ -178,8 +177,8 @@ def test_parts_of_responses_add_up_to_the_kernel(estimator: Estimator) -> None:
         in_third = np.arange(7) % THIRDS == third
         prompts = 2 * in_third.sum()
         for unit in range(7):
-            x = parts[of_unit == unit, 0, third].sum()
-            y = parts[of_unit == unit, 1, THIRDS + third].sum()
+            x = float(x_parts[of_unit == unit, third].sum())
+            y = float(y_parts[of_unit == unit, third].sum())
             scale = np.abs(kernel).max()
             assert abs(x - kernel[unit, in_third].sum() / prompts) < 1e-11 * scale
             assert abs(y - kernel[in_third, unit].sum() / prompts) < 1e-11 * scale

@@ -9,8 +9,11 @@ responses, x_n = Σ_g ξ_ng and y_n = Σ_g ψ_ng, which are drawn independently,
 B⁻² Σ_n c_n(ξ, ξ) is X's share of V, B⁻² Σ_n c_n(ψ, ψ) Y's, 2 B⁻² Σ_n c_n(ξ, ψ) what they share through their responses, and
 the rest of 4 ζ₁/U is real differences between prompts. E[Y] is not known, and Ȳ in its place would bring the prompt's own Y_n,
 and its noise squared. So units are dealt to three thirds: a prompt of one third is contracted with the mean Ȳᵇ of a second on
-one side and Ȳᶜ of the last on the other, c_n(ξᵇ, ξᶜ), which are independent of it and of each other. What the two disagree by,
-½ c_n(ξᵇ − ξᶜ, ξᵇ − ξᶜ), in expectation ½ tr(Var X_n · Var(Ȳᵇ − Ȳᶜ)), says how much of the product has X's sampling noise in it.
+one side and Ȳᶜ of the last on the other, c_n(ξᵇ, ξᶜ), which are independent of it and of each other.
+
+The product is [tr(Var X · Var Y) + tr(Cov(X, Y)²)] / (U(U−1)). What the two thirds disagree by, Δξ = ξᵇ − ξᶜ and Δψ = ψᵇ − ψᶜ,
+says how much of it has X's sampling noise in it: c_n(Δξ, Δξ) is tr(Var X_n · Var(Ȳᵇ − Ȳᶜ)) in expectation, and c_n(Δξ, Δψ) the
+like of the second term.
 
 Unbiased for Y with given advantages; for X, whose leave-one-out mean ties responses together, up to a relative 1/G.
 Source: design section 4; Hoeffding (1948).
@@ -94,21 +97,23 @@ def noise_parts(
     counts = np.bincount(np.arange(units) % THIRDS)
     # Var(Ȳᵇ − Ȳᶜ) over Var Y_u, by prompt.
     spread = 1.0 / counts[(third + 1) % THIRDS] + 1.0 / counts[(third + 2) % THIRDS]
+    together = covariance(x_b - x_c, y_b - y_c)
     with_x, with_y = (
-        min(product, float((covariance(b - c, b - c) / spread).sum()) / (units - 1))
+        min(product, max(0.0, float(((covariance(b - c, b - c) + together) / spread).sum()) / (units - 1)))
         for b, c in ((x_b, x_c), (y_b, y_c))
     )
     return NoiseParts(of_x, of_y, shared, max(0.0, linear - sampled), product, with_x, with_y)
 
 
 def noise_of(
-    statistics: CrossStatistics, parts: FloatArray, group_sizes: Sequence[int], units: Units
+    statistics: CrossStatistics, x: FloatArray, y: FloatArray, group_sizes: Sequence[int], units: Units
 ) -> NoiseParts | None:
     """:func:`noise_parts` of these statistics' V; None where V has no parts.
 
     Args:
         statistics: of the inner product η P.
-        parts: ξ and ψ against Ȳᵈ of the three thirds, then X̄ᵈ, [N, 2, 2 · 3].
+        x: ξ, as of :func:`noise_parts`.
+        y: ψ.
         group_sizes: G_n, two or more each.
         units: as they were paired.
     """
@@ -117,8 +122,8 @@ def noise_of(
     count = len(units.ranges)
     zeta1, tau_squared = statistics.parts
     return noise_parts(
-        parts[:, 0, :THIRDS],
-        parts[:, 1, THIRDS:],
+        x,
+        y,
         group_sizes,
         [unit for unit, prompts in enumerate(units.ranges) for _ in prompts],
         variance_at(count, zeta1, 0.0),

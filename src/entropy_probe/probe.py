@@ -33,7 +33,7 @@ from entropy_probe.gradients import (
     unit_gradients,
 )
 from entropy_probe.importance_sampling import Weighting
-from entropy_probe.noise import LEAST_UNITS, THIRDS, NoiseParts, noise_of
+from entropy_probe.noise import LEAST_UNITS, NoiseParts, noise_of
 from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure
@@ -351,17 +351,19 @@ def _probe_as_marked(
     noise: NoiseParts | None = None
     if gradients.third_directions is not None and step_statistics.parts is not None:
         with clock.stage("noise"):
-            parts = response_parts(
+            x_directions, y_directions = gradients.third_directions
+            of_x, of_y = response_parts(
                 policy,
                 batch,
                 target,
                 Measured(scores, gradients.token_entropies),
                 y_coefficients,
-                [{name: v[k] for name, v in gradients.third_directions.items()} for k in range(2 * THIRDS)],
+                x_directions,
+                y_directions,
                 rules=preparation.rules,
                 progress=progress,
-            ).numpy()
-            noise = noise_of(step_statistics, parts, batch.group_sizes, plan.units)
+            )
+            noise = noise_of(step_statistics, of_x.numpy(), of_y.numpy(), batch.group_sizes, plan.units)
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),

@@ -209,17 +209,17 @@ def _weighted(values: Tensor, lengths: Sequence[int], channel: int, *, apart: bo
 
 @dataclass
 class Combinations:
-    """Channels m · K to (m + 1) · K are Σ over a row's tokens of combination m, each channel for its own direction.
+    """Every channel of combination m is Σ over a row's tokens of what it multiplies; channels differ in their direction.
 
     Attributes:
         batch: the rollouts.
         combinations: what multiplies ∇log π and ∇H_t, each one value a response [N] or one a response token [tokens].
-        directions: K.
+        channels: of each combination.
     """
 
     batch: RolloutBatch
     combinations: Sequence[EntropyCoefficients]
-    directions: int
+    channels: Sequence[slice]
     needs_entropies: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -235,7 +235,6 @@ class Combinations:
     def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
         """One backward a combination."""
         tokens = torch.tensor([self._lengths[row] for row in rows])
-        weights = torch.ones((self.directions, len(rows)), dtype=torch.float64)
 
         def by_token(values: Tensor) -> Tensor:
             if len(values) != len(self._lengths):
@@ -247,8 +246,8 @@ class Combinations:
             Backward(
                 by_token(c.log_probs),
                 None if c.entropies is None else by_token(c.entropies),
-                weights,
-                slice(m * self.directions, (m + 1) * self.directions),
+                torch.ones((channels.stop - channels.start, len(rows)), dtype=torch.float64),
+                channels,
             )
-            for m, c in enumerate(self.combinations)
+            for c, channels in zip(self.combinations, self.channels, strict=True)
         ]

@@ -16,12 +16,12 @@ from entropy_probe.gradients.sequences import Strip, row_chunks
 
 
 class Contractions:
-    """D_uc = Σ_{i∈u} w_ci g_i · V_k by parameter, with w the strips' mixing weights; channel c = m K + k is for direction k.
+    """D_uc = Σ_{i∈u} w_ci g_i · V_k by parameter, with w the strips' mixing weights; channel c is for direction c mod K.
 
     Args:
         directions: V by parameter name, [K, elements].
         units: u.
-        combinations: m, of as many backwards that each are contracted with all directions.
+        combinations: as many times K channels there are.
         dtype: of products; sums over chunks are float64.
         device: where gradients are.
 

@@ -100,7 +100,7 @@ def unit_gradients(
         rules.unproven,
     )
     parts = run.parts()
-    directions: dict[str, Tensor] | None = None
+    directions: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] | None = None
     if storage is Storage.STORED:
         vectors = UnitVectors(shapes, len(units.ranges), dtype, policy.device)
         vectors.open(range(len(units.ranges)))
@@ -227,22 +227,12 @@ def response_dots(
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
     """
-    progress = progress if progress is not None else Silent()
-    rules = _proved(policy, batch, rules)
-    rows = list(range(len(batch.responses)))
     if combinations is None:
-        combinations = [EntropyCoefficients(torch.ones(len(rows), dtype=torch.float64))]
-    together = {
-        name: torch.stack([v[name].flatten() if name in v else p.detach().flatten() * 0 for v in directions])
-        for name, p in policy.trainable().items()
-    }
-    coefficients = Combinations(batch, combinations, len(directions))
-    run = _Run(policy, batch, rows, coefficients, dict(rules.treatments), rules.unproven)
-    contractions = Contractions(together, len(rows), policy.dtype, policy.device, len(combinations))
-    parts = run.parts()
-    for part in progress.track(parts, "linear prediction", len(parts)):
-        run.backward(part, contractions)
-    return contractions.total.cpu().view(len(rows), len(combinations), len(directions))
+        combinations = [EntropyCoefficients(torch.ones(len(batch.responses), dtype=torch.float64))]
+    count = len(directions)
+    channels = [slice(m * count, (m + 1) * count) for m in range(len(combinations))]
+    dots = _contracted(policy, batch, directions, combinations, channels, rules, progress)
+    return dots.view(len(batch.responses), len(combinations), count)
 
 
 def response_parts(
@@ -251,12 +241,13 @@ def response_parts(
     target: EntropyTarget,
     measured: Measured,
     advantage_coefficients: Tensor,
-    directions: Sequence[Mapping[str, Tensor]],
+    x_directions: Sequence[Mapping[str, Tensor]],
+    y_directions: Sequence[Mapping[str, Tensor]],
     *,
     rules: Rules | None = None,
     progress: Progress | None = None,
-) -> Tensor:
-    """ξ_ik and ψ_ik, what each response adds to X_n · V_k and to Y_n · V_k: float64 [N, 2, K], on the CPU.
+) -> tuple[Tensor, Tensor]:
+    """ξ_ik and ψ_ik, what each response adds to X_n · V_k and to Y_n · W_k: float64 [N, K] each, on the CPU.
 
     Args:
         policy: the model at θ.
@@ -264,19 +255,51 @@ def response_parts(
         target: what X estimates.
         measured: scores, and entropies where the target needs them, as found at θ.
         advantage_coefficients: a, [N].
-        directions: V by parameter name.
+        x_directions: V by parameter name.
+        y_directions: W by parameter name.
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
     """
     found = Found(measured.scores, measured.entropies)
     x = EntropySide(batch, target).of_rows(range(len(batch.responses)), found)
-    a = advantage_coefficients.double()[:, None]
-    ones = EntropyCoefficients(torch.ones(len(a), dtype=torch.float64))
-    # Coefficients a response stand outside of dS_i · V_k, which is then all that is needed.
-    combinations = [ones] if x.entropies is None else [ones, x]
-    dots = response_dots(policy, batch, directions, combinations, rules=rules, progress=progress)
-    of_x = x.log_probs.double()[:, None] * dots[:, 0] if x.entropies is None else dots[:, 1]
-    return torch.stack([of_x, a * dots[:, 0]], dim=1)
+    ones = EntropyCoefficients(torch.ones(len(batch.responses), dtype=torch.float64))
+    of_x = slice(0, len(x_directions))
+    of_y = slice(of_x.stop, of_x.stop + len(y_directions))
+    directions = [*x_directions, *y_directions]
+    if x.entropies is None:
+        # Coefficients a response stand outside of dS_i · V_k, which is then all that is needed.
+        dots = _contracted(policy, batch, directions, [ones], [slice(0, of_y.stop)], rules, progress)
+        dots[:, of_x] *= x.log_probs.double()[:, None]
+    else:
+        dots = _contracted(policy, batch, directions, [x, ones], [of_x, of_y], rules, progress)
+    return dots[:, of_x], dots[:, of_y] * advantage_coefficients.double()[:, None]
+
+
+def _contracted(
+    policy: Policy,
+    batch: RolloutBatch,
+    directions: Sequence[Mapping[str, Tensor]],
+    combinations: Sequence[EntropyCoefficients],
+    channels: Sequence[slice],
+    rules: Rules | None,
+    progress: Progress | None,
+) -> Tensor:
+    """Each row's combinations in the directions of their channels (modulo the number of directions): [N, channels]."""
+    progress = progress if progress is not None else Silent()
+    rules = _proved(policy, batch, rules)
+    rows = list(range(len(batch.responses)))
+    together = {
+        name: torch.stack([v[name].flatten() if name in v else p.detach().flatten() * 0 for v in directions])
+        for name, p in policy.trainable().items()
+    }
+    run = _Run(policy, batch, rows, Combinations(batch, combinations, channels), dict(rules.treatments), rules.unproven)
+    contractions = Contractions(
+        together, len(rows), policy.dtype, policy.device, -(-max(c.stop for c in channels) // len(directions))
+    )
+    parts = run.parts()
+    for part in progress.track(parts, "linear prediction", len(parts)):
+        run.backward(part, contractions)
+    return contractions.total.cpu()
 
 
 def _proved(policy: Policy, batch: RolloutBatch, rules: Rules | None) -> Rules:

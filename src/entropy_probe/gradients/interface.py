@@ -45,7 +45,7 @@ class UnitGradients:
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
         untouched: trainable parameters that no response reaches (autograd gives None for them).
-        third_directions: η P Ȳᵈ and η P X̄ᵈ over the prompts of each third of the units, by name [2 · 3, elements], what
+        third_directions: η P Ȳᵈ and η P X̄ᵈ over the prompts of each third d of the units, by name, what
             :mod:`entropy_probe.noise` contracts responses with; None where they were not asked for, or vectors were streamed.
         coverage: how parameters got their gradients.
         rules: for the next call on the same model; None where the backend has none.
@@ -56,7 +56,7 @@ class UnitGradients:
     untouched: tuple[str, ...]
     scores: Tensor
     token_entropies: Tensor | None = None
-    third_directions: Mapping[str, Tensor] | None = None
+    third_directions: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] | None = None
     coverage: Coverage = Coverage()
     rules: Rules | None = None
 

@@ -85,27 +85,21 @@ def third_directions(
     sizes: Sequence[int],
     preconditioners: Mapping[str, Tensor],
     learning_rates: Mapping[str, float],
-) -> dict[str, Tensor]:
-    """η P Ȳᵈ and η P X̄ᵈ, the means over the prompts of each third of the units (:mod:`~entropy_probe.noise`).
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """η P Ȳᵈ and η P X̄ᵈ, the means over the prompts of each third d of the units (:mod:`~entropy_probe.noise`), laid flat.
 
-    By parameter name, [2 · 3, elements], in the dtype of the vectors' arithmetic: Ȳ of every third, then X̄ of every third.
+    In the dtype of the vectors' arithmetic.
     """
     units = range(len(sizes))
-    prompts = [sum(sizes[third::THIRDS]) for third in range(THIRDS)]
-    found = {}
-    for name in vectors.reached:
+    x_directions, y_directions = ([dict[str, Tensor]() for _ in range(THIRDS)] for _ in range(2))
+    for name in sorted(vectors.reached):
         values = vectors.of(name, units)
-        means = torch.stack(
-            [
-                values[third::THIRDS, channel].sum(0, dtype=vectors.arithmetic) / prompts[third]
-                for channel in (1, 0)
-                for third in range(THIRDS)
-            ]
-        )
-        for part in _chunks(means.shape[-1], CHUNK):
-            means[:, part] *= learning_rates[name] * _p_chunk(preconditioners, name, part).to(means)
-        found[name] = means
-    return found
+        for third in range(THIRDS):
+            means = values[third::THIRDS].sum(0, dtype=vectors.arithmetic) / sum(sizes[third::THIRDS])
+            for part in _chunks(means.shape[-1], CHUNK):
+                means[:, part] *= learning_rates[name] * _p_chunk(preconditioners, name, part).to(means)
+            y_directions[third][name], x_directions[third][name] = means
+    return x_directions, y_directions
 
 
 def cross_kernel(

@@ -133,7 +133,7 @@ def _noise(report: Report) -> Table:
         (
             "X's times Y's",
             share(noise.product, "product"),
-            f"falls with the square of the prompts; X's sampling is in {of_x}, Y's in {of_y}",
+            f"falls as 1/prompts²; sampling of X is in {of_x} (of the whole), of Y in {of_y}",
         ),
     )
 
