@@ -3,6 +3,7 @@
 from entropy_probe.adam_preconditioner import AdamState, state_of_optimizer
 from entropy_probe.errors import InputError
 from entropy_probe.probe import ProbeResult, Settings, probe, probe_checkpoint
+from entropy_probe.replay import ReplaySettings, replay
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
 
 __version__ = "0.1.0"
@@ -11,6 +12,7 @@ __all__ = [
     "AdamState",
     "InputError",
     "ProbeResult",
+    "ReplaySettings",
     "Rollout",
     "RolloutBatch",
     "Settings",
@@ -19,6 +21,7 @@ __all__ = [
     "probe_checkpoint",
     "read_batch",
     "read_rollouts",
+    "replay",
     "state_of_optimizer",
     "write_rollouts",
 ]

@@ -1,12 +1,14 @@
-"""Write beside, then rename: a reader never sees half a file, and an interrupted run leaves none."""
+"""Write beside, then rename: a reader never sees half a file, and an interrupted run leaves none. And read JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from entropy_probe.errors import InputError
 
@@ -42,6 +44,21 @@ def check_writable(path: Path) -> None:
         raise InputError(f"the folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"the folder {path.parent} cannot be written to")
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON ({error}); the file is damaged") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}; expected an object")
+    return content
 
 
 def _umask() -> int:

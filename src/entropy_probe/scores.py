@@ -241,6 +241,15 @@ def advantages_from_rewards(rewards: Tensor, group_sizes: Sequence[int], rule: A
     raise InputError("advantages by the rule 'given' are read from the rollouts, not computed from rewards")
 
 
+def advantages_over_batch(rewards: Tensor, group_sizes: Sequence[int]) -> Tensor:
+    """(r − mean) / (std + 1e-4), the mean of the prompt and the sample standard deviation of all rewards [N].
+
+    TRL's ``scale_rewards="batch"`` (arXiv 2508.08221), for the rewards of one generation batch.
+    """
+    centred = advantages_from_rewards(rewards, group_sizes, AdvantageRule.DR_GRPO)
+    return centred / (float(rewards.std(correction=1)) + 1e-4)
+
+
 def length_weights(
     lengths: Sequence[int],
     group_sizes: Sequence[int],

@@ -2,5 +2,15 @@
 
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
 from entropy_probe.checkpoints.hf import Checkpoint, ModelFolder, load_checkpoint, load_model
+from entropy_probe.checkpoints.trainer_state import TrainerState, read_trainer_state
 
-__all__ = ["Checkpoint", "ModelFolder", "OptimizerMapping", "load_adam_state", "load_checkpoint", "load_model"]
+__all__ = [
+    "Checkpoint",
+    "ModelFolder",
+    "OptimizerMapping",
+    "TrainerState",
+    "load_adam_state",
+    "load_checkpoint",
+    "load_model",
+    "read_trainer_state",
+]

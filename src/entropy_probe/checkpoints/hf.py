@@ -5,9 +5,7 @@ Weights are read from safetensors only (one file or shards), without network acc
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, validate_preconditioner
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
+from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.errors import InputError, first_line
+from entropy_probe.files import read_json
 from entropy_probe.policy import input_limits
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
@@ -92,7 +92,7 @@ def load_checkpoint(
         adam = adam.with_learning_rate(learning_rate)
     shapes = {name: p.shape for name, p in folder.model.named_parameters() if p.requires_grad}
     test = validate_preconditioner(adam, shapes, seed=seed)
-    return Checkpoint(folder, adam, mapping, test, stored, _trainer_step(path))
+    return Checkpoint(folder, adam, mapping, test, stored, read_trainer_state(path).global_step)
 
 
 def load_model(
@@ -185,7 +185,7 @@ def _base_folder(path: Path, base: Path | None) -> Path:
         if not base.is_dir():
             raise InputError(f"--base {base} is not a folder; expected the base model's folder")
         return base
-    named = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(named, str) and named:
         for candidate in (Path(os.path.normpath(path / named)), Path(named)):
             if candidate.is_dir():
@@ -222,21 +222,3 @@ def _load_adapter(path: Path, model: Any, dtype: torch.dtype, trainable: bool) -
                 "the file is truncated or of another base"
             )
     return _in_type(adapted, dtype)
-
-
-def _trainer_step(path: Path) -> int | None:
-    file = path / "trainer_state.json"
-    if not file.is_file():
-        return None
-    step = _read_json(file).get("global_step")
-    return step if isinstance(step, int) else None
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON ({error}); the file is damaged") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a JSON {type(content).__name__}; expected an object")
-    return content

@@ -1,4 +1,4 @@
-"""``entropy-probe demo | run | sample | inspect``."""
+"""``entropy-probe demo | run | replay | sample | inspect``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from entropy_probe.files import check_writable
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.policy import Policy
 from entropy_probe.probe import ProbeResult, Settings, probe_checkpoint
+from entropy_probe.replay import ReplaySettings
+from entropy_probe.replay import replay as replay_step
 from entropy_probe.report.files import check_report_folder, write_json, write_report_folder
+from entropy_probe.report.replay_text import print_replay
 from entropy_probe.report.text import print_report
 from entropy_probe.rollouts import count_cut, write_rollouts
 from entropy_probe.sampling import (
@@ -182,6 +185,67 @@ def run(
         progress=TerminalProgress(),
     )
     _show(result, _console(), json_file, out)
+
+
+@app.command()
+def replay(
+    before: Annotated[Path, typer.Argument(metavar="CHECKPOINT_N", help="Folder of the checkpoint before the step.")],
+    after: Annotated[Path, typer.Argument(metavar="CHECKPOINT_N+1", help="Folder of the one after it.")],
+    rollouts: Annotated[
+        Path, typer.Option(metavar="FILE", help="What that step consumed, as RolloutRecorder wrote it.")
+    ],
+    length_weight: Annotated[
+        LengthWeight | None, typer.Option(help="How the training loss weighs lengths; default: as recorded.")
+    ] = None,
+    advantage: Annotated[
+        AdvantageRule | None, typer.Option(help="Default: given where the rows have it, else dr_grpo.")
+    ] = None,
+    max_completion_length: Annotated[
+        int | None, typer.Option(min=1, metavar="L", help="Constant of --length-weight dr_grpo.")
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(metavar="X", help="The trainer's clip, 0 for none; default: as recorded, else none.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the stored one.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of rows that declare none; else 1.")] = None,
+    dtype: DTypeOption = DType.FLOAT32,
+    autocast: Annotated[
+        Autocast | None, typer.Option(help="Mixed precision over float32 weights; default: as recorded, else none.")
+    ] = None,
+    microbatch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Responses in one forward; default: what fits.")
+    ] = None,
+    base: BaseOption = None,
+    device: DeviceOption = Device.AUTO,
+    json_file: JsonOption = None,
+) -> None:
+    """Compute the step between two consecutive checkpoints from its rollouts, and compare it with the real one."""
+    _check_outputs(json_file, None)
+    settings = ReplaySettings(
+        length_weight=length_weight,
+        advantage=advantage,
+        max_completion_length=max_completion_length,
+        max_grad_norm=max_grad_norm,
+        learning_rate=learning_rate,
+        dtype=dtype.torch_dtype,
+        autocast=None if autocast is None else autocast.torch_dtype,
+        microbatch_size=microbatch,
+    )
+    report = replay_step(
+        before,
+        after,
+        rollouts,
+        settings,
+        base=base,
+        temperature=temperature,
+        device=device.torch_device,
+        progress=TerminalProgress(),
+    )
+    console = _console()
+    print_replay(report, console)
+    if json_file is not None:
+        write_json(report, json_file)
+        console.print(f"report written to {json_file}")
 
 
 @app.command()

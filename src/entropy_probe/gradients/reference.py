@@ -123,7 +123,12 @@ def unit_gradients(
 
 
 def loss_gradient(
-    policy: Policy, responses: Sequence[Rollout], coefficients: Tensor, *, progress: Progress | None = None
+    policy: Policy,
+    responses: Sequence[Rollout],
+    coefficients: Tensor,
+    *,
+    progress: Progress | None = None,
+    description: str = "linear prediction",
 ) -> dict[str, Tensor]:
     """∇ Σ_i coefficients_i S_i over all responses, by parameter name, float64; parameters not reached are left out."""
     progress = progress if progress is not None else Silent()
@@ -131,7 +136,7 @@ def loss_gradient(
     totals: dict[str, Tensor] = {}
     parts = list(policy.microbatches(len(responses)))
     with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad():
-        for part in progress.track(parts, "linear prediction", len(parts)):
+        for part in progress.track(parts, description, len(parts)):
             loss = probe_loss(policy.forward_scores(responses[part]), coefficients[part])
             _add(
                 totals,

@@ -8,6 +8,7 @@ the loss consumed, in the rollouts format::
     trainer.train()
 
     entropy-probe run output/checkpoint-50 --rollouts rollouts/step-00051.jsonl --length-weight dapo
+    entropy-probe replay output/checkpoint-50 output/checkpoint-51 --rollouts rollouts/step-00051.jsonl
 
 The file of step N+1 goes with ``checkpoint-N``. With several processes each writes its own rows, to
 ``step-00051-rank0.jsonl`` and so on: concatenate them (a group may be spread over ranks; its id is the same on all).
@@ -59,8 +60,9 @@ _REWARD, _GROUP = "entropy_probe_reward", "entropy_probe_group"  # our columns i
 class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Write ``folder/step-{N+1:05d}.jsonl``, the rows that optimizer step N+1 consumes.
 
-    Each row holds exact token ids (EOS kept), reward, advantage, the sampling settings, its micro-batch, and the token
-    count that the dapo loss divides by. ``prompt_id`` names the generation group, ``"{step}-{number}"``: two groups of
+    Each row holds exact token ids (EOS kept), reward, advantage, the sampling settings, its micro-batch, the token count
+    that the dapo loss divides by, and what ``entropy-probe replay`` asks for: clipping, the step's learning rate, responses a
+    prompt, mixed precision. ``prompt_id`` names the generation group, ``"{step}-{number}"``: two groups of
     one prompt stay two. A step with a row that has no reward (every reward function returned None) or no response token
     is left out, with a warning.
 
@@ -199,6 +201,9 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
                     "scale_rewards": trainer.scale_rewards,
                     "max_grad_norm": args.max_grad_norm,
                     "num_processes": args.world_size,
+                    "num_generations": trainer.num_generations,
+                    "learning_rate": float(trainer.optimizer.param_groups[0]["lr"]),
+                    "mixed_precision": trainer.accelerator.mixed_precision,
                 },
             )
             yield (generated_for, group), row

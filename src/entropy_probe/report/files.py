@@ -10,6 +10,7 @@ import numpy as np
 
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable, replacing
+from entropy_probe.report.replay_schema import ReplayReport
 from entropy_probe.report.schema import Report
 from entropy_probe.u_statistics import FloatArray
 
@@ -63,8 +64,8 @@ def write_report_folder(report: Report, kernel: FloatArray | None, folder: Path)
     return paths
 
 
-def write_json(report: Report, path: Path) -> None:
-    """Write report.json to ``path``.
+def write_json(report: Report | ReplayReport, path: Path) -> None:
+    """Write a report's JSON to ``path``.
 
     Raises:
         InputError: the folder is missing or read-only.
@@ -74,5 +75,5 @@ def write_json(report: Report, path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _to_json(report: Report) -> str:
+def _to_json(report: Report | ReplayReport) -> str:
     return json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -7,7 +7,7 @@ add keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -265,11 +265,20 @@ class Report:
             AssertionError: a number is not finite, or a null has no reason: a fault of ours.
         """
         content = {"schema": SCHEMA, **asdict(self)}
-        for record in (content["first_order"], content["needed"], content["noise"], *content["realized"]):
-            for name, value in record.items():
-                assert value is not None or name in record["null_reasons"], f"{name} is null without a reason"
-        _assert_finite(content, "report")
+        check_content(content, (content["first_order"], content["needed"], content["noise"], *content["realized"]))
         return content
+
+
+def check_content(content: Mapping[str, Any], explained: Iterable[Mapping[str, Any]]) -> None:
+    """Every number of a report is finite, and every null of the records ``explained`` has its reason in ``null_reasons``.
+
+    Raises:
+        AssertionError: not so: a fault of ours.
+    """
+    for record in explained:
+        for name, value in record.items():
+            assert value is not None or name in record["null_reasons"], f"{name} is null without a reason"
+    _assert_finite(content, "report")
 
 
 def _assert_finite(value: Any, where: str) -> None:

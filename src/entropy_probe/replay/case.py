@@ -1,0 +1,127 @@
+"""A replayed step beside the real update: what causes of a difference are tried on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.adam_step import AdamWStep, adamw_step
+from entropy_probe.checkpoints import TrainerState
+from entropy_probe.gradients import loss_gradient
+from entropy_probe.policy import Policy
+from entropy_probe.progress import Progress
+from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.scores import AdvantageRule, LengthWeight
+from entropy_probe.update_comparison import UpdateComparison, compare_updates
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A step as it was replayed, and the real update.
+
+    Attributes:
+        policy: at θ.
+        batch: the rollouts.
+        before: θ by name.
+        after: θ⁺ by name.
+        adam: the optimizer's state at θ.
+        advantages: A, [N], by ``rule``.
+        rule: where they came from.
+        weights: w of :func:`~entropy_probe.scores.length_weights`, [N], by ``length_weight``.
+        length_weight: of the training loss.
+        max_completion_length: Dr. GRPO's constant, where it is known.
+        num_generations: responses a prompt, where the rows say.
+        ascent: Ȳ.
+        step: the replayed step.
+        max_grad_norm: that it was clipped at, or None.
+        update: it against the real one.
+        recovered: the gradient that the trainer's optimizer was given, or None.
+        log: of the checkpoint after the step.
+        number: of the step, N + 1, or None.
+        tolerance: net error up to which two steps count as the same.
+    """
+
+    policy: Policy
+    batch: RolloutBatch
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]
+    adam: AdamState
+    advantages: Tensor
+    rule: AdvantageRule
+    weights: Tensor
+    length_weight: LengthWeight
+    max_completion_length: int | None
+    num_generations: int | None
+    ascent: Mapping[str, Tensor]
+    step: AdamWStep
+    max_grad_norm: float | None
+    update: UpdateComparison
+    recovered: Mapping[str, Tensor] | None
+    log: TrainerState
+    number: int | None
+    tolerance: float
+
+    @property
+    def logged_norm(self) -> float | None:
+        """The gradient norm before clipping that the trainer logged for this step."""
+        return None if self.number is None else self.log.logged("grad_norm", self.number)
+
+    @property
+    def clipped(self) -> dict[str, Tensor]:
+        """The loss gradient as the replayed optimizer was given it."""
+        return {name: -self.step.clip_factor * y for name, y in self.ascent.items()}
+
+    def compared(self, step: AdamWStep, adam: AdamState) -> UpdateComparison:
+        """A step from that state against the real update."""
+        return against(self.before, step, self.after, adam)
+
+    @property
+    def moved(self) -> dict[str, Tensor]:
+        """The real update θ⁺ − θ, float64."""
+        return {name: self.after[name].double() - theta.double() for name, theta in self.before.items()}
+
+    def stepped(self, ascent: Mapping[str, Tensor], adam: AdamState | None = None) -> AdamWStep:
+        """The step along another direction, or from another state, clipped as the replayed one."""
+        return adamw_step(self.before, adam or self.adam, ascent, max_grad_norm=self.max_grad_norm)
+
+    def along(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Ȳ with other coefficients a w, [N]."""
+        scaled = coefficients / len(self.batch.groups)
+        return loss_gradient(
+            self.policy, self.batch.responses, scaled, progress=progress, description="gradient of a suspicion"
+        )
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What may have been otherwise, in words, and the step that would follow.
+
+    ``fitted``: a factor was chosen so that it fits, which more specific causes may explain.
+    """
+
+    code: str
+    seen: str
+    advice: str
+    step: AdamWStep
+    fitted: bool = False
+
+
+def against(
+    before: Mapping[str, Tensor], step: AdamWStep, after: Mapping[str, Tensor], adam: AdamState
+) -> UpdateComparison:
+    """A step against the real update, with the roundings of its optimizer."""
+    decays = {
+        name: group.learning_rate * group.weight_decay
+        for name, group in adam.group_of().items()
+        if group.decoupled_weight_decay
+    }
+    return compare_updates(before, step.deltas, after, decays)
+
+
+def norm(values: Mapping[str, Tensor]) -> float:
+    """‖·‖ over all tensors."""
+    return math.sqrt(sum(float((value.double() ** 2).sum()) for value in values.values()))

@@ -1,0 +1,196 @@
+"""What a replay found, as the records of its JSON."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from entropy_probe import diagnostics
+from entropy_probe.checkpoints import Checkpoint
+from entropy_probe.policy import Measured, end_token_ids
+from entropy_probe.replay.case import Replayed, norm
+from entropy_probe.replay.row_causes import WHOLE_FILE, incomplete
+from entropy_probe.replay.settings import MIXED_TOLERANCE, recorded_number
+from entropy_probe.replay.suspicions import Findings
+from entropy_probe.report import Evidence
+from entropy_probe.report.replay_schema import GradientSection, LoggedSection, ParameterRow, UpdateSection
+from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.update_comparison import compare_gradients, micro_batch_entropy
+
+
+def headline(case: Replayed, findings: Findings) -> str:
+    """One sentence a person understands first: is it the trainer's step, and if not, what is likely wrong."""
+    update = case.update
+    which = f"step {case.number}" if case.number is not None else "the step"
+    if update.error_net <= case.tolerance:
+        return (
+            f"The probe computes your trainer's step: {which} replayed is within {update.error_net:.1e} of the real update, "
+            "net of rounding."
+        )
+    said = f"Replayed, {which} is {100 * update.error_net:.3g} % off the real update"
+    if findings.suspicions:
+        return f"{said}: {findings.suspicions[0].seen}."
+    return f"{said}, and none of the {findings.tried} causes that were tried explains it."
+
+
+def update_section(case: Replayed) -> UpdateSection:
+    """The computed update against the real one."""
+    update = case.update
+    reasons = {} if update.cosine is not None else {"cosine": "the computed update is zero (a learning rate of 0?)"}
+    return UpdateSection(
+        relative_error=update.relative_error,
+        error_net=update.error_net,
+        rounding_floor=update.rounding_floor,
+        rounding_expected=update.rounding_expected,
+        tolerance=case.tolerance,
+        cosine=update.cosine,
+        norm_ratio=update.norm_ratio,
+        update_norm=update.update_norm,
+        part_norms={
+            name: norm(part) / update.update_norm
+            for name, part in (
+                ("momentum", case.step.momentum),
+                ("gradient", case.step.gradient),
+                ("weight_decay", case.step.weight_decay),
+            )
+        },
+        parameters=[ParameterRow(p.name, p.relative_error, p.share) for p in update.parameters],
+        null_reasons=reasons,
+    )
+
+
+def gradient_section(case: Replayed, clip_from: str) -> GradientSection:
+    """The loss gradient against the one that the moments tell; ``clip_from`` says where the clip is known from."""
+    step = case.step
+    found = None
+    why = "the checkpoint after the step has no optimizer.pt with moments one step later"
+    if case.recovered is not None:
+        found = compare_gradients(case.clipped, case.recovered)
+        why = "one of the two gradients is zero"
+    reasons = {} if found is not None else dict.fromkeys(("relative_error", "cosine", "norm_ratio", "scale"), why)
+    if case.max_grad_norm is None:
+        reasons["max_grad_norm"] = "no clipping"
+    return GradientSection(
+        norm=step.gradient_norm,
+        max_grad_norm=case.max_grad_norm,
+        max_grad_norm_from=clip_from,
+        clip_factor=step.clip_factor,
+        relative_error=None if found is None else found.relative_error,
+        cosine=None if found is None else found.cosine,
+        norm_ratio=None if found is None else found.norm_ratio,
+        scale=None if found is None else found.scale * step.clip_factor,
+        null_reasons=reasons,
+    )
+
+
+def logged_section(case: Replayed, measured: Measured) -> LoggedSection:
+    """Entropy, gradient norm and learning rate beside the trainer's log."""
+    reasons = {}
+
+    def logged(name: str, *, averaged: bool) -> float | None:
+        if case.number is None:
+            reasons[f"{name}_logged"] = "the checkpoint has no trainer_state.json"
+            return None
+        value = case.log.logged(name, case.number)
+        first = case.log.averaged_from(case.number)
+        if value is None:
+            reasons[f"{name}_logged"] = f"the trainer logged none for step {case.number} (TRL: logging_steps=1)"
+        elif averaged and first < case.number:
+            reasons[f"{name}_logged"] = (
+                f"the trainer logged a mean over steps {first} to {case.number} (TRL: logging_steps=1)"
+            )
+            return None
+        return value
+
+    rates = case.adam.learning_rates
+    assert measured.entropies is not None
+    return LoggedSection(
+        entropy=micro_batch_entropy(
+            measured.entropies, [len(row.response_ids) for row in case.batch.responses], _forwards(case.batch)
+        ),
+        entropy_logged=logged("entropy", averaged=True),
+        grad_norm=case.step.gradient_norm,
+        grad_norm_logged=logged("grad_norm", averaged=False),
+        learning_rate=rates[0] if len(rates) == 1 else list(rates),
+        learning_rate_logged=logged("learning_rate", averaged=False),
+        null_reasons=reasons,
+    )
+
+
+def _forwards(batch: RolloutBatch) -> list[int]:
+    """The micro-batch of each row, those that several processes ran at one time counted as one: TRL logs their sum."""
+    numbers = [row.micro_batch or 0 for row in batch.responses]
+    processes = recorded_number(batch, "num_processes") or 1.0
+    each = max(1, round((max(numbers) + 1) / processes))
+    return [number % each for number in numbers]
+
+
+def warnings(case: Replayed, measured: Measured, loaded: Checkpoint, clip_from: str) -> list[Evidence]:
+    """What may keep a replay from being exact, whether or not it is."""
+    batch = case.batch
+    found = [
+        *diagnostics.learning_rate_warnings(case.adam, False),
+        *diagnostics.on_policy_warnings(batch, measured.scores),
+        *diagnostics.pairing_warnings(batch, loaded.trainer_step, case.length_weight),
+        *diagnostics.end_token_warnings(batch, end_token_ids(loaded.model)),
+    ]
+    fact = incomplete(batch, case.num_generations)
+    if fact is not None:
+        found.append(
+            Evidence(
+                "incomplete_rollouts",
+                f"the file is not the whole window: {fact}",
+                WHOLE_FILE,
+            )
+        )
+    if clip_from == "unknown":
+        found.append(
+            Evidence(
+                "clipping_unknown",
+                f"nothing says whether the trainer clips; the gradient of norm {case.step.gradient_norm:.4g} was not clipped",
+                "Give --max-grad-norm (the Trainer's default is 1.0)",
+            )
+        )
+    recorded, used = recorded_number(batch, "learning_rate"), case.adam.learning_rates[0]
+    if recorded is not None and not math.isclose(recorded, used, rel_tol=1e-9):
+        found.append(
+            Evidence(
+                "other_learning_rate",
+                f"the recorder saw a learning rate of {recorded:g} at this step; here it is {used:g}",
+                "Look for a scheduler that was resumed otherwise, or drop --learning-rate",
+            )
+        )
+    if case.tolerance == MIXED_TOLERANCE:
+        found.append(
+            Evidence(
+                "mixed_precision",
+                f"the trainer's arithmetic was of mixed precision, which no other order of sums repeats: up to "
+                f"{MIXED_TOLERANCE:g} counts as the same step, and a small fault would hide in it",
+                "Take one step with bf16=False, fp16=False where the code is to be proven",
+            )
+        )
+    dropout = _active_dropout(loaded)
+    if dropout:
+        found.append(
+            Evidence(
+                "dropout",
+                f"the model has dropout of up to {max(dropout):g} in {len(dropout)} modules, which a trainer leaves on unless "
+                "told otherwise; its masks cannot be replayed",
+                "Train with disable_dropout=True to have a step that can be replayed",
+            )
+        )
+    if case.number is None:
+        found.append(
+            Evidence(
+                "steps_unknown",
+                "trainer_state.json is missing: nothing but Adam's count tells that the checkpoints are one step apart",
+                "Keep trainer_state.json beside the weights",
+            )
+        )
+    return found
+
+
+def _active_dropout(loaded: Checkpoint) -> list[float]:
+    modules = (m for m in loaded.model.modules() if isinstance(m, torch.nn.Dropout))
+    return [m.p for m in modules if m.p > 0.0]

@@ -1,0 +1,91 @@
+"""Why a replayed update is not the trainer's: named causes, each tried on the real update and said only if it explains it.
+
+A cause is another step: with another learning rate, clip or Adam state, with other advantages or length weights. Its net error
+against the real update is compared with that of the step as it was replayed; a cause explains the gap if no more than a tenth
+of it is left. Where the checkpoint after the step holds Adam's moments, the gradient that the trainer used is known
+(:func:`~entropy_probe.update_comparison.recovered_gradient`), and factors and single rows are read off it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from entropy_probe.progress import Progress
+from entropy_probe.replay.case import Cause, Replayed
+from entropy_probe.replay.gradient_causes import one_thing_else, two_things_else
+from entropy_probe.replay.optimizer_causes import optimizer_causes
+from entropy_probe.replay.row_causes import missing_rows, missing_rows_reweighted, one_row
+from entropy_probe.report.replay_schema import Suspicion
+from entropy_probe.update_comparison import compare_gradients
+
+LEFT_OVER = 0.1
+"""A cause explains the gap if this share of it is left, or less."""
+
+AS_GOOD = 10.0
+"""Causes are all named whose error is within this factor of the best one's, or within a fiftieth of the tolerance."""
+
+OTHER_ROWS_COSINE = 0.5
+"""Below it the trainer's gradient is not of these rows."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Suspicions, the likeliest first, and how many causes were tried."""
+
+    suspicions: list[Suspicion]
+    tried: int
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A cause, and the net error that is left with it."""
+
+    cause: Cause
+    error_net: float
+
+
+def find_suspicions(case: Replayed, progress: Progress) -> Findings:
+    """Try causes, the cheap ones first; whole passes over the batch only where the gradient itself may be wrong."""
+    tried: list[_Tried] = []
+
+    def explained(causes: Iterator[Cause]) -> bool:
+        for cause in causes:
+            tried.append(_Tried(cause, case.compared(cause.step, case.adam).error_net))
+        return bool(_explaining(tried, case))
+
+    found = explained(optimizer_causes(case))
+    gradients = None if case.recovered is None else compare_gradients(case.clipped, case.recovered)
+    if gradients is None or gradients.relative_error > case.tolerance:
+        # Tried also where a factor fits: it may stand for one of these.
+        found = explained(one_thing_else(case, progress)) or found
+        if not found and not explained(missing_rows_reweighted(case, progress)):
+            lost = missing_rows(case, progress)
+            if lost is not None:
+                return Findings([lost], len(tried) + 1)
+            found = explained(one_row(case, progress)) or explained(two_things_else(case, progress))
+            if not found and gradients is not None and gradients.cosine < OTHER_ROWS_COSINE:
+                return Findings([_other_rows(gradients.cosine)], len(tried) + 1)
+    good = _explaining(tried, case)
+    best = min((t.error_net for t in good), default=0.0)
+    named = [t for t in good if t.error_net <= max(AS_GOOD * best, _negligible(case))]
+    named.sort(key=lambda t: (t.cause.fitted, t.error_net))
+    return Findings([Suspicion(t.cause.code, t.cause.seen, t.cause.advice, t.error_net) for t in named], len(tried))
+
+
+def _explaining(tried: Sequence[_Tried], case: Replayed) -> list[_Tried]:
+    return [t for t in tried if t.error_net <= max(LEFT_OVER * case.update.error_net, _negligible(case))]
+
+
+def _negligible(case: Replayed) -> float:
+    return case.tolerance / 50
+
+
+def _other_rows(cosine: float) -> Suspicion:
+    return Suspicion(
+        "other_rows",
+        f"the trainer's gradient has a cosine of {cosine:.2f} with the one recomputed from these rows, and no single cause "
+        "explains it",
+        "Take the rollouts that this very step consumed, at the temperature of the run",
+        None,
+    )
