@@ -25,7 +25,7 @@ LINEAR_TOLERANCE = 0.1
 """Share of the linear term by which a realised change may differ from it and still count as linear."""
 
 MOST_FACTORS = 1000
-HALVINGS = 40
+HALVINGS = 20
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,9 @@ def second_difference(curve: Curve, h: float) -> float:
 def curvature_at_zero(curve: Curve, start: float, floor: float, *, halvings: int = 8) -> Curvature:
     """C with the step h that keeps its error least.
 
-    Two errors pull h apart: the truncation c h², estimated from the step twice as large as abs(D(2h) − D(h)) / 3, and rounding,
-    at most 2 floor / h², which is how the numerical floor enters. h is halved from ``start`` while their sum falls.
+    Two errors pull h apart: rounding, at most 2 floor / h², which is how the numerical floor enters, and the truncation c h²,
+    estimated from the step twice as large as abs(D(2h) − D(h)) / 3, up to both roundings. h is halved from ``start`` while
+    their sum falls.
 
     Args:
         curve: ΔH.
@@ -181,7 +182,8 @@ def curvature_at_zero(curve: Curve, start: float, floor: float, *, halvings: int
     for _ in range(halvings):
         h /= 2.0
         value = second_difference(curve, h)
-        found = Curvature(value, abs(wider - value) / 3.0 + 2.0 * floor / h**2, h)
+        rounding = 2.0 * floor / h**2
+        found = Curvature(value, (abs(wider - value) + 1.25 * rounding) / 3.0 + rounding, h)
         if best is not None and found.error >= best.error:
             break
         best, wider = found, value
