@@ -12,6 +12,7 @@ import torch
 
 from entropy_probe import InputError, ProbeResult, Settings, probe, state_of_optimizer
 from entropy_probe.demo import demo_files
+from entropy_probe.linearity import SweepRange
 from entropy_probe.sampling import SamplingSettings
 from entropy_probe.scores import AdvantageRule, LengthWeight
 from entropy_probe.units import Mode
@@ -57,6 +58,8 @@ RUN = {
     "--microbatch 5": {"microbatch_size": 5},
     "--memory 1.5": {"memory_bytes": 1.5e9},
     "--seed 11": {"seed": 11},
+    "--sweep 0.5:2:3": {"sweep": SweepRange(0.5, 2.0, 3)},
+    "--resample": {"resample": True},
 }
 
 

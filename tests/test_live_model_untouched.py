@@ -15,6 +15,7 @@ from torch import nn
 
 import spoiled
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
+from entropy_probe.linearity import SweepRange
 from support import (
     VOCABULARY,
     random_batch,
@@ -86,6 +87,17 @@ def test_a_probe_leaves_the_model_the_optimizer_and_random_states_as_they_were(n
     before = live.state()
     result = probe(live.model, state_of_optimizer(live.optimizer, live.model), random_batch(4, 2))
     assert result.report.realized[0].step_norm > 0
+    _assert_same(live.state(), before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
+def test_a_sweep_and_fresh_responses_leave_everything_as_it_was(name: str) -> None:
+    live = live_model(name)
+    before = live.state()
+    settings = Settings(sweep=SweepRange(0.5, 2.0, 3), resample=True)
+    report = probe(live.model, state_of_optimizer(live.optimizer, live.model), random_batch(4, 2), settings).report
+    assert len(report.sweep) == 4
+    assert report.realized[-1].method == "resampled"
     _assert_same(live.state(), before)
 
 

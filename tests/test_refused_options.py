@@ -67,6 +67,14 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "temperature-nan": (["--temperature", "nan"], "temperature is nan"),
     "seed-too-large": (["--seed", str(2**80)], "seed"),
     "seed-text": (["--seed", "x"], "--seed"),
+    "sweep-text": (["--sweep", "nonsense"], "--sweep"),
+    "sweep-backwards": (["--sweep", "10:0.1:9"], "0 < LOW < HIGH"),
+    "sweep-of-one": (["--sweep", "0.1:10:1"], "sweep of 1 factors"),
+    "sweep-beyond-the-number-type": (["--sweep", "1:1e300:2"], "leaves the range"),
+    "resample-beyond-the-context": (
+        ["--resample", "--length-weight", "dr_grpo", "--max-completion-length", "100000"],
+        "context",
+    ),
 }
 
 

@@ -38,6 +38,7 @@ from entropy_probe.report.schema import (
     PreconditionerDots,
     RealizedRow,
     Report,
+    SweepSection,
     TwoBatchSection,
     UnitsSection,
     WhatIfRow,
@@ -47,6 +48,7 @@ from entropy_probe.report.text import headline, step_sentence
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import EntropyTarget, EntropyUnit, response_entropies
 from entropy_probe.step_parts import TOO_FEW, Estimate, StepPrediction
+from entropy_probe.sweep import SweepCurve
 from entropy_probe.two_batches import TwoBatchStatistics, fold_statistics
 from entropy_probe.u_statistics import CrossStatistics, FloatArray
 from entropy_probe.units import Mode, Units
@@ -76,6 +78,7 @@ def assemble_report(
     measured: Measured,
     adam: AdamState,
     realized: Sequence[RealizedChange],
+    sweep: Sequence[SweepCurve],
     two_batches: TwoBatchStatistics | None,
     noise: NoiseParts | None,
     evaluation: RolloutBatch | None,
@@ -135,6 +138,7 @@ def assemble_report(
         ),
         entropy=EntropySection(entropy, entropy_se, rate, rate_se, batch.mean_length),
         realized=[_row(change, config.max_grad_norm) for change in realized],
+        sweep=[_sweep(curve) for curve in sweep],
         warnings=list(warnings),
         config=config,
         checkpoint=checkpoint,
@@ -402,7 +406,42 @@ def _row(realized: RealizedChange, max_grad_norm: float | None) -> RealizedRow:
         delta_h_psis=change.delta_h_smoothed,
         noise_floor=realized.noise_floor,
         step_norm=realized.step_norm,
-        note=_note(realized, max_grad_norm),
+        note=realized.note or _note(realized, max_grad_norm),
+        null_reasons=reasons,
+    )
+
+
+def _sweep(curve: SweepCurve) -> SweepSection:
+    row, linear, second = curve.row, curve.linear, curve.curvature
+    reasons = {}
+    if linear.reason is not None:
+        reasons["linear_until"] = linear.reason
+    if curve.slope_reason is not None:
+        reasons["slope"] = reasons["r_squared"] = curve.slope_reason
+    if not second.resolved:
+        reasons["curvature"] = reasons["second_order"] = (
+            f"{second.value:.1e} by a difference of {second.h:.2g}, within its own error of {second.error:.1e}"
+        )
+    return SweepSection(
+        step=row.step,
+        batch=row.batch,
+        estimator=row.measure.target.estimator.value,
+        entropy=row.measure.target.unit.value,
+        alphas=list(curve.alphas),
+        delta_h=[change.delta_h for change in curve.changes],
+        se=[change.se for change in curve.changes],
+        predicted=[alpha * row.predicted for alpha in curve.alphas],
+        second_order=[second.second_order(alpha) for alpha in curve.alphas] if second.resolved else None,
+        ess=[change.weights.ess for change in curve.changes],
+        ess_fraction=[change.weights.ess_fraction for change in curve.changes],
+        noise_floor=list(curve.noise_floors),
+        curvature=second.value if second.resolved else None,
+        curvature_error=second.error,
+        curvature_h=second.h,
+        linear_until=linear.until,
+        linear_beyond=linear.is_bound,
+        slope=None if curve.slope is None else curve.slope.exponent,
+        r_squared=None if curve.slope is None else curve.slope.r_squared,
         null_reasons=reasons,
     )
 

@@ -13,6 +13,7 @@ from entropy_probe.realized import RealizedChange
 from entropy_probe.report import Evidence
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import LengthWeight, by_group
+from entropy_probe.sweep import SweepCurve
 from entropy_probe.u_statistics import CrossStatistics
 
 FEW_UNITS = 10
@@ -268,7 +269,7 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                     "low_ess",
                     f"the {which} leaves an effective sample of {weights.ess:.1f} of {len(weights.weights)} responses "
                     f"({100 * weights.ess_fraction:.0f} %)",
-                    "Its ΔH rests on a few responses; look at delta_h_psis, or at a smaller --learning-rate",
+                    "Its ΔH rests on a few responses; look at delta_h_psis, or draw fresh ones after the step (--resample)",
                 )
             )
         smoothed = row.change.delta_h_smoothed
@@ -294,6 +295,20 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                 )
             )
     return found
+
+
+def sweep_warnings(curves: Sequence[SweepCurve]) -> list[Evidence]:
+    """A step beyond its own linear range: δH₁ and the linear terms do not describe it."""
+    return [
+        Evidence(
+            "beyond_linear",
+            f"the {curve.row.step} step ({curve.row.batch} batch, {curve.row.measure.target.estimator}) is linear up to "
+            f"{curve.linear.until:.2g} of its learning rate only",
+            "Read the realised change instead of the prediction, or take a smaller learning rate",
+        )
+        for curve in curves
+        if curve.linear.until is not None and curve.linear.until < 1.0 and not curve.linear.is_bound
+    ]
 
 
 def weighting_warnings(weighting: Weighting, group_sizes: Sequence[int]) -> list[Evidence]:

@@ -156,9 +156,7 @@ def entropy_change(
     before = float(base @ v) / mean
     after = float(found.weights @ v_after) / mean_after
     influence = found.weights * (v_after - after * exposure) / mean_after - base * (v - before * exposure) / mean
-    by_prompt = np.add.reduceat(influence, group_starts(group_sizes))
-    prompts = len(group_sizes)
-    se = math.sqrt(prompts / (prompts - 1) * float((by_prompt**2).sum()))
+    se = _clustered_error(np.add.reduceat(influence, group_starts(group_sizes)))
     smoothed = None
     if found.smoothed is not None and weighting is Weighting.GLOBAL:
         smoothed = float(found.smoothed @ v_after) / float(found.smoothed @ exposure) - before
@@ -217,10 +215,59 @@ def entropy_estimate(
         group_sizes: G_n.
         lengths: T for the entropy per token; None for the entropy per response.
     """
+    estimate, by_prompt = _ratio_by_prompt(entropies, group_sizes, lengths)
+    return estimate, _clustered_error(by_prompt)
+
+
+def resampled_change(
+    entropies: FloatArray,
+    entropies_after: FloatArray,
+    group_sizes: Sequence[int],
+    group_sizes_after: Sequence[int],
+    *,
+    lengths: FloatArray | None = None,
+    lengths_after: FloatArray | None = None,
+) -> EntropyChange:
+    """ĥ(θ⁺) − ĥ(θ) with fresh responses of θ⁺ to the same prompts: no importance weights, so each response counts as one.
+
+    Responses are independent, prompts are common: the standard error is clustered by prompt over the difference of both
+    influences, in which what prompts differ in cancels.
+
+    Args:
+        entropies: v of θ's responses, [N]: −S or Σ_t H_t, nats.
+        entropies_after: v⁺ of θ⁺'s own responses, [N⁺].
+        group_sizes: G_n of the first.
+        group_sizes_after: of the second, the same prompts in the same order.
+        lengths: T of the first for the entropy per token; None for the entropy per response.
+        lengths_after: of the second.
+    """
+    before, influence = _ratio_by_prompt(entropies, group_sizes, lengths)
+    after, influence_after = _ratio_by_prompt(entropies_after, group_sizes_after, lengths_after)
+    base = base_weights(group_sizes_after)
+    weights = ImportanceWeights(
+        weights=base,
+        ess=1.0 / float((base**2).sum()),
+        ess_fraction=1.0,
+        pareto_k=None,
+        smoothed=None,
+        pareto_reason="fresh responses of θ⁺ carry no importance weights",
+    )
+    return EntropyChange(before, after, after - before, _clustered_error(influence_after - influence), None, weights)
+
+
+def _ratio_by_prompt(
+    entropies: FloatArray, group_sizes: Sequence[int], lengths: FloatArray | None
+) -> tuple[float, FloatArray]:
+    """ĥ = Σ b v / Σ b τ, and each prompt's influence on it: Σ_{i∈n} b_i (v_i − ĥ τ_i) / τ̄, [B]."""
     base = base_weights(group_sizes)
     exposure = np.ones(len(entropies)) if lengths is None else lengths
     mean = float(base @ exposure)
     estimate = float(base @ entropies) / mean
-    by_prompt = np.add.reduceat(base * (entropies - estimate * exposure) / mean, group_starts(group_sizes))
-    prompts = len(group_sizes)
-    return estimate, math.sqrt(prompts / (prompts - 1) * float((by_prompt**2).sum()))
+    influence: FloatArray = np.add.reduceat(base * (entropies - estimate * exposure) / mean, group_starts(group_sizes))
+    return estimate, influence
+
+
+def _clustered_error(by_prompt: FloatArray) -> float:
+    """√(B/(B−1) Σ_n influence²)."""
+    prompts = len(by_prompt)
+    return math.sqrt(prompts / (prompts - 1) * float((by_prompt**2).sum()))

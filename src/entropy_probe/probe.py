@@ -36,12 +36,14 @@ from entropy_probe.gradients import (
     unit_gradients,
 )
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.linearity import SweepRange
 from entropy_probe.noise import LEAST_UNITS, NoiseParts, noise_of
 from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure
 from entropy_probe.realized_rows import Realizer
 from entropy_probe.report import CheckpointSection, ConfigSection, Evidence, Report
+from entropy_probe.resampling import plan_resampling, resample
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import (
     AdvantageRule,
@@ -53,6 +55,7 @@ from entropy_probe.scores import (
     length_weights,
 )
 from entropy_probe.step_parts import Estimate, StepPrediction, predict_parts
+from entropy_probe.sweep import SweepCurve, sweep
 from entropy_probe.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
 from entropy_probe.u_statistics import CrossStatistics, FloatArray, cross_statistics
 from entropy_probe.units import Mode
@@ -80,10 +83,12 @@ class Settings:
         weighting: over which responses the realised change normalises its importance weights.
         target_se: a standard error of δH₁, nats, to say how many prompts would reach.
         split: folds of prompts; the step from all others is realised on each, and δH₁ is taken across them.
+        sweep: factors of the learning rate at which every step is realised too, on the same and on evaluation rollouts.
+        resample: also draw fresh responses after each step, at the rollouts' temperature and length limit.
         learning_rate: replaces the stored one; None keeps it.
         advantage: None takes the rollouts' own if they have any, else dr_grpo.
         length_weight: of the training loss.
-        max_completion_length: Dr. GRPO's constant; None takes the rollouts' own.
+        max_completion_length: Dr. GRPO's constant; None takes the rollouts' own. Also the limit of fresh responses.
         dtype: of weights and arithmetic, where a checkpoint is loaded.
         autocast: mixed precision over float32 weights, for the gradients only.
         microbatch_size: responses in one forward; None takes what fits.
@@ -91,7 +96,7 @@ class Settings:
         vector_dtype: of stored unit vectors; None takes that of the weights, float32 at least. bfloat16 halves the memory.
         gradient_checkpointing: layers keep their inputs alone and run once more in the backward; a live model's own setting
             counts too.
-        seed: of the validator's test vectors.
+        seed: of the validator's test vectors and of fresh responses.
         max_grad_norm: at which the trainer clips the gradient; None does not clip.
         what_if_learning_rate: to say what a step at this learning rate would do.
         what_if_max_grad_norm: to say what a step clipped at this norm would do.
@@ -105,6 +110,8 @@ class Settings:
     weighting: Weighting = Weighting.GLOBAL
     target_se: float | None = None
     split: int | None = None
+    sweep: SweepRange | None = None
+    resample: bool = False
     learning_rate: float | None = None
     advantage: AdvantageRule | None = None
     length_weight: LengthWeight = LengthWeight.GUIDE
@@ -308,6 +315,9 @@ def _probe_as_marked(
             policy, rows, memory_bytes=memory, microbatch_size=settings.microbatch_size, earlier=preparation
         )
         policy = preparation.applied(policy)
+    resampling = None
+    if settings.resample:
+        resampling = plan_resampling(policy, batch, settings.max_completion_length, settings.seed)
 
     def directions(ascent: Mapping[str, Tensor]) -> StepDirections:
         factor = clip_factor(gradient_norm(ascent), settings.max_grad_norm)
@@ -368,13 +378,22 @@ def _probe_as_marked(
             before = Measured(scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
             steps = realizer.steps(gradients.ascent)
             realized = realizer.realized(batch, before, steps, SAME)
+            factors = () if settings.sweep is None else settings.sweep.factors
+            curves = list[SweepCurve]()
+            if factors:
+                curves += sweep(realizer.policy, batch, before, steps, realized, factors, progress)
+            if resampling is not None:
+                realized += resample(realizer.policy, batch, before, steps, realized, resampling, progress)
             folds, of_evaluation = None, list[Evidence]()
             if settings.split is not None:
                 folds = folds_of(len(batch.groups), settings.split)
                 realized += realizer.by_folds(batch, folds, gradients.ascent, y_coefficients)
             if evaluation is not None:
                 evaluated = realizer.measured(evaluation)
-                realized += realizer.realized(evaluation, evaluated, steps, HELD_OUT)
+                held_out = realizer.realized(evaluation, evaluated, steps, HELD_OUT)
+                realized += held_out
+                if factors:
+                    curves += sweep(realizer.policy, evaluation, evaluated, steps, held_out, factors, progress)
                 of_evaluation = [
                     *diagnostics.on_policy_warnings(evaluation, evaluated.scores),
                     *diagnostics.pairing_warnings(evaluation, subject.facts.trainer_step, settings.length_weight),
@@ -425,6 +444,7 @@ def _probe_as_marked(
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals),
         *diagnostics.coverage_warnings(gradients.coverage),
         *diagnostics.realized_warnings(realized),
+        *diagnostics.sweep_warnings(curves),
         *(replace(warning, seen=f"evaluation rollouts: {warning.seen}") for warning in of_evaluation),
         *diagnostics.weighting_warnings(settings.weighting, batch.group_sizes),
         *diagnostics.clipping_warnings(batch, norm, settings.max_grad_norm),
@@ -440,6 +460,7 @@ def _probe_as_marked(
         measured=Measured(scores, gradients.token_entropies),
         adam=adam,
         realized=realized,
+        sweep=curves,
         two_batches=two_batches,
         noise=noise,
         evaluation=evaluation,
@@ -458,6 +479,8 @@ def _probe_as_marked(
             importance_weights=settings.weighting,
             evaluation_rollouts=subject.evaluation_rollouts,
             split=settings.split,
+            sweep=None if settings.sweep is None else [settings.sweep.low, settings.sweep.high, settings.sweep.count],
+            resample=settings.resample,
             rollouts=subject.rollouts,
             advantage=rule,
             length_weight=settings.length_weight,

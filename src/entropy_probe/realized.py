@@ -22,6 +22,7 @@ from entropy_probe.importance_sampling import (
     Weighting,
     entropy_change,
     linear_term,
+    resampled_change,
 )
 from entropy_probe.policy import Measured, Policy
 from entropy_probe.progress import Progress, Silent
@@ -66,6 +67,17 @@ class EntropyMeasure:
             weighting=self.weighting,
         )
 
+    def resampled(self, batch: RolloutBatch, before: Measured, fresh: RolloutBatch, after: Measured) -> EntropyChange:
+        """ΔH with ``fresh`` responses to the same prompts that were drawn and scored after the step."""
+        return resampled_change(
+            self._entropies(batch, before),
+            self._entropies(fresh, after),
+            batch.group_sizes,
+            fresh.group_sizes,
+            lengths=self._lengths(batch),
+            lengths_after=self._lengths(fresh),
+        )
+
     def _entropies(self, batch: RolloutBatch, measured: Measured) -> FloatArray:
         lengths = [len(response.response_ids) for response in batch.responses]
         found: FloatArray = response_entropies(
@@ -85,7 +97,8 @@ class RealizedChange:
 
     ``noise_floor`` is max |ΔH(ε Δθ) − ε predicted| over eight ε from 1e-8 to 1e-6, where the true difference is of order ε²,
     each with the weights also rounded at random (:func:`rounding_noise`): float32 weights would not move by 1e-6 of a small
-    step, and the same arithmetic twice would print 0 and hide the noise. ``step_norm`` is ‖Δθ‖.
+    step, and the same arithmetic twice would print 0 and hide the noise. ``step_norm`` is ‖Δθ‖;
+    ``note`` says what is particular to the row.
     """
 
     step: str
@@ -96,6 +109,7 @@ class RealizedChange:
     predicted: float
     noise_floor: float
     step_norm: float
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,23 +157,11 @@ def realize(
     """
     progress = progress if progress is not None else Silent()
     entropies = any(p.measure.target.needs_token_entropies for p in predictions)
-
-    def measured_under(moves: Mapping[str, Tensor]) -> Measured:
-        with virtual_step(policy.model, moves):
-            return policy.measure(batch.responses, entropies=entropies)
-
-    after = measured_under(step.deltas)
-    if not bool(after.scores.isfinite().all()):
-        raise InputError(
-            f"after the {step.name} step a log-probability is {float(after.scores[~after.scores.isfinite()][0])}: the step "
-            "leaves the range of the number type; give a smaller learning rate"
-        )
+    after = measure_after(policy, batch, step, entropies=entropies)
     floors = [0.0 for _ in predictions]
-    parameters = policy.trainable()
     generator = torch.Generator().manual_seed(0)
     for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step.name} step", len(FLOOR_FACTORS)):
-        rounded = {name: factor * d + rounding_noise(parameters[name], generator) for name, d in step.deltas.items()}
-        tiny = measured_under(rounded)
+        tiny = measure_after(policy, batch, step, scale=factor, rounding=generator, entropies=entropies)
         gaps = [abs(p.measure.change(batch, before, tiny).delta_h - factor * p.linear) for p in predictions]
         floors = [max(floor, gap) for floor, gap in zip(floors, gaps, strict=True)]
     norm = float(torch.sqrt(sum((delta.double() ** 2).sum() for delta in step.deltas.values()) + torch.tensor(0.0)))
@@ -169,6 +171,43 @@ def realize(
         )
         for p, floor in zip(predictions, floors, strict=True)
     ]
+
+
+def measure_after(
+    policy: Policy,
+    batch: RolloutBatch,
+    step: Step,
+    *,
+    scale: float = 1.0,
+    rounding: torch.Generator | None = None,
+    entropies: bool,
+) -> Measured:
+    """Scores (and entropies) of the batch's responses under ``scale`` times the step, taken virtually and taken back.
+
+    Args:
+        policy: the model at θ, weights in float32 or better.
+        batch: whose tokens are scored.
+        step: Δθ.
+        scale: its factor.
+        rounding: draws weights that are rounded otherwise (:func:`rounding_noise`); None rounds to nearest.
+        entropies: whether H_t is asked for.
+
+    Raises:
+        InputError: the step is so large that a log-probability is not finite after it.
+    """
+    moves = step.deltas
+    if rounding is not None:
+        theta = policy.trainable()
+        moves = {name: scale * delta + rounding_noise(theta[name], rounding) for name, delta in moves.items()}
+    with virtual_step(policy.model, moves, scale if rounding is None else 1.0):
+        found = policy.measure(batch.responses, entropies=entropies)
+    if not bool(found.scores.isfinite().all()):
+        times = "" if scale == 1.0 else f"{scale:.3g} times "
+        raise InputError(
+            f"after {times}the {step.name} step a log-probability is {float(found.scores[~found.scores.isfinite()][0])}: the "
+            f"step leaves the range of the number type; give a smaller {'learning rate' if scale == 1.0 else '--sweep'}"
+        )
+    return found
 
 
 def average(rows: Sequence[RealizedChange]) -> RealizedChange:

@@ -20,6 +20,7 @@ from entropy_probe.demo import demo_files
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.linearity import SweepRange
 from entropy_probe.policy import Policy
 from entropy_probe.probe import ProbeResult, Settings, probe_checkpoint
 from entropy_probe.replay import ReplaySettings
@@ -59,7 +60,7 @@ DTypeOption = Annotated[DType, typer.Option(help="Weights and arithmetic.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")]
 OutOption = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Write report.json, kernel.npy and two plots there.")
+    Path | None, typer.Option("--out", metavar="DIR", help="Write report.json, kernel.npy and plots there.")
 ]
 
 
@@ -114,6 +115,16 @@ def run(
         int | None,
         typer.Option(metavar="K", help="Hold prompts out in K folds: the step from the others, realised on each."),
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW:HIGH:COUNT",
+            help="Realise the steps at so many factors of the learning rate too, as in 0.1:10:9.",
+        ),
+    ] = None,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="Draw fresh responses after each step too: for a low effective sample.")
+    ] = False,
     target_se: Annotated[
         float | None,
         typer.Option(metavar="NATS", help="Say how many prompts would bring the error of δH₁ down to this."),
@@ -162,7 +173,7 @@ def run(
     ] = False,
     base: BaseOption = None,
     device: DeviceOption = Device.AUTO,
-    seed: Annotated[int, typer.Option(help="Of the preconditioner's test vectors.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the preconditioner's test vectors, and of --resample.")] = 0,
     json_file: JsonOption = None,
     out: OutOption = None,
 ) -> None:
@@ -176,6 +187,8 @@ def run(
         weighting=importance_weights,
         target_se=target_se,
         split=split,
+        sweep=None if sweep is None else SweepRange.parse(sweep),
+        resample=resample,
         learning_rate=learning_rate,
         advantage=advantage,
         length_weight=length_weight,

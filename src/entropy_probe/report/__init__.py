@@ -9,6 +9,7 @@ from entropy_probe.report.schema import (
     FirstOrder,
     RealizedRow,
     Report,
+    SweepSection,
     UnitsSection,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "FirstOrder",
     "RealizedRow",
     "Report",
+    "SweepSection",
     "UnitsSection",
     "write_json",
     "write_report_folder",

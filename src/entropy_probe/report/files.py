@@ -1,4 +1,4 @@
-"""The report on disk: report.json, kernel.npy and two plots, each written beside and renamed."""
+"""The report on disk: report.json, kernel.npy and its plots, each written beside and renamed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_report_folder(folder: Path) -> None:
 
 
 def write_report_folder(report: Report, kernel: FloatArray | None, folder: Path) -> list[Path]:
-    """Write report.json, kernel.npy (K_uw = XS_u · YS_w; only where the matrix exists) and the plots; returns the paths.
+    """Write report.json, kernel.npy (K_uw = XS_u · YS_w) and sweep.png where there is one, and two plots; returns the paths.
 
     All are written beside before the first is renamed: an exception leaves the folder as it was, or no folder if it is new.
 
@@ -35,7 +35,7 @@ def write_report_folder(report: Report, kernel: FloatArray | None, folder: Path)
         InputError: see :func:`check_report_folder`.
     """
     # Plots are the one use of matplotlib, which is slow to import.
-    from entropy_probe.report.plots import plot_predicted_and_realized, plot_row_means
+    from entropy_probe.report.plots import plot_predicted_and_realized, plot_row_means, plot_sweep
 
     check_report_folder(folder)
     paths = [folder / name for name in ("report.json", "row_means.png", "predicted_and_realized.png")]
@@ -52,9 +52,13 @@ def write_report_folder(report: Report, kernel: FloatArray | None, folder: Path)
                 paths.append(folder / "kernel.npy")
                 with outputs.enter_context(replacing(paths[-1])).open("wb") as file:
                     np.save(file, kernel)
-        if kernel is None:
-            # A matrix left by an earlier run would be taken for this one's.
-            (folder / "kernel.npy").unlink(missing_ok=True)
+            if report.sweep:
+                paths.append(folder / "sweep.png")
+                plot_sweep(report, outputs.enter_context(replacing(paths[-1])))
+        # What an earlier run left would be taken for this one's.
+        for name in ("kernel.npy", "sweep.png"):
+            if folder / name not in paths:
+                (folder / name).unlink(missing_ok=True)
     except BaseException:
         if made:
             for path in paths:

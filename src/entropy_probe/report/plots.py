@@ -1,4 +1,4 @@
-"""Two plots: predicted against realised with error bars, and row means by prompt."""
+"""Plots: predicted against realised with error bars, row means by prompt, and realised changes along the step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from entropy_probe.report.schema import Report
+from entropy_probe.report.schema import Report, SweepSection
 
 PREDICTED, REALIZED, NEUTRAL = "#3b6fb5", "#c8553d", "#777777"
 
@@ -26,7 +26,8 @@ def plot_predicted_and_realized(report: Report, path: Path) -> None:
             [row.predicted], [place], "|", color=PREDICTED, markersize=16, markeredgewidth=2,
             label="that estimator's own linear term" if place == 1 else None,
         )  # fmt: skip
-        labels.append(f"{row.step} step,\n{row.batch} batch, {row.estimator}")
+        batch = "fresh responses" if row.method == "resampled" else f"{row.batch} batch"
+        labels.append(f"{row.step} step,\n{batch}, {row.estimator}")
     axes.axvline(0.0, color=NEUTRAL, linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -66,6 +67,51 @@ def plot_row_means(report: Report, path: Path) -> None:
     axes.set_ylabel("nats per unit of learning rate\n(positive: lowers entropy)")
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
+
+
+def plot_sweep(report: Report, path: Path) -> None:
+    """Sizes of ΔH(α), logarithmic, a panel a curve: realised, linear term, quadratic, noise floor; ESS on a second axis."""
+    columns = min(2, len(report.sweep))
+    rows = -(-len(report.sweep) // columns)
+    figure = Figure(figsize=(6.4 * columns, 0.5 + 3.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axes, curve in zip(panels, report.sweep, strict=False):
+        _sweep_panel(axes, curve)
+    for axes in panels[len(report.sweep) :]:
+        axes.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _sweep_panel(axes: Axes, curve: SweepSection) -> None:
+    alphas, sizes = curve.alphas, [abs(value) for value in curve.delta_h]
+    axes.plot(alphas, [abs(value) for value in curve.predicted], color=PREDICTED, label="linear term")
+    if curve.second_order is not None:
+        both = [abs(one + two) for one, two in zip(curve.predicted, curve.second_order, strict=True)]
+        axes.plot(alphas, both, "--", color=PREDICTED, label="with the second-order term")
+    for falls, fill in ((True, REALIZED), (False, "white")):
+        chosen = [k for k, value in enumerate(curve.delta_h) if (value < 0) is falls]
+        axes.errorbar(
+            [alphas[k] for k in chosen], [sizes[k] for k in chosen], yerr=[1.96 * curve.se[k] for k in chosen],
+            fmt="o", color=REALIZED, markerfacecolor=fill, markersize=5, capsize=3,
+            label=f"realised ΔH, {'falls' if falls else 'rises'} (95 %)",
+        )  # fmt: skip
+    axes.plot(alphas, curve.noise_floor, ":", color=NEUTRAL, label="noise floor")
+    if curve.linear_until is not None:
+        axes.axvline(curve.linear_until, color=NEUTRAL, linewidth=0.8)
+    ess = axes.twinx()
+    ess.plot(alphas, curve.ess_fraction, ".-", color=NEUTRAL, linewidth=0.6, markersize=3)
+    ess.set_ylim(0.0, 1.05)
+    ess.set_ylabel("ESS/N (grey dots)", color=NEUTRAL, fontsize=8)
+    # For the legend alone: a line of the second axis is not among the first's handles.
+    axes.plot([], [], ".-", color=NEUTRAL, linewidth=0.6, markersize=3, label="ESS/N, right axis")
+    axes.set_xscale("log")
+    axes.set_yscale("log", nonpositive="clip")
+    axes.set_title(f"{curve.step} step, {curve.batch} batch, {curve.estimator}", fontsize=9)
+    axes.set_xlabel("α, factor of the learning rate")
+    axes.set_ylabel(f"size of the change, nats\n{curve.entropy.replace('-', ' ')}")
 
 
 def _interval(axes: Axes, place: int, centre: float, ends: list[float] | None, colour: str, label: str | None) -> None:

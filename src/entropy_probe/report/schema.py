@@ -257,6 +257,38 @@ class RealizedRow:
 
 
 @dataclass(frozen=True)
+class SweepSection:
+    """One step's realised changes at factors ``alphas`` of the learning rate; lists have one entry a factor.
+
+    ``predicted`` is α times the estimator's own linear term, ``second_order`` ½ α² ``curvature``, to be added to it;
+    ``curvature`` is d²ΔH/dα² by a central difference of ``curvature_h``. ``linear_until`` is the largest α up to which realised
+    is within 10 % of predicted (``linear_beyond``: even at the largest factor). ``slope`` and ``r_squared`` are of log abs(ΔH)
+    over log α up to it.
+    """
+
+    step: str
+    batch: str
+    estimator: str
+    entropy: str
+    alphas: list[float]
+    delta_h: list[float]
+    se: list[float]
+    predicted: list[float]
+    second_order: list[float] | None
+    ess: list[float]
+    ess_fraction: list[float]
+    noise_floor: list[float]
+    curvature: float | None
+    curvature_error: float
+    curvature_h: float
+    linear_until: float | None
+    linear_beyond: bool
+    slope: float | None
+    r_squared: float | None
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ConfigSection:
     """What was asked for, as it was resolved. A None is a default: by memory, from the rollouts, or from the checkpoint."""
 
@@ -267,6 +299,8 @@ class ConfigSection:
     importance_weights: str
     evaluation_rollouts: str | None
     split: int | None
+    sweep: list[float] | None
+    resample: bool
     rollouts: str | None
     advantage: str
     length_weight: str
@@ -325,6 +359,7 @@ class Report:
     engine: EngineSection
     entropy: EntropySection
     realized: list[RealizedRow]
+    sweep: list[SweepSection]
     warnings: list[Evidence]
     config: ConfigSection
     checkpoint: CheckpointSection
@@ -345,6 +380,7 @@ class Report:
             *content["what_if"]["rows"],
             *([] if fall is None else [fall]),
             *content["realized"],
+            *content["sweep"],
         )
         check_content(content, records)
         return content

@@ -97,6 +97,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_section("Where the noise of δH₁ comes from, in shares of its variance", _noise(report)))
     console.print(_section("The optimizer's own step, to first order", _adamw(report)))
     console.print(_section(f"Realised, after a step ({_nats(report)})", _realized(report)))
+    if report.sweep:
+        console.print(_section("Along the step, α times the learning rate", _sweep(report)))
     console.print(_section("Batch and checkpoint", _facts(report)))
     for warning in report.warnings:
         console.print(
@@ -268,7 +270,7 @@ def _realized(report: Report) -> RenderableType:
         table.add_column(column, justify="right", no_wrap=True)
     for row in report.realized:
         table.add_row(
-            f"{row.step} ({row.batch}), {row.estimator}",
+            f"{row.step} ({row.batch}{', resampled' if row.method == 'resampled' else ''}), {row.estimator}",
             _signed(row.delta_h, row.se),
             f"{row.predicted:+.4g}",
             f"{row.ess_fraction:.3f}",
@@ -280,6 +282,26 @@ def _realized(report: Report) -> RenderableType:
     missing = {row.null_reasons["pareto_k"] for row in report.realized if row.pareto_k is None}
     notes += [Text(f"k̂ none: {reason}", style="dim") for reason in sorted(missing)]
     return Group(table, *notes)
+
+
+def _sweep(report: Report) -> RenderableType:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("step (batch), estimator")
+    for column in ("linear until α", "d²ΔH/dα²", "log-log slope", "ESS/N", "at α"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for curve in report.sweep:
+        until = "none" if curve.linear_until is None else f"{curve.linear_until:.3g}"
+        table.add_row(
+            f"{curve.step} ({curve.batch}), {curve.estimator}",
+            f"{until} or more" if curve.linear_beyond else until,
+            "none" if curve.curvature is None else f"{curve.curvature:+.3g}",
+            "none" if curve.slope is None else f"{curve.slope:.4f}",
+            f"{curve.ess_fraction[0]:.3f} … {curve.ess_fraction[-1]:.3f}",
+            f"{curve.alphas[0]:g} … {curve.alphas[-1]:g}",
+        )
+    said = Text("linear: realised within 10 % of its own linear term for all smaller α", style="dim")
+    missing = dict.fromkeys(f"{name} none: {why}" for curve in report.sweep for name, why in curve.null_reasons.items())
+    return Group(table, said, *(Text(why, style="dim") for why in missing))
 
 
 def _coverage(report: Report) -> str:
