@@ -78,7 +78,7 @@ def two_batch_statistics(kernel: FloatArray) -> TwoBatchStatistics:
         if product_alone:
             return float(min(rows, columns) - 1)
         share = evaluation / (evaluation + update)
-        return 1.0 / (share**2 / of_x + (1.0 - share) ** 2 / of_y)
+        return float(1.0 / (share**2 / of_x + (1.0 - share) ** 2 / of_y))
 
     half_width = float(stats.t.ppf(0.975, degrees(linear**2 * kurtosis_x, linear**2 * kurtosis_y))) * math.sqrt(
         variance
