@@ -1,8 +1,11 @@
 """Bias, coverage and what each estimator needs, measured.
 
-    python benchmarks/calibration.py --json FILE --markdown docs/calibration.md      all of it, about six minutes
+    python benchmarks/calibration.py --json FILE --markdown docs/calibration.md      all of it
     python benchmarks/calibration.py --quick                                         a look
     python benchmarks/calibration.py --only checkpoints                              one part
+
+FILE is written after every measurement, and the parts that it holds whole are not measured again: a run that was cut off goes
+on, and with all parts there only the page is made.
 
 ``enumerable``: policies whose every response is enumerated (``enumerated_prompts.py``): bias and coverage of U_cross, the
 variance of two batches, and importance weights normalised per prompt. ``checkpoints``: the bundled ones, score against
@@ -20,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +41,7 @@ from rollout_kernels import (
     Baseline,
     Case,
     Comparison,
+    Range,
     checkpoint_case,
     compare,
     compare_baselines,
@@ -56,7 +61,6 @@ from entropy_probe.two_batches import two_batch_statistics
 from entropy_probe.units import exact_units
 
 FloatArray = NDArray[np.float64]
-PARTS = ("enumerable", "checkpoints", "high-entropy")
 UNITS = (8, 16, 32, 128)
 SAMPLES = 4
 METHODS = (DEFAULT_METHOD, IntervalMethod.NORMAL, IntervalMethod.T, IntervalMethod.JACKKNIFE_T)
@@ -65,6 +69,7 @@ BATCHES = ((16, 16), (64, 16), (128, 32))
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 COLOURS = ("#3b6fb5", "#c8553d", "#777777", "#4f8f5b")
 Tick = Callable[[str], None]
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,10 @@ class BiasCell:
 
 @dataclass(frozen=True)
 class TwoBatchCell:
-    """Mean variance estimate over the exact variance of X̄_E · P Ȳ_U, its Monte Carlo error, bias z and coverage."""
+    """Mean variance estimate over the exact variance of X̄_E · P Ȳ_U, its Monte Carlo error, bias z and coverage.
+
+    ``unbiased_ratio`` is that of the variance without its floor; ``z_again`` as in :class:`BiasCell`.
+    """
 
     subject: str
     estimator: str
@@ -114,7 +122,9 @@ class TwoBatchCell:
     prompts: tuple[int, int]
     variance_ratio: float
     variance_ratio_error: float
+    unbiased_ratio: float
     z: float
+    z_again: float | None
     coverage: float
 
 
@@ -147,9 +157,11 @@ class Cost:
 
 @dataclass
 class Found:
-    """All figures of one run."""
+    """All figures of one run; ``parts`` are those that are whole, with the seconds that each took."""
 
-    seconds: float = 0.0
+    effort: Effort
+    seed: int
+    parts: dict[str, float] = field(default_factory=dict)
     bias: list[BiasCell] = field(default_factory=list)
     two_batches: list[TwoBatchCell] = field(default_factory=list)
     weighting: list[WeightingCell] = field(default_factory=list)
@@ -233,18 +245,27 @@ def measure_two_batches(subject: Subject, effort: Effort, seed: int, tick: Tick)
             rng = np.random.default_rng([seed, samples, number, list(Estimator).index(estimator)])
             exact = float(mean_y @ spread_x @ mean_y) / rows + float(mean_x @ spread_y @ mean_x) / columns
             exact += float((spread_x * spread_y).sum()) / (rows * columns)
-            values, variances, covered = [], [], 0
+            values, variances, unbiased, covered = [], [], [], 0
             for _ in range(effort.two_batch_replicates):
                 found = two_batch_statistics(x[law.draw((rows,), rng)] @ y[update.draw((columns,), rng)].T)
                 values.append(found.mean)
                 variances.append(found.variance)
+                unbiased.append(found.evaluation + found.update - found.product)
                 covered += found.ci95[0] <= truth <= found.ci95[1]
             error = statistics.stdev(variances) / math.sqrt(len(variances)) / exact
             z = (statistics.fmean(values) - truth) / math.sqrt(exact / len(values))
+            again = None
+            if abs(z) > 2.0:
+                count = 4 * effort.two_batch_replicates
+                fresh = [
+                    float(x[law.draw((rows,), rng)].mean(axis=0) @ y[update.draw((columns,), rng)].mean(axis=0))
+                    for _ in range(count)
+                ]
+                again = (statistics.fmean(fresh) - truth) / math.sqrt(exact / count)
             cells.append(
                 TwoBatchCell(
-                    subject.name, str(estimator), samples, (rows, columns), statistics.fmean(variances) / exact, error, z,
-                    covered / len(values),
+                    subject.name, str(estimator), samples, (rows, columns), statistics.fmean(variances) / exact, error,
+                    statistics.fmean(unbiased) / exact, z, again, covered / len(values),
                 )
             )  # fmt: skip
     return cells
@@ -351,43 +372,80 @@ def both_kernels(case: Case) -> tuple[FloatArray, FloatArray]:
     return case.kernel(EntropyTarget(Estimator.SCORE)), case.kernel(EntropyTarget(Estimator.RAO_BLACKWELL))
 
 
-def run(parts: Sequence[str], effort: Effort, seed: int, tick: Tick) -> Found:
-    """Everything asked for; ``tick`` is told what begins."""
-    found, start = Found(), time.monotonic()
-    if "enumerable" in parts:
-        known = subjects()
-        for number, subject in enumerate(known):
-            for k, estimator in enumerate(Estimator):
-                found.bias += measure_bias(subject, estimator, effort, seed + 100 * number + 10 * k, tick)
-        for number, subject in enumerate((known[0], known[2], known[3])):
-            found.two_batches += measure_two_batches(subject, effort, seed + 1000 + number, tick)
-        found.weighting = measure_weighting(known[0], effort, seed + 2000, tick)
-    if "checkpoints" in parts:
-        folders = sorted((demo_folder() / "full").glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1]))
-        for folder in folders:
-            tick(folder.name)
-            case = checkpoint_case(folder, effort.prompts, 8, seed + 1)
-            score, rao_blackwell = both_kernels(case)
-            found.checkpoints.append(compare(case, score, rao_blackwell, effort.resamples))
-            if folder == demo_files().checkpoint:
-                found.baselines[folder.name] = compare_baselines(case, rao_blackwell)
-        tick("cost")
-        found.cost = measure_cost(effort.repeats)
-    if "high-entropy" in parts:
-        for longest, ends in ((32, 0), (96, 0), (96, 6)):
-            tick(f"random weights, {longest} tokens")
-            case = random_case(longest, effort.random_prompts, ends=ends, seed=seed)
-            score, rao_blackwell = both_kernels(case)
-            found.random.append(compare(case, score, rao_blackwell, effort.resamples))
-            if longest == 32 or ends:
-                found.baselines[case.name] = compare_baselines(case, rao_blackwell)
-    found.seconds = time.monotonic() - start
-    return found
+def measure_enumerable(found: Found, tick: Tick, save: Callable[[], None]) -> None:
+    found.bias, found.two_batches = [], []
+    effort, seed, known = found.effort, found.seed, subjects()
+    for number, subject in enumerate(known):
+        for k, estimator in enumerate(Estimator):
+            found.bias += measure_bias(subject, estimator, effort, seed + 100 * number + 10 * k, tick)
+            save()
+    for number, subject in enumerate((known[0], known[2], known[3])):
+        found.two_batches += measure_two_batches(subject, effort, seed + 1000 + number, tick)
+        save()
+    found.weighting = measure_weighting(known[0], effort, seed + 2000, tick)
+
+
+def measure_checkpoints(found: Found, tick: Tick, save: Callable[[], None]) -> None:
+    found.checkpoints = []
+    for folder in checkpoint_folders():
+        tick(folder.name)
+        case = checkpoint_case(folder, found.effort.prompts, 8, found.seed + 1)
+        score, rao_blackwell = both_kernels(case)
+        found.checkpoints.append(compare(case, score, rao_blackwell, found.effort.resamples))
+        found.baselines[folder.name] = compare_baselines(case, rao_blackwell, found.effort.resamples)
+        save()
+    tick("cost")
+    found.cost = measure_cost(found.effort.repeats)
+
+
+def measure_high_entropy(found: Found, tick: Tick, save: Callable[[], None]) -> None:
+    found.random = []
+    for longest, ends in ((32, 0), (96, 0), (96, 6)):
+        tick(f"random weights, {longest} tokens")
+        case = random_case(longest, found.effort.random_prompts, ends=ends, seed=found.seed)
+        score, rao_blackwell = both_kernels(case)
+        found.random.append(compare(case, score, rao_blackwell, found.effort.resamples))
+        if longest == 32 or ends:
+            found.baselines[case.name] = compare_baselines(case, rao_blackwell, found.effort.resamples)
+        save()
+
+
+PARTS = {"enumerable": measure_enumerable, "checkpoints": measure_checkpoints, "high-entropy": measure_high_entropy}
+
+
+def checkpoint_folders() -> list[Path]:
+    """The bundled full checkpoints, early to late."""
+    return sorted((demo_folder() / "full").glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1]))
+
+
+def read_found(path: Path) -> Found:
+    """What an earlier run wrote."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+
+    def with_ranges(kind: Callable[..., Kind], values: dict[str, Any]) -> Kind:
+        return kind(**{k: Range(**v) if isinstance(v, dict) else v for k, v in values.items()})
+
+    return Found(
+        effort=Effort(**record["effort"]),
+        seed=record["seed"],
+        parts=record["parts"],
+        bias=[BiasCell(**c) for c in record["bias"]],
+        two_batches=[TwoBatchCell(**c) for c in record["two_batches"]],
+        weighting=[WeightingCell(**c) for c in record["weighting"]],
+        checkpoints=[with_ranges(Comparison, c) for c in record["checkpoints"]],
+        random=[with_ranges(Comparison, c) for c in record["random"]],
+        baselines={name: [with_ranges(Baseline, b) for b in found] for name, found in record["baselines"].items()},
+        cost=None if record["cost"] is None else Cost(**record["cost"]),
+    )
 
 
 def steps(parts: Sequence[str]) -> int:
     """How often ``run`` will tick."""
-    counts = {"enumerable": 4 * 2 * len(UNITS) + 3 * 3 * len(BATCHES) + 4, "checkpoints": 6, "high-entropy": 3}
+    counts = {
+        "enumerable": 4 * 2 * len(UNITS) + 3 * 3 * len(BATCHES) + 4,
+        "checkpoints": len(checkpoint_folders()) + 1,
+        "high-entropy": 3,
+    }
     return sum(counts[part] for part in parts)
 
 
@@ -438,18 +496,22 @@ def two_batch_lines(cells: Sequence[TwoBatchCell]) -> list[str]:
         "## Two batches",
         "",
         f"The mean variance estimate over the exact variance is {min(ratios):.3f} to {max(ratios):.3f} over {len(cells)} "
-        f"cells; the largest |z| of the bias is {max(abs(c.z) for c in cells):.2f}; coverage {100 * min(covered):.1f} to "
-        f"{100 * max(covered):.1f} %.",
+        f"cells, {min(c.unbiased_ratio for c in cells):.3f} to {max(c.unbiased_ratio for c in cells):.3f} without the floor at "
+        f"the product; the largest |z| of the bias is {max(abs(c.z) for c in cells):.2f}; coverage "
+        f"{100 * min(covered):.1f} to {100 * max(covered):.1f} %. Cells with |z| beyond 2 again, with four times as many fresh "
+        f"batches: {', '.join(f'{c.z:+.2f}, then {c.z_again:+.2f}' for c in cells if c.z_again is not None) or 'none'}.",
     ]
     rows = [
         [
             c.subject, c.estimator, str(c.responses), f"{c.prompts[0]} and {c.prompts[1]}",
-            f"{c.variance_ratio:.3f} ± {c.variance_ratio_error:.3f}", f"{c.z:+.2f}", f"{100 * c.coverage:.1f}",
+            f"{c.variance_ratio:.3f} ± {c.variance_ratio_error:.3f}", f"{c.unbiased_ratio:.3f}", f"{c.z:+.2f}",
+            f"{100 * c.coverage:.1f}",
         ]
         for c in cells
     ]  # fmt: skip
     return lines + table(
-        ["policy", "X by", "G of E", "prompts of E and U", "variance / truth", "z", "coverage, %"], rows
+        ["policy", "X by", "G of E", "prompts of E and U", "variance / truth", "without floor", "z", "coverage, %"],
+        rows,
     )
 
 
@@ -501,6 +563,16 @@ READING = (
 )
 
 
+BASELINES_READING = (
+    f"SE of U_cross at {GROUP} and {LARGER} prompts, and standard deviation of X̃_u · (the others' mean Ỹ), over those "
+    "of the leave-one-out mean by position, which is what the package uses, with 95 % bootstrap intervals over prompts. The "
+    "shift is that of U_cross, over its jackknife SE. *Line*: a + b t fitted to F_t of the prompt's other responses; *line "
+    "past their end*: the mean by position in which a response that has ended counts as that line's value and not as 0. The "
+    "baseline by fraction of length looks at the response's own length and so is biased where lengths differ; those fitted out "
+    "of fold look at other prompts."
+)
+
+
 def medians(found: Sequence[Comparison]) -> str:
     values = [
         statistics.median(getattr(c, name).value for c in found)
@@ -512,18 +584,65 @@ def medians(found: Sequence[Comparison]) -> str:
     )
 
 
+def aims(found: Found) -> list[str]:
+    """What was aimed at beside what was measured."""
+    rows = []
+    if "enumerable" in found.parts:
+        for what, values in (
+            ("U_cross", [c.z for c in found.bias]),
+            ("two batches", [c.z for c in found.two_batches]),
+        ):
+            beyond = sum(abs(z) > 2.0 for z in values)
+            rows.append(
+                [
+                    f"bias of {what} within 2 Monte Carlo errors",
+                    f"{beyond} of {len(values)} cells beyond ({0.0455 * len(values):.1f} by chance alone), largest |z| "
+                    f"{max(map(abs, values)):.2f}",
+                ]
+            )
+        ratios = [c.variance_ratio for c in found.two_batches]
+        rows.append(
+            [
+                "two-batch variance over truth 0.95 to 1.05",
+                f"{min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} cells, Monte Carlo error at most "
+                f"{max(c.variance_ratio_error for c in found.two_batches):.3f}",
+            ]
+        )
+    if "checkpoints" in found.parts:
+        ratios = [c.rollouts_ratio.value for c in found.checkpoints]
+        rows.append(
+            [
+                "bundled checkpoints: score needs 3 times the rollouts (median)",
+                f"{statistics.median(ratios):.2f} (U = {GROUP}; by checkpoint {', '.join(f'{r:.2f}' for r in ratios)}), "
+                f"{statistics.median(c.rollouts_ratio_larger.value for c in found.checkpoints):.2f} (U = {LARGER})",
+            ]
+        )
+    if "high-entropy" in found.parts:
+        rows.append(
+            [
+                "high entropy, 32 tokens and more: 8 times",
+                "; ".join(
+                    f"{c.name}: {c.rollouts_ratio.value:.2f} (U = {GROUP}), {c.rollouts_ratio_larger.value:.2f} (U = {LARGER})"
+                    for c in found.random
+                ),
+            ]
+        )
+    return ["## Aims", *table(["aim", "measured"], rows)]
+
+
 def markdown(found: Found, command: str) -> str:
     """The page."""
     lines = [
         "# Calibration of the estimators",
         "",
-        f"`{command}`, one run of {found.seconds / 60:.1f} min on one thread. Intervals by family of kernels are in "
+        f"`{command}`, {sum(found.parts.values()) / 60:.0f} min on one thread. Intervals by family of kernels are in "
         "[coverage.md](coverage.md).",
         "",
+        *aims(found),
     ]
-    if found.bias:
+    if "enumerable" in found.parts:
         lines += [*bias_lines(found.bias), *two_batch_lines(found.two_batches), *weighting_lines(found.weighting)]
-    if found.checkpoints:
+    if "checkpoints" in found.parts:
         first = found.checkpoints[0]
         lines += ["## Score against Rao-Blackwell on the bundled checkpoints", ""]
         lines += [
@@ -542,7 +661,7 @@ def markdown(found: Found, command: str) -> str:
             f"U = {GROUP}: {gain:.1f}; time for the same SE: {rollouts:.2f} (medians over checkpoints; sampling not counted).",
             "",
         ]
-    if found.random:
+    if "high-entropy" in found.parts:
         first = found.random[0]
         lines += ["## A high-entropy policy", ""]
         worst = min(c.rollouts_ratio.value for c in found.random[:2])
@@ -553,30 +672,14 @@ def markdown(found: Found, command: str) -> str:
             *comparison_table(found.random),
         ]
     if found.baselines:
-        lines += ["## Other baselines of Rao-Blackwell", ""]
-        lines += [
-            f"SE of U_cross at {GROUP} and {LARGER} prompts, and standard deviation of X̃_u · (the others' mean Ỹ), over those "
-            "of the leave-one-out mean by position, which is what the package uses. The baseline by fraction of length looks "
-            "at the response's own length and so is biased where lengths differ. The shift is that of U_cross, over its "
-            "jackknife SE.",
-        ]
+        lines += ["## Other baselines of Rao-Blackwell", "", BASELINES_READING]
         for name, baselines in found.baselines.items():
-            best = min(baselines, key=lambda b: b.se_ratio)
             rows = [
-                [
-                    b.name,
-                    f"{b.se_ratio:.3f}",
-                    f"{b.se_ratio_larger:.3f}",
-                    f"{b.projection:.3f}",
-                    f"{b.u_cross:.4g}",
-                    f"{b.difference:+.1f}",
-                ]
+                [b.name, str(b.se_ratio), str(b.se_ratio_larger), f"{b.projection:.3f}", f"{b.difference:+.1f}"]
                 for b in baselines
             ]
-            lines += ["", f"{name[0].upper()}{name[1:]} (least SE at U = {GROUP}: {best.name}, {best.se_ratio:.2f}):"]
-            lines += table(
-                ["baseline", f"SE, U = {GROUP}", f"SE, U = {LARGER}", "projection", "U_cross", "shift / its SE"], rows
-            )
+            lines += ["", f"{name[0].upper()}{name[1:]}:"]
+            lines += table(["baseline", f"SE, U = {GROUP}", f"SE, U = {LARGER}", "projection", "shift / its SE"], rows)
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
@@ -631,34 +734,50 @@ def plot_se_ratio(found: Sequence[Comparison], path: Path) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures here as they come, and go on from what is there")
     parser.add_argument("--markdown", type=Path, help="write the page here, and the plots to docs/images")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part; may be given again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a look, with few replicates")
     arguments = parser.parse_args()
-    parts = arguments.only or PARTS
+    parts = list(dict.fromkeys(arguments.only or PARTS))
+    found = Found(QUICK if arguments.quick else Effort(), arguments.seed)
+    if arguments.json and arguments.json.exists():
+        earlier = read_found(arguments.json)
+        if (earlier.effort, earlier.seed) != (found.effort, found.seed):
+            parser.error(f"{arguments.json} is of another effort or seed; give another file")
+        found = earlier
+
+    def save() -> None:
+        if arguments.json:
+            written = arguments.json.with_suffix(".part")
+            written.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+            written.replace(arguments.json)
+
     torch.set_num_threads(1)
+    wanted = [part for part in parts if part not in found.parts]
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("calibration", total=steps(parts))
+        task = progress.add_task("calibration", total=steps(wanted))
 
         def tick(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
-        found = run(parts, QUICK if arguments.quick else Effort(), arguments.seed, tick)
+        for part in wanted:
+            start = time.monotonic()
+            PARTS[part](found, tick, save)
+            found.parts[part] = time.monotonic() - start
+            save()
     command = " ".join(
         ["python benchmarks/calibration.py", *(f"--only {p}" for p in arguments.only or ())]
         + (["--quick"] if arguments.quick else [])
         + ([f"--seed {arguments.seed}"] if arguments.seed else [])
     )
     page = markdown(found, command)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     if arguments.markdown:
         arguments.markdown.write_text(page, encoding="utf-8")
-        if found.bias:
+        if "enumerable" in found.parts:
             plot_coverage(found.bias, IMAGES / "calibration_coverage.png")
-        if found.checkpoints:
+        if "checkpoints" in found.parts:
             plot_se_ratio(found.checkpoints, IMAGES / "calibration_se_ratio.png")
     sys.stdout.write(page)
 

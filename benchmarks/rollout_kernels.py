@@ -331,6 +331,21 @@ def leave_one_out_of_running(values: Tensor, lengths: Sequence[int], group_sizes
     return torch.where(alive > 0.0, mean / alive.clamp(min=1e-12), 0.0)
 
 
+def leave_one_out_line(values: Tensor, lengths: Sequence[int], group_sizes: Sequence[int]) -> Tensor:
+    """a + b t at every token, fitted by least squares to ``values`` [tokens] of the prompt's other responses; 0 at least."""
+    parts = [part.numpy() for part in torch.split(values, list(lengths))]
+    found, start = [], 0
+    for size in group_sizes:
+        group = parts[start : start + size]
+        start += size
+        for g, own in enumerate(group):
+            at = np.concatenate([np.arange(len(o)) for k, o in enumerate(group) if k != g])
+            of = np.concatenate([o for k, o in enumerate(group) if k != g])
+            a, b = np.linalg.lstsq(np.stack([np.ones(len(at)), at], axis=1), of, rcond=None)[0]
+            found.append(np.maximum(a + b * np.arange(len(own)), 0.0))
+    return torch.from_numpy(np.concatenate(found))
+
+
 @dataclass(frozen=True)
 class Baseline:
     """Standard errors of U_cross at 16 and 64 prompts over those of the position baseline, and of X's projections.
@@ -340,19 +355,19 @@ class Baseline:
     """
 
     name: str
-    se_ratio: float
-    se_ratio_larger: float
+    se_ratio: Range
+    se_ratio_larger: Range
     projection: float
     u_cross: float
     difference: float
 
 
-def compare_baselines(case: Case, rao_blackwell: FloatArray) -> list[Baseline]:
+def compare_baselines(case: Case, rao_blackwell: FloatArray, replicates: int, seed: int = 0) -> list[Baseline]:
     """Any baseline b_t of the tokens before t and of other responses leaves X unbiased: it adds (1/G) Σ b_t ∇log π(y_t).
 
-    Features, each with a kernel of its own: F̄ of the others at the same position, that over those still running, F̄ at the same
-    fraction of length (which looks at the response's own length, so it is biased where lengths differ), H_t, and H_t times the
-    tokens that may follow.
+    Features, each with a kernel of its own: F̄ of the others at the same position, that over those still running, a line in t
+    fitted to the others, that line in place of the others that have ended, F̄ at the same fraction of length (which looks at the
+    response's own length, so it is biased where lengths differ), H_t, and H_t times the tokens that may follow.
     The fits are out of fold, two folds of prompts dealt in turn: once of F_t on the first and the last two (least squares over
     tokens), once of the weights that make X̃_u · (the others' mean Ỹ) vary least.
     """
@@ -360,9 +375,14 @@ def compare_baselines(case: Case, rao_blackwell: FloatArray) -> list[Baseline]:
     entropies = case.token_entropies()
     to_come = entropy_to_come(entropies, lengths)
     positions = torch.cat([torch.arange(n, dtype=torch.float64) for n in lengths])
+    line = leave_one_out_line(to_come, lengths, sizes)
+    running_share = leave_one_out_by_position(torch.ones_like(to_come), lengths, sizes)
+    position = leave_one_out_by_position(to_come, lengths, sizes)
     features = {
-        "position": leave_one_out_by_position(to_come, lengths, sizes),
+        "position": position,
         "running": leave_one_out_of_running(to_come, lengths, sizes),
+        "line": line,
+        "filled": position + (1.0 - running_share) * line,
         "fraction": leave_one_out_by_fraction(to_come, lengths, sizes),
         "entropy": entropies,
         "entropy × room": entropies * (case.longest_allowed - 1 - positions),
@@ -390,16 +410,27 @@ def compare_baselines(case: Case, rao_blackwell: FloatArray) -> list[Baseline]:
         "leave-one-out by position": rao_blackwell,
         "none": none,
         "leave-one-out by position, of those still running": none + kernels["running"],
+        "line": none + kernels["line"],
+        "leave-one-out by position, line past their end": none + kernels["filled"],
         "leave-one-out by fraction of length": none + kernels["fraction"],
         "fitted to F_t out of fold": by_value,
         "fitted to the projection out of fold": by_projection,
     }
     reference = variance_parts(rao_blackwell, u_of(rao_blackwell))
+    counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1.0 / prompts), size=replicates)
+    resampled_reference = weighted_parts(symmetric(rao_blackwell), counts.astype(np.float64))
     spread = float(_projections(rao_blackwell).std(ddof=1))
     result = []
     for name, kernel in found.items():
         parts = variance_parts(kernel, u_of(kernel))
-        ratios = [math.sqrt(variance_at(at, *parts) / variance_at(at, *reference)) for at in (GROUP, LARGER)]
+        resampled = weighted_parts(symmetric(kernel), counts.astype(np.float64))
+        ratios = []
+        for at in (GROUP, LARGER):
+            ends = np.nanquantile(
+                np.sqrt(_variance(at, *resampled) / _variance(at, *resampled_reference)), [0.025, 0.975]
+            )
+            value = math.sqrt(variance_at(at, *parts) / variance_at(at, *reference))
+            ratios.append(Range(value, float(ends[0]), float(ends[1])))
         projection = float(_projections(kernel).std(ddof=1)) / spread
         error = difference_error(kernel, rao_blackwell)
         shift = u_of(kernel) - u_of(rao_blackwell)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from calibration import delta_h
+from calibration import QUICK, Baseline, BiasCell, Cost, Found, delta_h, read_found
 from enumerated_prompts import TOKENS, make_subject, narrowed, prompt_law, true_u_cross
-from rollout_kernels import leave_one_out_by_fraction, same_se_prompts, symmetric, u_of, weighted_parts
+from rollout_kernels import (
+    Range,
+    leave_one_out_by_fraction,
+    leave_one_out_line,
+    same_se_prompts,
+    symmetric,
+    u_of,
+    weighted_parts,
+)
 
 import enumerable
 from entropy_probe.gradients import unit_gradients
@@ -84,6 +94,8 @@ def test_short_formulas() -> None:
     found = leave_one_out_by_fraction(values, [3, 2], [2])
     # Token midpoints of the first lie at 1/6, 1/2 and 5/6, of the second at 1/4 and 3/4.
     assert found.tolist() == pytest.approx([6.0, 3.0, 0.0, 3.5, 0.5])
+    # The other's tokens lie on 6 − 6 t and 4 − 2 t; below 0 it is 0.
+    assert leave_one_out_line(values, [3, 2], [2]).tolist() == pytest.approx([6.0, 0.0, 0.0, 4.0, 2.0], abs=1e-12)
 
 
 @pytest.mark.parametrize("weighting", list(Weighting))
@@ -96,3 +108,14 @@ def test_importance_weights_of_many_batches_at_once(weighting: Weighting) -> Non
             s[k].ravel(), s_after[k].ravel(), [3] * 5, entropies=(v[k].ravel(), v_after[k].ravel()), weighting=weighting
         )
         assert found[k] == pytest.approx(one.delta_h, abs=1e-12)
+
+
+def test_an_earlier_runs_figures_are_read_back_as_they_were(tmp_path: Path) -> None:
+    cell = BiasCell("policy", "score", 8, 0.1, 0.2, 0.01, 2.5, None, {"t": 0.95}, 100)
+    baseline = Baseline("none", Range(1.0, 0.9, 1.1), Range(1.2, 1.1, 1.3), 0.5, 3.0, 0.1)
+    found = Found(
+        QUICK, 3, {"enumerable": 1.5}, bias=[cell], baselines={"c": [baseline]}, cost=Cost({"score": [1.0]}, 2.0)
+    )
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(asdict(found)))
+    assert read_found(path) == found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -95,18 +96,51 @@ def test_the_symmetric_intervals_are_those_of_the_standard_errors() -> None:
     assert (high - low) / 2 / t == pytest.approx(math.sqrt(8 / 9 * ((left - np.mean(left)) ** 2).sum()), rel=1e-10)
 
 
-def test_the_skewed_interval_is_its_formula() -> None:
-    kernel = kernels(9, 1, 1.0, 0.4, 2, sigma=1.0)[0]
-    found = statistics(kernel)
+def skewed_by_loop(kernel: np.ndarray, *, triangles: bool = True, shared_kurtosis: bool = True) -> tuple[float, float]:
+    """The default interval of h ≥ 4 units, written out; without its triangles or its linear share as planted bugs."""
+    found, units, h = statistics(kernel), len(kernel), symmetric(kernel)
     assert found.se is not None
+    assert found.parts is not None
     gamma, kappa = stats.skew(found.row_means, bias=False), stats.kurtosis(found.row_means, bias=False)
     assert row_mean_shape(found.row_means) == pytest.approx((gamma, kappa))
-    assert gamma > 0.5
-    t = stats.t.ppf(0.975, 8)
-    half = stats.t.ppf(0.975, max(2.0, 16 / (2 + max(kappa, 0) * 8 / 9))) * found.se
-    further = min(1.5, gamma * (2 * t * t + 1) / (3 * math.sqrt(9))) * found.se
-    expected = (found.u_cross - half, found.u_cross + half + further)
-    assert interval(kernel, IntervalMethod.SKEWED_T) == pytest.approx(expected, rel=1e-10)
+    share = 4 * found.parts[0] / units / found.variance if shared_kurtosis else 1.0
+    r, mean = found.row_means, found.u_cross
+    psi = [[h[u, w] - r[u] - r[w] + mean for w in range(units)] for u in range(units)]
+    cycles = [psi[u][v] * psi[v][w] * psi[w][u] for u, v, w in itertools.permutations(range(units), 3)]
+    third = 16 * gamma * r.std() ** 3 / units**2 + (8 * np.mean(cycles) / units**3 if triangles else 0.0)
+    skewness = third / found.se**3
+    t = stats.t.ppf(0.975, units - 1)
+    freedom = max(2.0, 2 * (units - 1) / (2 + share**2 * max(kappa, 0) * (units - 1) / units))
+    half = stats.t.ppf(0.975, freedom) * found.se
+    further = min(1.5, abs(skewness) * (2 * t * t + 1) / 6) * found.se
+    return mean - half - (further if skewness < 0 else 0), mean + half + (further if skewness > 0 else 0)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_skewed_interval_is_its_formula(sign: float) -> None:
+    """Heavy units, both parts in V: and each of two ways to leave something out is seen."""
+    kernel = sign * kernels(9, 1, 0.6, 0.6, 0, sigma=0.6)[0]
+    found = interval(kernel, IntervalMethod.SKEWED_T)
+    assert found == pytest.approx(skewed_by_loop(kernel), rel=1e-10)
+    for planted in ({"triangles": False}, {"shared_kurtosis": False}):
+        wrong = skewed_by_loop(kernel, **planted)
+        assert max(abs(a - b) for a, b in zip(wrong, found, strict=True)) > 1e-3 * (found[1] - found[0])
+
+
+def test_skewness_of_the_degenerate_part_lengthens_the_side_that_it_is_on() -> None:
+    """h = z_u z_w has the skewness of a χ²: without the triangles the truth lies above far more often than nominal."""
+    z = 0.3 + np.random.default_rng(8).normal(size=(1000, 24, 1))
+    products = z * z.transpose(0, 2, 1)
+    assert np.mean([interval(k)[1] < 0.09 for k in products]) < 0.025
+    assert np.mean([skewed_without_triangles(k) < 0.09 for k in products]) > 0.1
+
+
+def skewed_without_triangles(kernel: np.ndarray) -> float:
+    found = statistics(kernel)
+    assert found.se is not None
+    third = 16 * stats.skew(found.row_means, bias=False) * found.row_means.std() ** 3 / len(kernel) ** 2
+    t = stats.t.ppf(0.975, len(kernel) - 1)
+    return found.u_cross + found.se * (t + min(1.5, max(0.0, third / found.se**3 * (2 * t * t + 1) / 6)))
 
 
 @pytest.mark.parametrize("method", list(IntervalMethod))
@@ -238,11 +272,11 @@ def test_the_percentile_bootstrap_is_too_wide_for_degenerate_kernels() -> None:
 
 
 def test_a_shortfall_is_told_where_the_interval_falls_short_and_not_where_it_does_not() -> None:
-    heavy = kernels(16, 400, 1.0, 0.5, 3, sigma=1.0)
-    assert coverage(heavy, 1.0, DEFAULT_METHOD) < 0.9
+    heavy = kernels(32, 400, 1.0, 0.5, 3, sigma=1.0)
+    assert coverage(heavy, 1.0, DEFAULT_METHOD) < 0.93
     told = [known_shortfall(k) for k in heavy]
     assert np.mean([text is not None for text in told]) > 0.7
     assert any("skewness" in text for text in told if text is not None)
-    light = kernels(16, 400, 1.0, 0.5, 4)
-    assert np.mean([known_shortfall(k) is not None for k in light]) < 0.15
-    assert "5 units" in str(known_shortfall(np.ones((5, 5))))
+    light = kernels(32, 400, 1.0, 0.5, 4)
+    assert np.mean([known_shortfall(k) is not None for k in light]) < 0.1
+    assert "31 units" in str(known_shortfall(light[0][:31, :31]))

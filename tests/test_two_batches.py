@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
+from entropy_probe.diagnostics import two_batch_warnings
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import cross_gradients, reference
 from entropy_probe.importance_sampling import Weighting
@@ -54,6 +56,76 @@ def test_two_batch_statistics_equal_their_loops() -> None:
     assert found.evaluation == pytest.approx(np.var(x, ddof=1) / 3, rel=1e-12)
     assert found.update == pytest.approx(np.var(y, ddof=1) / 4, rel=1e-12)
     assert found.ci95[0] < found.mean < found.ci95[1]
+
+
+def interval_by_loop(kernel: np.ndarray, *, product_kept: bool = True) -> tuple[float, float]:
+    """The interval written out; without the linear share of V as a planted bug."""
+    found = two_batch_statistics(kernel)
+    (rows, columns), x, y = kernel.shape, kernel.mean(1), kernel.mean(0)
+    linear = 1.0 - found.product / found.variance if product_kept else 1.0
+
+    def freedom(count: int, kurtosis: float) -> float:
+        return max(2.0, 2 * (count - 1) / (2 + linear**2 * max(kurtosis, 0.0) * (count - 1) / count))
+
+    share = found.evaluation / (found.evaluation + found.update)
+    nu = 1 / (
+        share**2 / freedom(rows, stats.kurtosis(x, bias=False))
+        + (1 - share) ** 2 / freedom(columns, stats.kurtosis(y, bias=False))
+    )
+    t = stats.t.ppf(0.975, 1 / (share**2 / (rows - 1) + (1 - share) ** 2 / (columns - 1)))
+    third = stats.skew(x, bias=False) * found.evaluation**1.5 / rows**0.5
+    third += stats.skew(y, bias=False) * found.update**1.5 / columns**0.5
+    skewness = 2 * third / found.variance**1.5
+    half, further = stats.t.ppf(0.975, nu) * found.se, min(1.5, abs(skewness) * (2 * t * t + 1) / 6) * found.se
+    return found.mean - half - (further if skewness < 0 else 0), found.mean + half + (further if skewness > 0 else 0)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_two_batch_interval_is_its_formula(sign: float) -> None:
+    rng = np.random.default_rng(12)
+    kernel = sign * (1.0 + rng.exponential(size=(7, 3)) ** 2) @ (0.5 + rng.exponential(size=(12, 3)) ** 2).T
+    found = two_batch_statistics(kernel)
+    assert found.evaluation + found.update > 2 * found.product
+    assert found.ci95 == pytest.approx(interval_by_loop(kernel), rel=1e-10)
+    assert found.ci95 != pytest.approx(interval_by_loop(kernel, product_kept=False), rel=1e-3)
+    assert two_batch_statistics(-kernel).ci95 == pytest.approx((-found.ci95[1], -found.ci95[0]), rel=1e-10)
+    assert two_batch_statistics(kernel.T).ci95 == pytest.approx(found.ci95, rel=1e-10)
+
+
+def test_where_the_product_is_all_of_the_variance_the_smaller_batch_gives_the_degrees() -> None:
+    signs = np.outer([1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0, 1.0, -1.0])  # row and column means are 0
+    found = two_batch_statistics(signs)
+    assert found.variance == found.product > 0.0
+    half = stats.t.ppf(0.975, 3) * found.se
+    assert found.ci95 == pytest.approx((found.mean - half, found.mean + half))
+    assert two_batch_statistics(np.ones((2, 3))).ci95 == (1.0, 1.0)
+
+
+def skewed_batches(rows: int, columns: int, draws: int) -> np.ndarray:
+    """X and Y of 1 + exponential noise in one direction and normal noise in five: truth 4."""
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(draws, rows, 6)), rng.normal(size=(draws, columns, 6))
+    x[..., 0], y[..., 0] = (1.0 + rng.exponential(size=(draws, n)) for n in (rows, columns))
+    return x @ y.transpose(0, 2, 1)
+
+
+def test_the_two_batch_interval_covers_skewed_batches() -> None:
+    """Planted: the symmetric interval without the skew falls short of the same draws."""
+    draws = skewed_batches(16, 16, 3000)
+    found = [two_batch_statistics(k) for k in draws]
+    covered = np.mean([f.ci95[0] <= 4.0 <= f.ci95[1] for f in found])
+    symmetric = np.mean([abs(f.mean - 4.0) <= stats.t.ppf(0.975, 30) * f.se for f in found])
+    assert 0.93 <= covered <= 0.97
+    assert symmetric < covered - 0.005
+
+
+def test_few_prompts_in_either_batch_are_told() -> None:
+    kernel = np.random.default_rng(3).normal(size=(16, 16))
+    assert two_batch_statistics(kernel).shortfall is None
+    for small in (kernel[:15], kernel[:, :15]):
+        assert "15" in str(two_batch_statistics(small).shortfall)
+        assert [w.code for w in two_batch_warnings(two_batch_statistics(small))] == ["two_batch_interval_falls_short"]
+    assert two_batch_warnings(two_batch_statistics(kernel)) == two_batch_warnings(None) == []
 
 
 def test_folds_pair_a_fold_with_the_others_alone() -> None:

@@ -27,7 +27,7 @@ def codes(found: Iterable[Evidence]) -> set[str]:
 
 def statistics(units: int = 10, **changed: Any) -> CrossStatistics:
     found = cross_statistics(UnitDots.from_kernel(np.eye(units) + 1.0, [1] * units))
-    return dataclasses.replace(found, **({"self_test_residual": 0.0} | changed))
+    return dataclasses.replace(found, **({"self_test_residual": 0.0, "shortfall": None} | changed))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,7 @@ def statistics(units: int = 10, **changed: Any) -> CrossStatistics:
     [
         ({}, set()),
         ({"units": 9}, {"few_units"}),
+        ({"shortfall": "few prompts"}, {"interval_falls_short"}),
         ({"ci95": (-1.0, 1.0)}, {"interval_includes_zero"}),
         ({"ci95": (0.0, 1.0)}, {"interval_includes_zero"}),
         ({"ci95": (-1.0, 0.0)}, {"interval_includes_zero"}),

@@ -14,6 +14,7 @@ from entropy_probe.report import Evidence
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import LengthWeight, by_group
 from entropy_probe.sweep import SweepCurve
+from entropy_probe.two_batches import TwoBatchStatistics
 from entropy_probe.u_statistics import CrossStatistics
 
 FEW_UNITS = 10
@@ -66,6 +67,13 @@ def interval_warnings(statistics: CrossStatistics, delta_h1_ci95: tuple[float, f
             )
         )
     return found
+
+
+def two_batch_warnings(found: TwoBatchStatistics | None) -> list[Evidence]:
+    """An interval of two batches that is known to fall short."""
+    if found is None or found.shortfall is None:
+        return []
+    return [Evidence("two_batch_interval_falls_short", found.shortfall, "Give more prompts to the smaller batch")]
 
 
 def learning_rate_warnings(state: AdamState, overridden: bool) -> list[Evidence]:

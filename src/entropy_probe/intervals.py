@@ -26,7 +26,8 @@ MOST_UNITS = 10_000_000
 """Above this :func:`needed_units` gives up."""
 EXTENSION_LIMIT = 1.5
 """Standard errors by which a skewed interval grows on its long side at most."""
-FEW_UNITS = 8
+FEW_UNITS = 32
+"""Units below which coverage was measured to depend on the kernel more than the kernel shows (``docs/coverage.md``)."""
 SKEWNESS_LIMIT = 1.0
 """Absolute sample skewness of the row means above which the interval is known to fall short (``docs/coverage.md``)."""
 
@@ -40,7 +41,7 @@ class IntervalMethod(StrEnum):
     BOOTSTRAP: percentiles of U* over resamples of units.
     BOOTSTRAP_T: studentised over resamples of units, each with its own SE*.
     UNBIASED_T: U_cross ± t √V, V the unbiased variance with its floor (:func:`interval_variance`).
-    SKEWED_T: the same with Satterthwaite's degrees of freedom, and longer on the side of the skew (:func:`interval`).
+    SKEWED_T: the same with Satterthwaite's degrees of freedom, and longer on the side of U_cross's skew (:func:`interval`).
     """
 
     NORMAL = "normal"
@@ -57,7 +58,7 @@ DEFAULT_METHOD = IntervalMethod.SKEWED_T
 
 @dataclass(frozen=True)
 class _Summary:
-    """h with a zero diagonal [U, U], row means [U], U_cross, and the plug-in, jackknife and unbiased variances."""
+    """h with a zero diagonal [U, U], row means [U], U_cross, plug-in and jackknife variances, V as ``unbiased``, and τ̂²."""
 
     h: FloatArray
     row_means: FloatArray
@@ -65,10 +66,16 @@ class _Summary:
     plugin: float
     jackknife: float
     unbiased: float
+    tau_squared: float
 
     @property
     def units(self) -> int:
         return len(self.row_means)
+
+    @property
+    def linear(self) -> float:
+        """4 ζ̂₁/U: V without its degenerate part."""
+        return max(0.0, self.unbiased - variance_at(self.units, 0.0, self.tau_squared))
 
 
 def _summary(kernel: FloatArray) -> _Summary:
@@ -81,7 +88,9 @@ def _summary(kernel: FloatArray) -> _Summary:
     u_cross = float(row_means.mean())
     plugin = 4.0 * float(((row_means - u_cross) ** 2).sum()) / (units * (units - 1))
     jackknife = plugin * ((units - 1) / (units - 2)) ** 2
-    return _Summary(h, row_means, u_cross, plugin, jackknife, interval_variance(kernel, u_cross, jackknife))
+    variance = interval_variance(kernel, u_cross, jackknife)
+    tau_squared = _tau_squared(units, unbiased_variance(kernel, u_cross), jackknife)
+    return _Summary(h, row_means, u_cross, plugin, jackknife, variance, tau_squared)
 
 
 def interval(
@@ -94,15 +103,15 @@ def interval(
 ) -> tuple[float, float]:
     """(low, high) of U_cross in nats per unit of learning rate, from K [U, U] with equal units and U ≥ 4.
 
-    SKEWED_T, with γ and κ the sample skewness and excess kurtosis (G₁ and G₂) of the row means:
+    SKEWED_T, with κ the sample excess kurtosis (G₂) of the row means, s = 4 ζ̂₁/U / V the linear part's share of V and γ the
+    skewness of U_cross (:func:`_skewness`):
 
-        half width t_ν √V,  ν = 2 (U−1) / (2 + max(κ, 0) (U−1)/U), 2 at least
-        and on the side of γ's sign further by min(1.5, |γ| (2 t² + 1) / (3 √U)) √V,  t with U − 1 degrees
+        half width t_ν √V,  ν = 2 (U−1) / (2 + s² max(κ, 0) (U−1)/U), 2 at least
+        and on the side of γ's sign further by min(1.5, |γ| (2 t² + 1) / 6) √V,  t with U − 1 degrees
 
-    ν matches the first two moments of the variance estimate of U values with kurtosis κ (Satterthwaite 1946). The extension
-    is the Edgeworth shift of a studentised U-statistic, [(2t²+1) E g³ + 3 (t²+1) E g_u g_w ψ_uw] / (6 √U ζ₁^{3/2})
-    (Helmers 1991), with its second term taken to be as large as the first: estimating it cost more coverage than it gained.
-    For the same reason only the side that it lengthens is moved.
+    ν matches the first two moments of the variance estimate of U values with kurtosis κ (Satterthwaite 1946), which the
+    linear part alone rests on. The extension is the Edgeworth shift of a studentised mean with skewness γ (Hall 1992). Only the
+    side that it lengthens is moved: shortening the other cost more coverage than it gained.
 
     Args:
         kernel: K / (unit size)², [U, U]; its diagonal is not used.
@@ -151,15 +160,43 @@ def t_quantile(units: int, level: float = 0.95) -> float:
 
 def _skewed_t(found: _Summary, tail: float) -> tuple[float, float]:
     units, error = found.units, math.sqrt(found.unbiased)
-    skewness, kurtosis = row_mean_shape(found.row_means)
-    degrees = max(2.0, 2.0 * (units - 1) / (2.0 + max(kurtosis, 0.0) * (units - 1) / units))
-    t = float(stats.t.ppf(tail, units - 1))
+    _, kurtosis = row_mean_shape(found.row_means)
+    share = found.linear / found.unbiased if found.unbiased > 0.0 else 0.0
+    degrees = satterthwaite(units, share**2 * kurtosis)
+    skewness = _skewness(found)
     half_width = float(stats.t.ppf(tail, degrees)) * error
-    further = min(EXTENSION_LIMIT, abs(skewness) * (2.0 * t**2 + 1.0) / (3.0 * math.sqrt(units))) * error
+    further = skew_extension(skewness, float(stats.t.ppf(tail, units - 1))) * error
     return (
         found.u_cross - half_width - (further if skewness < 0.0 else 0.0),
         found.u_cross + half_width + (further if skewness > 0.0 else 0.0),
     )
+
+
+def satterthwaite(count: int, excess_kurtosis: float) -> float:
+    """2 (n−1) / (2 + max(κ, 0) (n−1)/n), 2 at least: degrees of freedom of the sample variance of n values (1946)."""
+    return max(2.0, 2.0 * (count - 1) / (2.0 + max(excess_kurtosis, 0.0) * (count - 1) / count))
+
+
+def skew_extension(skewness: float, t: float) -> float:
+    """min(1.5, |γ| (2 t² + 1) / 6), in standard errors: how far a studentised mean's quantile t moves with its skewness γ."""
+    return min(EXTENSION_LIMIT, abs(skewness) * (2.0 * t**2 + 1.0) / 6.0)
+
+
+def _skewness(found: _Summary) -> float:
+    """γ = [16 m₃/U² + 8 T/U³] / V^{3/2} of U_cross; 0 where V is.
+
+    Third cumulant of U_cross = [8 E g³ + 24 E g_u g_w ψ_uw]/U² + 8 E ψ_uv ψ_vw ψ_wu/U³ + o(1/U³). m₃ = G₁ m₂^{3/2} of the row
+    means stands for E g³ and T, the mean of ψ̂_uv ψ̂_vw ψ̂_wu over distinct units with ψ̂_uw = h_uw − r_u − r_w + U_cross, for the
+    last. The middle term is taken to be as large as the first: estimating it cost more coverage than it gained.
+    """
+    if not found.unbiased > 0.0:
+        return 0.0
+    units, spread = found.units, found.row_means - found.u_cross
+    third = row_mean_shape(found.row_means)[0] * float((spread**2).mean()) ** 1.5
+    psi = found.h - spread[:, None] - spread[None, :] - found.u_cross
+    np.fill_diagonal(psi, 0.0)
+    triangles = float((psi @ psi * psi).sum()) / (units * (units - 1) * (units - 2))
+    return float((16.0 * third / units**2 + 8.0 * triangles / units**3) / found.unbiased**1.5)
 
 
 def row_mean_shape(row_means: FloatArray) -> tuple[float, float]:
@@ -244,10 +281,7 @@ def variance_parts(kernel: FloatArray, u_cross: float) -> tuple[float, float]:
         ValueError: the kernel is not square or has fewer than 4 units.
     """
     found = _summary(kernel)
-    units = found.units
-    tau_squared = _tau_squared(units, unbiased_variance(kernel, u_cross), found.jackknife)
-    variance = interval_variance(kernel, u_cross, found.jackknife)
-    return units * max(0.0, variance - variance_at(units, 0.0, tau_squared)) / 4.0, tau_squared
+    return found.units * found.linear / 4.0, found.tau_squared
 
 
 def variance_at(units: int, zeta1: float, tau_squared: float) -> float:
@@ -308,11 +342,12 @@ def needed_units(
 
 
 def known_shortfall(kernel: FloatArray) -> str | None:
-    """What is known to make the default interval cover less than it says, seen in this kernel, or None.
+    """What is known to make the default interval cover less than it says, or None.
 
-    Fewer than ``FEW_UNITS`` units, or row means whose absolute sample skewness G₁ is above ``SKEWNESS_LIMIT``: a few units
-    carry the mean, and the like of them that this batch may lack are not in its spread. Coverage and how often this speaks
-    up stand side by side in ``docs/coverage.md``.
+    Fewer than ``FEW_UNITS`` units, where the kernels that miss do not look different from the others, or row means whose
+    absolute sample skewness G₁ is above ``SKEWNESS_LIMIT``: a few units carry the mean, and the like of them that this batch
+    may lack are not in its spread. ``docs/coverage.md`` has coverage, that of the kernels of which nothing is said, and how
+    often something is.
 
     Args:
         kernel: K / (unit size)², [U, U], U ≥ 4.
@@ -328,5 +363,8 @@ def known_shortfall(kernel: FloatArray) -> str | None:
             "carry the mean, and intervals of such kernels were measured to cover less than they say"
         )
     if found.units < FEW_UNITS:
-        return f"{found.units} units, fewer than {FEW_UNITS}: coverage was measured to depend on the kernel there"
+        return (
+            f"{found.units} units, fewer than {FEW_UNITS}: where a few kinds of prompts carry the mean, the 95 % interval was "
+            "measured to cover less"
+        )
     return None

@@ -437,6 +437,7 @@ def _probe_as_marked(
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
         *diagnostics.interval_warnings(statistics, step_statistics.ci95_of_minus),
+        *diagnostics.two_batch_warnings(two_batches),
         *diagnostics.advantage_warnings(advantages, batch.group_sizes),
         *diagnostics.on_policy_warnings(batch, scores),
         *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, settings.length_weight),
