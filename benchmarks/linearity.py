@@ -30,9 +30,9 @@ from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.demo import demo_files, demo_folder
 from entropy_probe.gradients import loss_gradient
+from entropy_probe.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.linearity import Curve, curvature_at_zero, fit_power_law, linear_until
 from entropy_probe.policy import Policy
-from entropy_probe.probe import resolve_advantages, resolve_length_weights
 from entropy_probe.progress import Silent
 from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure, RealizedChange
 from entropy_probe.realized_rows import Realizer

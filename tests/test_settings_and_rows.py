@@ -14,8 +14,8 @@ import torch
 import support
 from entropy_probe import AdamState, InputError, RolloutBatch, Settings, group_rollouts, probe, state_of_optimizer
 from entropy_probe.files import replacing
+from entropy_probe.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.policy import Policy
-from entropy_probe.probe import resolve_advantages, resolve_length_weights
 from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight, length_weights
 from entropy_probe.units import Mode
 from support import random_rollouts

@@ -29,8 +29,8 @@ from entropy_probe.adam_step import (
     optimizer_step,
 )
 from entropy_probe.gradients import Storage, UnitGradients, reference, response_dots, unit_gradients
+from entropy_probe.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.policy import Policy
-from entropy_probe.probe import resolve_advantages, resolve_length_weights
 from entropy_probe.report.schema import AdamWPart, FallSection, WhatIfRow, WhatIfSection
 from entropy_probe.report.text import print_report, step_sentence
 from entropy_probe.rollouts import RolloutBatch, group_rollouts
@@ -470,7 +470,7 @@ def test_the_command_shows_and_writes_the_section(tmp_path: Path) -> None:
     write_rollouts([row for group in read_batch(files.rollouts).groups[:10] for row in group.responses], rollouts)
     found = support.run_command(
         "run", files.checkpoint, "--rollouts", rollouts, "--max-grad-norm", "0.1", "--what-if-learning-rate", "0.001",
-        "--what-if-max-grad-norm", "1", "--what-if-fall", "0.1", "--json", out,
+        "--what-if-max-grad-norm", "1", "--what-if-no-negatives", "--what-if-fall", "0.1", "--json", out,
     )  # fmt: skip
     assert found.code == 0, found.err
     report = json.loads(out.read_text())

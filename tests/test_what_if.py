@@ -82,7 +82,7 @@ def test_no_momentum_is_the_probe_with_moments_of_zero() -> None:
 
 @pytest.mark.parametrize("estimator", list(Estimator))
 def test_without_negative_advantages_is_the_u_statistic_of_the_positive_ones(estimator: Estimator) -> None:
-    asked = row(report(Settings(estimator=estimator)), "without_negative_advantages")
+    asked = row(report(Settings(estimator=estimator, what_if_no_negatives=True)), "without_negative_advantages")
     a = coefficients(BATCH)
     assert bool((a < 0).any())
     p, rates = Preconditioners(ADAM), {name: g.learning_rate for name, g in ADAM.group_of().items()}
@@ -103,7 +103,7 @@ def test_without_any_negative_advantage_it_is_delta_h1_itself() -> None:
     rows = [replace(r, advantage=r.reward) for r in support.random_rollouts(8, 3)]
     from entropy_probe.rollouts import group_rollouts
 
-    found = probe(MODEL, ADAM, group_rollouts(rows)).report
+    found = probe(MODEL, ADAM, group_rollouts(rows), Settings(what_if_no_negatives=True)).report
     asked = row(found, "without_negative_advantages")
     assert asked.delta_h1 == found.first_order.delta_h1
     assert asked.delta_h1_se == found.first_order.delta_h1_se
@@ -140,7 +140,9 @@ def test_the_arithmetic() -> None:
 
 
 def test_a_report_keeps_the_questions_in_order() -> None:
-    settings = Settings(what_if_learning_rate=1e-3, what_if_max_grad_norm=0.1, what_if_fall=0.05)
+    settings = Settings(
+        what_if_no_negatives=True, what_if_learning_rate=1e-3, what_if_max_grad_norm=0.1, what_if_fall=0.05
+    )
     names = [row.name for row in report(settings).what_if.rows]
     assert names == ["no_momentum", "without_negative_advantages", "learning_rate", "max_grad_norm"]
     assert report().what_if.fall is None

@@ -2,9 +2,10 @@
 
 from entropy_probe.adam_preconditioner import AdamState, state_of_optimizer
 from entropy_probe.errors import InputError
-from entropy_probe.probe import ProbeResult, Settings, probe, probe_checkpoint
+from entropy_probe.probe import ProbeResult, probe, probe_checkpoint
 from entropy_probe.replay import ReplaySettings, replay
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
+from entropy_probe.settings import Settings
 
 __version__ = "0.1.0"
 

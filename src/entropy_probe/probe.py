@@ -6,13 +6,11 @@ the realised step. Source: guide section 6.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +21,6 @@ from entropy_probe.assemble import assemble_report, describe_checkpoint, describ
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
-    VECTOR_SHARE,
     Plan,
     Preparation,
     Rules,
@@ -35,30 +32,32 @@ from entropy_probe.gradients import (
     response_parts,
     unit_gradients,
 )
-from entropy_probe.importance_sampling import Weighting
-from entropy_probe.linearity import SweepRange
+from entropy_probe.inputs import (
+    check_cross_memory,
+    check_evaluation,
+    check_split,
+    free_memory,
+    read_evaluation,
+    resolve_advantages,
+    resolve_length_weights,
+)
 from entropy_probe.noise import LEAST_UNITS, NoiseParts, noise_of
 from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, input_limits
-from entropy_probe.progress import Progress, Silent
+from entropy_probe.progress import Clock, Progress, Silent
 from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure
 from entropy_probe.realized_rows import Realizer
 from entropy_probe.report import CheckpointSection, ConfigSection, Evidence, Report
 from entropy_probe.resampling import plan_resampling, resample
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import (
-    AdvantageRule,
     EntropyTarget,
-    EntropyUnit,
     Estimator,
-    LengthWeight,
-    advantages_from_rewards,
-    length_weights,
 )
+from entropy_probe.settings import Settings, dtype_name
 from entropy_probe.step_parts import Estimate, StepPrediction, predict_parts
 from entropy_probe.sweep import SweepCurve, sweep
 from entropy_probe.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
 from entropy_probe.u_statistics import CrossStatistics, FloatArray, cross_statistics
-from entropy_probe.units import Mode
 from entropy_probe.virtual_step import at_least_float32, below_float32
 from entropy_probe.what_if import (
     WhatIf,
@@ -70,94 +69,7 @@ from entropy_probe.what_if import (
 )
 from entropy_probe.wrappers import unwrap
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How to probe.
-
-    Attributes:
-        mode: EXACT, BLOCK, or by memory.
-        blocks: number of blocks; implies BLOCK.
-        estimator: of the entropy and its gradient.
-        entropy: per response, or per token (H/T̄).
-        weighting: over which responses the realised change normalises its importance weights.
-        target_se: a standard error of δH₁, nats, to say how many prompts would reach.
-        split: folds of prompts; the step from all others is realised on each, and δH₁ is taken across them.
-        sweep: factors of the learning rate at which every step is realised too, on the same and on evaluation rollouts.
-        resample: also draw fresh responses after each step, at the rollouts' temperature and length limit.
-        learning_rate: replaces the stored one; None keeps it.
-        advantage: None takes the rollouts' own if they have any, else dr_grpo.
-        length_weight: of the training loss.
-        max_completion_length: Dr. GRPO's constant; None takes the rollouts' own. Also the limit of fresh responses.
-        dtype: of weights and arithmetic, where a checkpoint is loaded.
-        autocast: mixed precision over float32 weights, for the gradients only.
-        microbatch_size: responses in one forward; None takes what fits.
-        memory_bytes: what the probe may use; None takes what is free.
-        vector_dtype: of stored unit vectors; None takes that of the weights, float32 at least. bfloat16 halves the memory.
-        gradient_checkpointing: layers keep their inputs alone and run once more in the backward; a live model's own setting
-            counts too.
-        seed: of the validator's test vectors and of fresh responses.
-        max_grad_norm: at which the trainer clips the gradient; None does not clip.
-        what_if_learning_rate: to say what a step at this learning rate would do.
-        what_if_max_grad_norm: to say what a step clipped at this norm would do.
-        what_if_fall: nats, to say which multiple of the learning rate would lower the entropy by them.
-    """
-
-    mode: Mode = Mode.AUTO
-    blocks: int | None = None
-    estimator: Estimator = Estimator.RAO_BLACKWELL
-    entropy: EntropyUnit = EntropyUnit.PER_RESPONSE
-    weighting: Weighting = Weighting.GLOBAL
-    target_se: float | None = None
-    split: int | None = None
-    sweep: SweepRange | None = None
-    resample: bool = False
-    learning_rate: float | None = None
-    advantage: AdvantageRule | None = None
-    length_weight: LengthWeight = LengthWeight.GUIDE
-    max_completion_length: int | None = None
-    dtype: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
-    microbatch_size: int | None = None
-    memory_bytes: float | None = None
-    vector_dtype: torch.dtype | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    max_grad_norm: float | None = None
-    what_if_learning_rate: float | None = None
-    what_if_max_grad_norm: float | None = None
-    what_if_fall: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        if self.microbatch_size is not None and self.microbatch_size < 1:
-            raise InputError(f"microbatch size is {self.microbatch_size}; expected at least 1")
-        if self.memory_bytes is not None and not 0 < self.memory_bytes < float("inf"):
-            raise InputError(f"memory is {self.memory_bytes} bytes; expected a finite number above 0")
-        if self.target_se is not None and not 0 < self.target_se < float("inf"):
-            raise InputError(f"target standard error is {self.target_se}; expected a finite number of nats above 0")
-        for what, value in (
-            ("max-grad-norm", self.max_grad_norm),
-            ("what-if-learning-rate", self.what_if_learning_rate),
-            ("what-if-max-grad-norm", self.what_if_max_grad_norm),
-            ("what-if-fall", self.what_if_fall),
-        ):
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"{what} is {value}; expected a finite number above 0, or leave it out")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
-        if self.max_completion_length is not None and self.length_weight is not LengthWeight.DR_GRPO:
-            raise InputError(
-                f"max-completion-length is Dr. GRPO's constant; length weight {self.length_weight} does not use it, drop it"
-            )
-        if self.max_completion_length is not None and self.max_completion_length < 1:
-            raise InputError(f"max-completion-length is {self.max_completion_length}; expected at least 1")
-        if self.vector_dtype is not None and (self.dtype is torch.float64) is not (self.vector_dtype is torch.float64):
-            raise InputError(
-                f"vectors in {_name(self.vector_dtype)} with arithmetic in {_name(self.dtype)}: float64 goes with float64 alone"
-            )
-        if self.autocast is not None and self.dtype is not torch.float32:
-            raise InputError("--autocast goes with --dtype float32: mixed precision is over float32 weights")
+DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)
@@ -173,7 +85,7 @@ class ProbeResult:
 def probe_checkpoint(
     checkpoint: Path,
     rollouts: Path,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     *,
     evaluation_rollouts: Path | None = None,
     base: Path | None = None,
@@ -218,7 +130,7 @@ def probe(
     model: nn.Module,
     adam: AdamState,
     batch: RolloutBatch,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     *,
     evaluation: RolloutBatch | None = None,
     preparation: Preparation | None = None,
@@ -423,11 +335,9 @@ def _probe_as_marked(
     gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
     assert gradients.looked is not None
     step = predict_parts(gradients.looked.along, gradients.looked.own, plan.units.sizes, gradient_statistics)
-    with clock.stage("what-if"):
-        positive = None
-        if not bool((y_coefficients < 0).any()):
-            positive = step_statistics
-        elif plan.storage is Storage.STORED:
+    positive = None
+    if settings.what_if_no_negatives:
+        with clock.stage("what-if"):
             positive = without_negatives(
                 policy, batch, plan, target, y_coefficients, p, rates, vector_dtype, preparation.rules, progress
             )
@@ -488,10 +398,10 @@ def _probe_as_marked(
             max_completion_length=settings.max_completion_length,
             learning_rate=settings.learning_rate,
             temperature=batch.temperature,
-            dtype=_name(settings.dtype),
-            autocast=None if settings.autocast is None else _name(settings.autocast),
+            dtype=dtype_name(settings.dtype),
+            autocast=None if settings.autocast is None else dtype_name(settings.autocast),
             microbatch_size=settings.microbatch_size,
-            vector_dtype=_name(vector_dtype),
+            vector_dtype=dtype_name(vector_dtype),
             gradient_checkpointing=settings.gradient_checkpointing,
             memory_bytes=settings.memory_bytes,
             device=str(policy.device),
@@ -527,6 +437,7 @@ def without_negatives(
         coefficients.clamp(min=0.0),
         p,
         rates,
+        storage=plan.storage,
         vector_dtype=vector_dtype,
         rules=rules,
         progress=progress,
@@ -547,7 +458,9 @@ def asked_what_ifs(
     def estimate(found: CrossStatistics) -> Estimate:
         return Estimate(-found.u_cross, found.se)
 
-    found = [no_momentum(step), without_negative_advantages(None if positive is None else estimate(positive))]
+    found = [no_momentum(step)]
+    if positive is not None:
+        found.append(without_negative_advantages(estimate(positive)))
     if (rate := settings.what_if_learning_rate) is not None:
         found.append(another_learning_rate(step, estimate(delta_h1), adam.learning_rates, rate))
     if (limit := settings.what_if_max_grad_norm) is not None:
@@ -582,138 +495,3 @@ def against_evaluation(
         progress=progress,
     )
     return two_batch_statistics(kernel.numpy())
-
-
-def read_evaluation(path: Path, temperature: float | None) -> RolloutBatch:
-    """An evaluation file; what is wrong with it is said with its name.
-
-    Raises:
-        InputError: see :func:`entropy_probe.rollouts.read_batch`.
-    """
-    try:
-        return read_batch(path, temperature, least_responses=1)
-    except InputError as error:
-        raise InputError(f"evaluation rollouts {path}: {error}") from error
-
-
-def check_evaluation(evaluation: RolloutBatch, batch: RolloutBatch, settings: Settings) -> None:
-    """Refuse an evaluation batch that the estimator cannot use.
-
-    Raises:
-        InputError: one response to a prompt under the score estimator, or another temperature.
-    """
-    if settings.split is not None:
-        raise InputError("--split holds out prompts of one file; with --evaluation-rollouts there is nothing to split")
-    if min(evaluation.group_sizes) < 2 and settings.estimator is Estimator.SCORE:
-        raise InputError(
-            "an evaluation prompt has one response, which the score estimator's leave-one-out mean cannot use; give two, or "
-            "--estimator rao-blackwell"
-        )
-    if min(evaluation.group_sizes) < 2 and settings.weighting is Weighting.PER_PROMPT:
-        raise InputError(
-            "an evaluation prompt has one response, which importance weights normalised prompt by prompt would leave at weight "
-            "one whatever the step; give two, or --importance-weights global"
-        )
-    known = {(row.prompt_ids, row.response_ids) for row in batch.responses}
-    again = sum((row.prompt_ids, row.response_ids) in known for row in evaluation.responses)
-    if again == len(evaluation.responses):
-        raise InputError(
-            "every evaluation response is also among the update's: the two batches must be drawn independently, or the "
-            "diagonal that U_cross leaves out comes back; sample anew, or use --split on one file"
-        )
-    if evaluation.temperature != batch.temperature:
-        raise InputError(
-            f"the evaluation rollouts were sampled at temperature {evaluation.temperature:g}, the update's at "
-            f"{batch.temperature:g}; expected one policy"
-        )
-
-
-def check_cross_memory(
-    prompts: int, trainable: Mapping[str, nn.Parameter], dtype: torch.dtype, memory_bytes: float
-) -> None:
-    """Refuse two batches whose vectors, one a prompt, take more than their share of the memory.
-
-    Raises:
-        InputError: they do; both figures are named.
-    """
-    needed = prompts * sum(parameter.numel() for parameter in trainable.values()) * dtype.itemsize
-    if needed > VECTOR_SHARE * memory_bytes:
-        raise InputError(
-            f"vectors of {prompts} prompts of both batches take {needed / 1e9:.3g} GB, more than half of the "
-            f"{memory_bytes / 1e9:.3g} GB that may be used; give fewer prompts, more --memory, or --vectors bfloat16"
-        )
-
-
-def check_split(prompts: int, split: int) -> None:
-    """Refuse a number of folds that leaves a fold with fewer than two prompts.
-
-    Raises:
-        InputError: it does.
-    """
-    if prompts < 4:
-        raise InputError(f"--split of {prompts} prompts; expected at least 4: a fold needs two prompts for its error")
-    if not 2 <= split <= prompts // 2:
-        raise InputError(
-            f"--split {split} of {prompts} prompts; expected 2 to {prompts // 2}: a fold needs two prompts for its error"
-        )
-
-
-def resolve_advantages(batch: RolloutBatch, rule: AdvantageRule | None) -> tuple[Tensor, AdvantageRule]:
-    """A_ng, float64 [N], and the rule that gave them: the rollouts' own where there are any, else dr_grpo.
-
-    Raises:
-        InputError: ``given`` was asked for and the rows have none.
-    """
-    given = [response.advantage for response in batch.responses if response.advantage is not None]
-    if rule is None:
-        rule = AdvantageRule.GIVEN if given else AdvantageRule.DR_GRPO
-    if rule is not AdvantageRule.GIVEN:
-        rewards = torch.tensor([response.reward for response in batch.responses], dtype=torch.float64)
-        return advantages_from_rewards(rewards, batch.group_sizes, rule), rule
-    if not given:
-        raise InputError("the rollouts hold no advantage column; give one, or --advantage dr_grpo, grpo or rloo")
-    return torch.tensor(given, dtype=torch.float64), rule
-
-
-def resolve_length_weights(batch: RolloutBatch, settings: Settings) -> Tensor:
-    """w_ng of the training loss, with the window's constants from the rollouts where the settings give none."""
-    first = batch.responses[0]
-    micro_batches = [r.micro_batch for r in batch.responses if r.micro_batch is not None]
-    return length_weights(
-        [len(response.response_ids) for response in batch.responses],
-        batch.group_sizes,
-        settings.length_weight,
-        max_completion_length=settings.max_completion_length or first.max_completion_length,
-        window_tokens=first.window_tokens,
-        micro_batches=micro_batches or None,
-    )
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free where the vectors will live."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Seconds by stage."""
-
-    started: float = field(default_factory=time.perf_counter)
-    stages: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a block."""
-        start = time.perf_counter()
-        yield
-        self.stages[name] = time.perf_counter() - start
-
-    def seconds(self) -> dict[str, float]:
-        """Every stage so far, and the total since the clock was made."""
-        return {**self.stages, "total": time.perf_counter() - self.started}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -64,11 +64,9 @@ def no_momentum(step: StepPrediction) -> WhatIf:
     return WhatIf("no_momentum", None, None, step.of(0.0, 1.0, 1.0), "δH₁ holds no momentum")
 
 
-def without_negative_advantages(delta_h1: Estimate | None) -> WhatIf:
-    """``delta_h1`` of the update from responses with advantages above zero alone; None where vectors were streamed."""
+def without_negative_advantages(delta_h1: Estimate) -> WhatIf:
+    """``delta_h1`` of the update from responses with advantages above zero alone."""
     why_not = "v⁺ and the clipping would be another gradient's"
-    if delta_h1 is None:
-        why_not = "vectors were streamed: it would take two more passes over the batch"
     return WhatIf("without_negative_advantages", None, delta_h1, None, why_not)
 
 

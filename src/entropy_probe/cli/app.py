@@ -22,7 +22,7 @@ from entropy_probe.files import check_writable
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.linearity import SweepRange
 from entropy_probe.policy import Policy
-from entropy_probe.probe import ProbeResult, Settings, probe_checkpoint
+from entropy_probe.probe import ProbeResult, probe_checkpoint
 from entropy_probe.replay import ReplaySettings
 from entropy_probe.replay import replay as replay_step
 from entropy_probe.report.files import check_report_folder, write_json, write_report_folder
@@ -38,6 +38,7 @@ from entropy_probe.sampling import (
     sample_rollouts,
 )
 from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
+from entropy_probe.settings import Settings
 from entropy_probe.units import Mode
 
 app = typer.Typer(
@@ -140,6 +141,13 @@ def run(
     what_if_max_grad_norm: Annotated[
         float | None, typer.Option(metavar="X", help="Also say what a step clipped at this norm would do.")
     ] = None,
+    what_if_no_negatives: Annotated[
+        bool,
+        typer.Option(
+            "--what-if-no-negatives",
+            help="Also say what responses with advantages above zero alone would do; one more pass over the batch.",
+        ),
+    ] = False,
     what_if_fall: Annotated[
         float | None,
         typer.Option(metavar="NATS", help="Say which multiple of the learning rate would lower the entropy by this."),
@@ -203,6 +211,7 @@ def run(
         max_grad_norm=max_grad_norm,
         what_if_learning_rate=what_if_learning_rate,
         what_if_max_grad_norm=what_if_max_grad_norm,
+        what_if_no_negatives=what_if_no_negatives,
         what_if_fall=what_if_fall,
     )
     result = probe_checkpoint(

@@ -18,9 +18,9 @@ from entropy_probe.assemble import versions
 from entropy_probe.checkpoints import load_checkpoint, load_model, read_trainer_state
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, prepare
+from entropy_probe.inputs import free_memory, resolve_advantages, resolve_length_weights
 from entropy_probe.policy import Policy, check_finite, check_fits
-from entropy_probe.probe import Clock, Settings, free_memory, resolve_advantages, resolve_length_weights
-from entropy_probe.progress import Progress, Silent
+from entropy_probe.progress import Clock, Progress, Silent
 from entropy_probe.replay import pairs, sections
 from entropy_probe.replay.case import Replayed, against
 from entropy_probe.replay.settings import (
@@ -34,6 +34,7 @@ from entropy_probe.replay.settings import (
 from entropy_probe.replay.suspicions import Findings, find_suspicions
 from entropy_probe.report.replay_schema import ReplayConfig, ReplayReport
 from entropy_probe.rollouts import read_batch
+from entropy_probe.settings import Settings
 from entropy_probe.update_comparison import recovered_gradient
 
 DEFAULTS = ReplaySettings()

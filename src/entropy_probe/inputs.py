@@ -1,0 +1,129 @@
+"""What a probe is given besides a model: which batches will do, and the coefficients that follow from them and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.errors import InputError
+from entropy_probe.gradients import VECTOR_SHARE
+from entropy_probe.importance_sampling import Weighting
+from entropy_probe.rollouts import RolloutBatch, read_batch
+from entropy_probe.scores import AdvantageRule, Estimator, advantages_from_rewards, length_weights
+from entropy_probe.settings import Settings
+
+
+def read_evaluation(path: Path, temperature: float | None) -> RolloutBatch:
+    """An evaluation file; what is wrong with it is said with its name.
+
+    Raises:
+        InputError: see :func:`entropy_probe.rollouts.read_batch`.
+    """
+    try:
+        return read_batch(path, temperature, least_responses=1)
+    except InputError as error:
+        raise InputError(f"evaluation rollouts {path}: {error}") from error
+
+
+def check_evaluation(evaluation: RolloutBatch, batch: RolloutBatch, settings: Settings) -> None:
+    """Refuse an evaluation batch that the estimator cannot use.
+
+    Raises:
+        InputError: one response to a prompt under the score estimator, or another temperature.
+    """
+    if settings.split is not None:
+        raise InputError("--split holds out prompts of one file; with --evaluation-rollouts there is nothing to split")
+    if min(evaluation.group_sizes) < 2 and settings.estimator is Estimator.SCORE:
+        raise InputError(
+            "an evaluation prompt has one response, which the score estimator's leave-one-out mean cannot use; give two, or "
+            "--estimator rao-blackwell"
+        )
+    if min(evaluation.group_sizes) < 2 and settings.weighting is Weighting.PER_PROMPT:
+        raise InputError(
+            "an evaluation prompt has one response, which importance weights normalised prompt by prompt would leave at weight "
+            "one whatever the step; give two, or --importance-weights global"
+        )
+    known = {(row.prompt_ids, row.response_ids) for row in batch.responses}
+    again = sum((row.prompt_ids, row.response_ids) in known for row in evaluation.responses)
+    if again == len(evaluation.responses):
+        raise InputError(
+            "every evaluation response is also among the update's: the two batches must be drawn independently, or the "
+            "diagonal that U_cross leaves out comes back; sample anew, or use --split on one file"
+        )
+    if evaluation.temperature != batch.temperature:
+        raise InputError(
+            f"the evaluation rollouts were sampled at temperature {evaluation.temperature:g}, the update's at "
+            f"{batch.temperature:g}; expected one policy"
+        )
+
+
+def check_cross_memory(
+    prompts: int, trainable: Mapping[str, nn.Parameter], dtype: torch.dtype, memory_bytes: float
+) -> None:
+    """Refuse two batches whose vectors, one a prompt, take more than their share of the memory.
+
+    Raises:
+        InputError: they do; both figures are named.
+    """
+    needed = prompts * sum(parameter.numel() for parameter in trainable.values()) * dtype.itemsize
+    if needed > VECTOR_SHARE * memory_bytes:
+        raise InputError(
+            f"vectors of {prompts} prompts of both batches take {needed / 1e9:.3g} GB, more than half of the "
+            f"{memory_bytes / 1e9:.3g} GB that may be used; give fewer prompts, more --memory, or --vectors bfloat16"
+        )
+
+
+def check_split(prompts: int, split: int) -> None:
+    """Refuse a number of folds that leaves a fold with fewer than two prompts.
+
+    Raises:
+        InputError: it does.
+    """
+    if prompts < 4:
+        raise InputError(f"--split of {prompts} prompts; expected at least 4: a fold needs two prompts for its error")
+    if not 2 <= split <= prompts // 2:
+        raise InputError(
+            f"--split {split} of {prompts} prompts; expected 2 to {prompts // 2}: a fold needs two prompts for its error"
+        )
+
+
+def resolve_advantages(batch: RolloutBatch, rule: AdvantageRule | None) -> tuple[Tensor, AdvantageRule]:
+    """A_ng, float64 [N], and the rule that gave them: the rollouts' own where there are any, else dr_grpo.
+
+    Raises:
+        InputError: ``given`` was asked for and the rows have none.
+    """
+    given = [response.advantage for response in batch.responses if response.advantage is not None]
+    if rule is None:
+        rule = AdvantageRule.GIVEN if given else AdvantageRule.DR_GRPO
+    if rule is not AdvantageRule.GIVEN:
+        rewards = torch.tensor([response.reward for response in batch.responses], dtype=torch.float64)
+        return advantages_from_rewards(rewards, batch.group_sizes, rule), rule
+    if not given:
+        raise InputError("the rollouts hold no advantage column; give one, or --advantage dr_grpo, grpo or rloo")
+    return torch.tensor(given, dtype=torch.float64), rule
+
+
+def resolve_length_weights(batch: RolloutBatch, settings: Settings) -> Tensor:
+    """w_ng of the training loss, with the window's constants from the rollouts where the settings give none."""
+    first = batch.responses[0]
+    micro_batches = [r.micro_batch for r in batch.responses if r.micro_batch is not None]
+    return length_weights(
+        [len(response.response_ids) for response in batch.responses],
+        batch.group_sizes,
+        settings.length_weight,
+        max_completion_length=settings.max_completion_length or first.max_completion_length,
+        window_tokens=first.window_tokens,
+        micro_batches=micro_batches or None,
+    )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free where the vectors will live."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)
