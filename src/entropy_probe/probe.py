@@ -24,7 +24,6 @@ from entropy_probe.gradients import (
     Plan,
     Preparation,
     Rules,
-    Storage,
     cross_gradients,
     make_plan,
     marked,
