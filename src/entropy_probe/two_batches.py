@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
-from entropy_probe.intervals import row_mean_shape, satterthwaite, skew_extension
+from entropy_probe.intervals import row_mean_shape, satterthwaite, skew_extension, student_quantile
 from entropy_probe.u_statistics import FloatArray
 
 FEW_PROMPTS = 16
@@ -80,14 +79,12 @@ def two_batch_statistics(kernel: FloatArray) -> TwoBatchStatistics:
         share = evaluation / (evaluation + update)
         return float(1.0 / (share**2 / of_x + (1.0 - share) ** 2 / of_y))
 
-    half_width = float(stats.t.ppf(0.975, degrees(linear**2 * kurtosis_x, linear**2 * kurtosis_y))) * math.sqrt(
-        variance
-    )
+    half_width = student_quantile(0.975, degrees(linear**2 * kurtosis_x, linear**2 * kurtosis_y)) * math.sqrt(variance)
     skewness = 0.0
     if variance > 0.0:
         third = skewness_x * evaluation**1.5 / math.sqrt(rows) + skewness_y * update**1.5 / math.sqrt(columns)
         skewness = 2.0 * third / variance**1.5
-    further = skew_extension(skewness, float(stats.t.ppf(0.975, degrees(0.0, 0.0)))) * math.sqrt(variance)
+    further = skew_extension(skewness, student_quantile(0.975, degrees(0.0, 0.0))) * math.sqrt(variance)
     low = mean - half_width - (further if skewness < 0.0 else 0.0)
     high = mean + half_width + (further if skewness > 0.0 else 0.0)
     return TwoBatchStatistics(mean, variance, evaluation, update, product, (low, high), _shortfall(rows, columns))
