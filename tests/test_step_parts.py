@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -331,6 +332,40 @@ def test_the_gradients_part_with_v_at_t_is_its_factor_of_delta_h1(estimator: Est
     assert adamw.parts["gradient"].value != pytest.approx(adamw.u_statistic, rel=1e-4)
     assert adamw.total == pytest.approx(sum(part.value for part in adamw.parts.values()), rel=1e-12)
     assert adamw.v_at_t == pytest.approx(sum(part.v_at_t for part in adamw.parts.values()), rel=1e-12)
+
+
+def test_where_this_gradient_is_a_trace_of_v_the_error_is_that_of_delta_h1s_this_step() -> None:
+    """The noise that X and Y share included, where it adds to the rows'."""
+    model, adam, _ = setting()
+    large = {name: replace(m, exp_avg_sq=1e12 * m.exp_avg_sq + 1e6) for name, m in adam.moments.items()}
+    groups = tuple(replace(group, beta2=1.0 - 1e-9) for group in adam.groups)
+    shared = []
+    for seed in range(4):
+        report = probe(model, AdamState(groups, large), support.random_batch(8, 3, seed=seed)).report
+        part, first = report.adamw.parts["gradient"], report.first_order
+        assert first.se_this_step is not None
+        assert report.adamw.u_statistic is not None
+        assert report.adamw.u_statistic_se is not None
+        of_rows = np.std(first.row_x, ddof=1) / np.sqrt(8)
+        shared.append(first.se_this_step / of_rows)
+        # v decays by nothing from step 5 to 6, and its bias correction is that of one step more.
+        assert part.value == pytest.approx(math.sqrt(6 / 5) * report.adamw.u_statistic, rel=1e-6, abs=0)
+        rows = math.sqrt(6 / 5) * report.adamw.u_statistic_se / shared[-1]
+        noise = report.adamw.u_statistic_se * math.sqrt(max(0.0, 1.0 - shared[-1] ** -2))
+        assert part.se == pytest.approx(math.hypot(rows, noise), rel=1e-6, abs=0)
+    assert min(shared) < 1 < 1.02 < max(shared)
+
+
+def test_parameters_in_chunks_are_parameters_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = looked(exact_units(7), EntropyTarget(), Storage.STORED)
+    monkeypatch.setattr("entropy_probe.gradients.products.CHUNK", 2 * 7 * 11)
+    monkeypatch.setattr("entropy_probe.gradients.products.LOOK_CHUNK", 37)
+    parts, _ = looked(exact_units(7), EntropyTarget(), Storage.STORED)
+    assert whole.looked is not None
+    assert parts.looked is not None
+    for name in ("along", "own"):
+        expected = getattr(whole.looked, name)
+        np.testing.assert_allclose(getattr(parts.looked, name), expected, rtol=0, atol=1e-13 * np.abs(expected).max())
 
 
 def test_streamed_vectors_give_the_same_parts() -> None:

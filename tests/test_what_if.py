@@ -39,10 +39,10 @@ def test_another_learning_rate_is_the_probe_at_that_rate() -> None:
     asked = row(report(Settings(what_if_learning_rate=3e-4)), "learning_rate")
     there = report(Settings(learning_rate=3e-4))
     assert asked.asked == 3e-4
-    assert asked.delta_h1 == pytest.approx(there.first_order.delta_h1, rel=1e-10)
-    assert asked.delta_h1_se == pytest.approx(there.first_order.delta_h1_se, rel=1e-10)
-    assert asked.adamw == pytest.approx(there.adamw.total, rel=1e-10)
-    assert asked.adamw_se == pytest.approx(there.adamw.se, rel=1e-10)
+    assert asked.delta_h1 == pytest.approx(there.first_order.delta_h1, rel=1e-10, abs=0)
+    assert asked.delta_h1_se == pytest.approx(there.first_order.delta_h1_se, rel=1e-10, abs=0)
+    assert asked.adamw == pytest.approx(there.adamw.total, rel=1e-10, abs=0)
+    assert asked.adamw_se == pytest.approx(there.adamw.se, rel=1e-10, abs=0)
 
 
 def test_a_learning_rate_that_nothing_is_a_multiple_of_has_a_reason() -> None:
@@ -64,11 +64,11 @@ def test_another_clipping_is_the_probe_with_it_where_this_gradient_is_a_trace_of
     norm = report(adam=large).adamw.gradient_norm
     asked = row(report(Settings(what_if_max_grad_norm=0.25 * norm), large), "max_grad_norm")
     there = report(Settings(max_grad_norm=0.25 * norm), large)
-    assert asked.adamw == pytest.approx(there.adamw.total, rel=1e-6)
-    assert asked.adamw_se == pytest.approx(there.adamw.se, rel=1e-6)
+    assert asked.adamw == pytest.approx(there.adamw.total, rel=1e-6, abs=0)
+    assert asked.adamw_se == pytest.approx(there.adamw.se, rel=1e-6, abs=0)
     # And back again, from the clipped step to a wider limit.
     back = row(report(Settings(max_grad_norm=0.25 * norm, what_if_max_grad_norm=10 * norm), large), "max_grad_norm")
-    assert back.adamw == pytest.approx(report(adam=large).adamw.total, rel=1e-6)
+    assert back.adamw == pytest.approx(report(adam=large).adamw.total, rel=1e-6, abs=0)
     assert "without clipping" in asked.null_reasons["delta_h1"]
 
 
@@ -76,8 +76,8 @@ def test_no_momentum_is_the_probe_with_moments_of_zero() -> None:
     without = {name: replace(m, exp_avg=torch.zeros_like(m.exp_avg)) for name, m in ADAM.moments.items()}
     asked, there = row(report(), "no_momentum"), report(adam=AdamState(ADAM.groups, without))
     assert there.adamw.parts["momentum"].value == 0.0
-    assert asked.adamw == pytest.approx(there.adamw.total, rel=1e-10)
-    assert asked.adamw_se == pytest.approx(there.adamw.se, rel=1e-10)
+    assert asked.adamw == pytest.approx(there.adamw.total, rel=1e-10, abs=0)
+    assert asked.adamw_se == pytest.approx(there.adamw.se, rel=1e-10, abs=0)
 
 
 @pytest.mark.parametrize("estimator", list(Estimator))
@@ -94,8 +94,8 @@ def test_without_negative_advantages_is_the_u_statistic_of_the_positive_ones(est
         return cross_statistics(dots.step_weighted)
 
     truth, all_of_them = statistics(torch.where(a > 0, a, 0.0)), statistics(a)
-    assert asked.delta_h1 == pytest.approx(-truth.u_cross, rel=1e-9)  # type: ignore[attr-defined]
-    assert asked.delta_h1_se == pytest.approx(truth.se, rel=1e-9)  # type: ignore[attr-defined]
+    assert asked.delta_h1 == pytest.approx(-truth.u_cross, rel=1e-9, abs=0)  # type: ignore[attr-defined]
+    assert asked.delta_h1_se == pytest.approx(truth.se, rel=1e-9, abs=0)  # type: ignore[attr-defined]
     assert asked.delta_h1 != pytest.approx(-all_of_them.u_cross, rel=1e-2)  # type: ignore[attr-defined]
 
 
@@ -124,7 +124,7 @@ def test_the_multiple_for_a_fall_is_that_at_which_the_step_falls_so_far() -> Non
     # Each end is where the step's own interval would end.
     assert step.total.se is not None
     widths = [abs(0.1 / multiple + step.total.value) for multiple in found.ci95]
-    assert widths[0] == pytest.approx(widths[1], rel=1e-9)
+    assert widths[0] == pytest.approx(widths[1], rel=1e-9, abs=0)
     assert widths[0] / step.total.se == pytest.approx(2.093, rel=1e-3)
     assert learning_rate_for_fall(prediction((0.03, 0.01, 0.0), 1e-4), 0.1).why_not.endswith("to first order")
     assert "cannot be told" in learning_rate_for_fall(prediction((-0.03, 0.0, 0.0), 1.0), 0.1).why_not

@@ -12,9 +12,9 @@ as there, by ω_u; those of momentum and weight decay by s_u / B. (Clipping's fa
 
 Errors are those of what *this* step does, given the update: SE² = U/(U−1) Σ_u (Σ_k a_k d_uk)² for a combination a of the parts,
 d_uk being a unit's share in part k less that of the mean, so that parts which share X are not taken for independent; and
-a_gradient² times the noise that X_u and Y_u share through their responses
-(:func:`~entropy_probe.u_statistics.this_step_variance`), where the matrix is there. Everything in nats.
-Source: design sections 1 and 2; guide section 4A.
+a_gradient² times the noise that X_u and Y_u share through their responses, where the matrix is there
+(:func:`~entropy_probe.u_statistics.this_step_variance`; never below zero here, and the one with v at t, which is too much where
+this gradient makes most of v⁺). Everything in nats. Source: design sections 1 and 2; guide section 4A.
 """
 
 from __future__ import annotations
