@@ -16,28 +16,26 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import enumerable
-import oracle
 import support
 from entropy_probe import AdamState, InputError, ProbeResult, Settings, probe, state_of_optimizer
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments
 from entropy_probe.adam_step import (
-    StepDirections,
+    StepsOfOthers,
     adamw_step,
     clip_factor,
     gradient_factors,
     gradient_norm,
-    gradient_weights,
     optimizer_step,
 )
 from entropy_probe.gradients import Storage, UnitGradients, reference, response_dots, unit_gradients
 from entropy_probe.inputs import resolve_advantages, resolve_length_weights
+from entropy_probe.intervals import t_quantile
 from entropy_probe.policy import Policy
 from entropy_probe.report.schema import AdamWPart, FallSection, WhatIfRow, WhatIfSection
 from entropy_probe.report.text import print_report, step_sentence
 from entropy_probe.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator, entropy_coefficients, entropy_ratio
 from entropy_probe.step_parts import PARTS, StepPrediction, predict_parts
-from entropy_probe.u_statistics import UnitDots, cross_statistics
 from entropy_probe.units import Mode, Units, block_units, exact_units
 from entropy_probe.virtual_step import virtual_step
 from enumerable import EnumerablePolicy
@@ -57,21 +55,19 @@ def setting() -> tuple[nn.Module, AdamState, RolloutBatch]:
     return model, adam, support.random_batch(7, [3, 4, 2, 3, 3, 4, 2])
 
 
-def looked(units: Units, target: EntropyTarget, storage: Storage) -> tuple[UnitGradients, StepDirections]:
+def looked(units: Units, target: EntropyTarget, storage: Storage) -> UnitGradients:
     model, adam, batch = setting()
-    asked: list[StepDirections] = []
 
-    def look(ascent: dict[str, Tensor]) -> StepDirections:
+    def look(ascent: dict[str, Tensor]) -> StepsOfOthers:
         factor = clip_factor(gradient_norm(ascent), MAX_GRAD_NORM)
-        asked.append(StepDirections(dict(model.named_parameters()), adam, ascent, factor))
-        return asked[0]
+        assert factor < 1.0
+        return StepsOfOthers(dict(model.named_parameters()), adam, ascent, factor, units.sizes)
 
     p = {name: torch.ones_like(q) for name, q in model.named_parameters()}
     policy = Policy(model, microbatch_size=5)
-    found = unit_gradients(
+    return unit_gradients(
         policy, batch, units, target, coefficients(batch), p, dict.fromkeys(p, 1.0), storage=storage, look=look  # type: ignore[arg-type]
     )  # fmt: skip
-    return found, asked[0]
 
 
 TARGETS = [EntropyTarget(e, u) for e in Estimator for u in EntropyUnit]
@@ -80,40 +76,42 @@ TARGETS = [EntropyTarget(e, u) for e in Estimator for u in EntropyUnit]
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.estimator}-{t.unit}")
 @pytest.mark.parametrize("storage", list(Storage))
 @pytest.mark.parametrize("units", [exact_units(7), block_units(7, 3)], ids=["exact", "blocks"])
-def test_the_dots_that_are_asked_for_are_those_of_the_reference_and_of_the_responses(
-    units: Units, storage: Storage, target: EntropyTarget
-) -> None:
+def test_every_unit_is_met_by_the_step_of_the_others(units: Units, storage: Storage, target: EntropyTarget) -> None:
+    """Slowly: the other prompts' own gradient, torch's step from it, and every response's dot with its parts."""
     model, adam, batch = setting()
-    found, directions = looked(units, target, storage)
-    assert found.looked is not None
+    found = looked(units, target, storage).looked
+    assert found is not None
     policy, a = Policy(model, microbatch_size=5), coefficients(batch)
-    assert directions.clip_factor < 1.0
+    group_of_row = np.repeat(np.arange(7), batch.group_sizes)
+    unit_of = np.array(units.of_rows(batch.group_sizes))
 
-    steps = [
-        adamw_step(policy.trainable(), adam, found.ascent, max_grad_norm=MAX_GRAD_NORM, updated_v=updated_v)
-        for updated_v in (True, False)
-    ]
-    responses = {n: directions.of(n, slice(0, q.numel()))[1] for n, q in policy.trainable().items()}
-    of_ascent = [{n: r[k].view(y.shape) * y for (n, r), y in zip(responses.items(), found.ascent.values(), strict=True)}
-                 for k in range(3)]  # fmt: skip
+    def ascent_of(rows: np.ndarray) -> dict[str, Tensor]:
+        kept = [r for r, inside in zip(batch.responses, rows, strict=True) if inside]
+        sums = reference.loss_gradient(policy, kept, a[torch.from_numpy(rows)])
+        return {name: y / len(set(group_of_row[rows])) for name, y in sums.items()}
 
-    # J as the preconditioner of the slow backend, where it is positive: its diagonal is X_u · J Y_u.
-    for k, shift in ((1, 0.0), (3, 0.0), (0, 1.0), (2, 1.0)):
-        largest = max(float(r[k].abs().max()) for r in responses.values())
-        weights = {
-            n: r[k].view(q.shape) + shift * largest
-            for (n, r), q in zip(responses.items(), policy.trainable().values(), strict=True)
-        }
-        if min(float(w.min()) for w in weights.values()) < 0:
-            continue
-        slow = reference.unit_gradients(policy, batch, units, target, a, weights, dict.fromkeys(weights, 1.0)).total
-        flat = {n: torch.full_like(w, shift * largest) for n, w in weights.items()}
-        plain = reference.unit_gradients(policy, batch, units, target, a, flat, dict.fromkeys(flat, 1.0)).total
-        np.testing.assert_allclose(
-            found.looked.own[:, k], slow.diagonal - plain.diagonal, rtol=0, atol=1e-11 * np.abs(slow.kernel).max()
-        )
+    whole = ascent_of(np.ones(len(unit_of), dtype=bool))
+    factor = clip_factor(gradient_norm(whole), MAX_GRAD_NORM)
 
-    # Every direction by the responses' own dots with it, summed over a unit's.
+    def parts(ascent: dict[str, Tensor], *, updated_v: bool) -> list[dict[str, Tensor]]:
+        clipped = {name: factor * y for name, y in ascent.items()}
+        step = adamw_step(policy.trainable(), adam, clipped, updated_v=updated_v)
+        return [dict(step.momentum), dict(step.gradient), dict(step.weight_decay)]
+
+    asked: list[dict[str, Tensor]] = []
+    for u in range(len(units.ranges)):
+        others = ascent_of(unit_of != u)
+        asked += [*parts(others, updated_v=True), *parts(others, updated_v=False)]
+    # J along every unit's own sum, by a central difference.
+    for u in range(len(units.ranges)):
+        own = {n: y * len(units.ranges[u]) for n, y in ascent_of(unit_of == u).items()}
+        eps = 1e-4
+        ends = [
+            parts({n: y + sign * eps * own[n] if n in own else y for n, y in whole.items()}, updated_v=True)[1]
+            for sign in (1, -1)
+        ]
+        asked.append({n: (ends[0][n] - ends[1][n]) / (2 * eps) for n in ends[0]})
+
     lengths = [len(r.response_ids) for r in batch.responses]
     measured = policy.measure(batch.responses, entropies=True)
     assert measured.entropies is not None
@@ -121,18 +119,29 @@ def test_the_dots_that_are_asked_for_are_those_of_the_reference_and_of_the_respo
     of = -measured.scores if target.estimator is Estimator.SCORE else entropies
     ratio = entropy_ratio(of, lengths, batch.group_sizes)
     x = entropy_coefficients(target, measured.scores, measured.entropies, lengths, batch.group_sizes, ratio)
-    asked = [part for step in steps for part in (step.momentum, step.gradient, step.weight_decay)] + of_ascent
     dots = response_dots(policy, batch, asked, [x])[:, 0].numpy()
-    unit_of = np.array(units.of_rows(batch.group_sizes))
-    for u in range(len(units.ranges)):
+    count = len(units.ranges)
+    by_unit = np.array([dots[unit_of == u].sum(0) for u in range(count)])
+    for u in range(count):
+        expected = by_unit[u, 6 * u : 6 * u + 6]
+        np.testing.assert_allclose(found.along[u], expected, rtol=0, atol=1e-11 * np.abs(by_unit).max())
+        # Planted: the step of all units, the own one in it, is another.
+        assert (
+            np.abs(found.along[u] - by_unit[u, 6 * ((u + 1) % count) : 6 * ((u + 1) % count) + 6]).max()
+            > 1e-6 * np.abs(expected).max()
+        )
+    if storage is Storage.STREAMED:
+        assert found.kernel is None
+    else:
+        assert found.kernel is not None
         np.testing.assert_allclose(
-            found.looked.along[u], dots[unit_of == u].sum(0), rtol=0, atol=1e-11 * np.abs(dots).max()
+            found.kernel, by_unit[:, 6 * count :], rtol=0, atol=1e-5 * np.abs(found.kernel).max()
         )
 
 
 @pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "coupled"])
 @pytest.mark.parametrize("amsgrad", [True, False], ids=["amsgrad", "plain"])
-def test_the_responses_of_the_parts_are_their_derivatives_by_the_gradient(decoupled: bool, amsgrad: bool) -> None:
+def test_the_response_of_the_gradients_part_is_its_derivative(decoupled: bool, amsgrad: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     draw = functools.partial(torch.randn, 9, generator=generator, dtype=torch.float64)
     v = 0.1 * draw() ** 2
@@ -140,69 +149,52 @@ def test_the_responses_of_the_parts_are_their_derivatives_by_the_gradient(decoup
     state = AdamState((AdamGroup(("a",), 0.3, 0.9, 0.6, 1e-2, 0.2, amsgrad, False, decoupled),), moments)
     theta, y, factor = {"a": draw()}, draw(), 0.7
 
-    def parts(ascent: Tensor, *, updated_v: bool) -> Tensor:
-        step = adamw_step(theta, state, {"a": factor * ascent}, updated_v=updated_v)
-        return torch.stack([step.momentum["a"], step.gradient["a"], step.weight_decay["a"]])
+    def gradient(ascent: Tensor) -> Tensor:
+        return adamw_step(theta, state, {"a": factor * ascent}).gradient["a"]
 
-    directions, responses = StepDirections(theta, state, {"a": y}, factor).of("a", slice(0, 9))
-    eps = 1e-6
-    slopes = [(parts(y + eps, updated_v=u) - parts(y - eps, updated_v=u)) / (2 * eps) for u in (True, False)]
-    torch.testing.assert_close(responses[:3], slopes[0], rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(responses[3], slopes[1][1], rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(directions[:3], parts(y, updated_v=True), rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(directions[3:6], parts(y, updated_v=False), rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(directions[6:], responses[:3] * y, rtol=1e-12, atol=1e-15)
-    halves = [StepDirections(theta, state, {"a": y}, factor).of("a", part) for part in (slice(0, 4), slice(4, 9))]
-    for whole, pieces in zip((directions, responses), zip(*halves, strict=True), strict=True):
-        assert torch.equal(torch.cat(pieces, dim=1), whole)
-
-
-def test_the_dots_are_those_of_one_response_at_a_time() -> None:
-    model, adam, batch = setting()
-    found, _ = looked(exact_units(7), EntropyTarget(), Storage.STORED)
-    assert found.looked is not None
-    xs, _ = oracle.prompt_vectors(oracle.one_at_a_time(model, batch), batch)
-    step = adamw_step(dict(model.named_parameters()), adam, found.ascent, max_grad_norm=MAX_GRAD_NORM)
-    for k, part in enumerate((step.momentum, step.gradient, step.weight_decay)):
-        flat = torch.cat([part[n].flatten() for n, p in model.named_parameters() if p.requires_grad]).numpy()
-        np.testing.assert_allclose(found.looked.along[:, k], xs @ flat, rtol=1e-9, atol=1e-18)
+    steps, eps = StepsOfOthers(theta, state, {"a": y}, factor, [2, 1]), 1e-6
+    torch.testing.assert_close(
+        steps.response("a", slice(0, 9)), (gradient(y + eps) - gradient(y - eps)) / (2 * eps), rtol=1e-6, atol=1e-8
+    )
+    # Every part from the others' mean, a piece at a time.
+    x, own = torch.stack([draw(), draw()]), torch.stack([draw(), draw()])
+    pieces = sum(steps.along("a", part, x[:, part], own[:, part], range(2)) for part in (slice(0, 4), slice(4, 9)))
+    for u, size in enumerate((2, 1)):
+        others = {"a": factor * (3 * y - own[u]) / (3 - size)}
+        for k, updated_v in enumerate((True, False)):
+            step = adamw_step(theta, state, others, updated_v=updated_v)
+            expected = [float(x[u] @ part["a"]) for part in (step.momentum, step.gradient, step.weight_decay)]
+            np.testing.assert_allclose(pieces[u, 3 * k : 3 * k + 3].numpy(), expected, rtol=1e-12)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("sizes", [[1] * 6, [2, 2, 1, 1]], ids=["equal", "unequal"])
-def test_predictions_are_means_over_prompts_and_leave_the_own_update_out(sizes: list[int]) -> None:
+def test_predictions_are_means_over_prompts_with_the_error_of_their_sum(sizes: list[int]) -> None:
     rng = np.random.default_rng(0)
-    prompts, dimension = 6, 5
-    x, y = rng.normal(size=(2, prompts, dimension))
-    momentum, decay, weight, slope = rng.normal(size=(4, dimension))
-    mean = y.mean(0)
-    unit = np.repeat(np.arange(len(sizes)), sizes)
-    summed, updates = (np.array([z[unit == u].sum(0) for u in range(len(sizes))]) for z in (x, y))
-    zero = np.zeros(dimension)
-    # Momentum depends on Ȳ by ``slope``, the gradient is W Ȳ, weight decay does not depend on it.
-    parts = [momentum, weight * mean, decay]
-    directions = [*parts, *(2 * part for part in parts), slope * mean, weight * mean, zero]
-    own = np.stack([(summed * j * updates).sum(1) for j in (slope, weight, zero, 2 * weight)], axis=1)
-    found = predict_parts(summed @ np.stack(directions).T, own, sizes, None)
-
-    pairs = [(n, m) for n in range(prompts) for m in range(prompts) if unit[n] != unit[m]]
-    gradient = -np.mean([x[n] @ (weight * y[m]) for n, m in pairs])
-    others = [y[unit != unit[n]].mean(0) for n in range(prompts)]
-    by_hand = [-x[n] @ (momentum + slope * (others[n] - mean)) for n in range(prompts)]
-    assert found.values[0] == pytest.approx(np.mean(by_hand), rel=1e-12)
-    assert found.values[1] == pytest.approx(gradient, rel=1e-12)
-    assert found.values[2] == pytest.approx(-np.mean(x @ decay), rel=1e-12)
-    np.testing.assert_allclose(
-        found.values_v_at_t, 2 * np.array([-np.mean(x @ momentum), *found.values[1:]]), rtol=1e-12
-    )
-    # Planted: with a prompt's own update they are other numbers.
-    assert abs(found.values[1] + np.mean(x @ parts[1])) > 1e-2
-    assert abs(found.values[0] + np.mean(x @ momentum)) > 1e-2
-    # The error of the total from the units' totals, and not from independent parts.
-    if sizes == [1] * 6:
-        rows = np.array([by_hand[n] - x[n] @ (decay + weight * others[n]) for n in range(prompts)])
-        assert found.total.se == pytest.approx(rows.std(ddof=1) / np.sqrt(prompts), rel=1e-12)
-        independent = np.sqrt(sum(found.of(**{name: 1.0}).se ** 2 for name in PARTS))  # type: ignore[operator]
-        assert abs(independent / found.total.se - 1) > 0.05  # type: ignore[operator]
+    units, counts = len(sizes), np.array(sizes, dtype=float)
+    along, kernel = rng.normal(size=(units, 6)), rng.normal(size=(units, units))
+    found = predict_parts(along, kernel, sizes)
+    pairs = counts * (counts.sum() - counts)
+    means = [
+        -(weights / weights.sum()) @ (along[:, k] / counts) for k, weights in enumerate([counts, pairs, counts] * 2)
+    ]
+    np.testing.assert_allclose([*found.values, *found.values_v_at_t], means, rtol=1e-12)
+    if sizes != [1] * 6:
+        assert found.total.se is None
+        assert "equal size" in found.total.why_not
+        assert found.of(momentum=1.0).se is not None
+        return
+    off = kernel - np.diag(np.diagonal(kernel))
+    centred = np.zeros_like(kernel)
+    for u in range(units):
+        for w in range(units):
+            if u != w:
+                centred[u, w] = kernel[u, w] - off[u].sum() / 5 - off[:, w].sum() / 5 + off.sum() / 30
+    shared = sum(centred[u, w] * centred[w, u] for u in range(units) for w in range(units)) / 30**2
+    assert found.shared_noise == pytest.approx(shared, rel=1e-12)
+    rows = -along[:, :3].sum(1)
+    variance = rows.var(ddof=1) / units + shared
+    assert found.total.se == pytest.approx(np.sqrt(max(0.0, variance)), rel=1e-12)
+    assert "needs the matrix" in predict_parts(along, None, sizes).of(gradient=1.0).why_not
 
 
 @functools.cache
@@ -226,9 +218,9 @@ def flat(policy: EnumerablePolicy, values: dict[str, Tensor]) -> np.ndarray:
     return torch.cat([values[name].flatten() for name, _ in policy.named_parameters()]).numpy()
 
 
-def drawn(seed: int, prompts: int, samples: int = 4) -> tuple[StepPrediction, np.ndarray, np.ndarray]:
+def drawn(seed: int, prompts: int, adam: AdamState, samples: int = 4) -> tuple[StepPrediction, np.ndarray, np.ndarray]:
     """A batch from the enumerated policy: its prediction, the parts' exact ∇H · Δ, and two planted bugs in the gradient's."""
-    policy, adam, tables = enumerated()
+    policy, _, tables = enumerated()
     rng = np.random.default_rng(seed)
     xs, ys = [], []
     for _ in range(prompts):
@@ -241,25 +233,24 @@ def drawn(seed: int, prompts: int, samples: int = 4) -> tuple[StepPrediction, np
         ys.append(((reward - reward.mean()) / samples) @ g)
     x, y = np.array(xs), np.array(ys)
     shapes = {name: p.shape for name, p in policy.named_parameters()}
-    split = np.split(y.mean(0), np.cumsum([shape.numel() for shape in shapes.values()])[:-1])
-    ascent = {name: torch.from_numpy(part).view(shapes[name]) for name, part in zip(shapes, split, strict=True)}
-    directions = StepDirections(dict(policy.named_parameters()), adam, ascent, 1.0)
-    asked = [directions.of(name, slice(0, shape.numel())) for name, shape in shapes.items()]
-    v, w = (torch.cat(parts, dim=1).numpy() for parts in zip(*asked, strict=True))
-    weights = gradient_weights(adam, 1.0)
-    assert weights is not None
-    kernel = (x * w[3]) @ y.T
-    found = predict_parts(
-        x @ v.T,
-        np.stack([((x * response) * y).sum(1) for response in w], axis=1),
-        [1] * prompts,
-        cross_statistics(UnitDots.from_kernel(kernel, [1] * prompts)),
-    )
-    same_batch = -float((x @ v[1]).mean())
-    mean = y.mean(0)
-    weight = np.divide(v[1], mean, out=np.zeros_like(mean), where=mean != 0)
-    left_out = -np.mean([x[n] @ (weight * (prompts * mean - y[n])) / (prompts - 1) for n in range(prompts)])
-    return found, v[:3] @ entropy_gradient(), np.array([same_batch, float(left_out)])
+    ends = np.cumsum([0, *(shape.numel() for shape in shapes.values())])
+    places = {name: slice(ends[k], ends[k + 1]) for k, name in enumerate(shapes)}
+    ascent = {name: torch.from_numpy(y.mean(0)[places[name]]).view(shape) for name, shape in shapes.items()}
+    others = StepsOfOthers(dict(policy.named_parameters()), adam, ascent, 1.0, [1] * prompts)
+    along, response = np.zeros((prompts, 6)), np.zeros(ends[-1])
+    for name, place in places.items():
+        every = slice(0, place.stop - place.start)
+        of_x, of_y = torch.from_numpy(x[:, place]), torch.from_numpy(y[:, place])
+        along += others.along(name, every, of_x, of_y, range(prompts)).numpy()
+        response[place] = others.response(name, every).numpy()
+    found = predict_parts(along, (x * response) @ y.T, [1] * prompts)
+
+    step = adamw_step(dict(policy.named_parameters()), adam, ascent)
+    parts = np.stack([flat(policy, dict(part)) for part in (step.momentum, step.gradient, step.weight_decay)])
+    same_batch = -float((x @ parts[1]).mean())
+    # To first order in the own update alone.
+    linear = -np.mean([x[n] @ (parts[1] + response * (y.mean(0) - y[n]) / (prompts - 1)) for n in range(prompts)])
+    return found, parts @ entropy_gradient(), np.array([same_batch, float(linear)])
 
 
 @functools.cache
@@ -269,34 +260,47 @@ def entropy_gradient() -> np.ndarray:
     return enumerable.flat_gradient(total, policy).numpy()  # type: ignore[arg-type, no-any-return]
 
 
-def test_every_part_is_unbiased_and_covers_the_exact_change_as_often_as_its_error_says() -> None:
+def with_little_v() -> AdamState:
+    """The same moments with a v that is a small share of v⁺: the step is near the sign of the gradient."""
+    _, adam, _ = enumerated()
+    return replace(adam, moments={name: replace(m, exp_avg_sq=1e-5 * m.exp_avg_sq) for name, m in adam.moments.items()})
+
+
+@pytest.mark.parametrize(("prompts", "little"), [(40, False), (16, False), (8, False), (8, True)])
+def test_every_part_is_unbiased_and_covers_the_exact_change_as_often_as_its_error_says(
+    prompts: int, little: bool
+) -> None:
     """Each step's own ∇H · part, by enumeration. X is skew here, so that t intervals of its plain mean cover 93 %.
 
-    Planted: with the own update kept, and with it kept in v⁺ alone, the gradient's part is biased.
+    Planted: with the own update kept the gradient's part is biased; left out to first order alone too, where v is little.
     """
-    batches, prompts = 500, 40
+    adam = with_little_v() if little else enumerated()[1]
+    batches = 500
+    t = t_quantile(prompts)
     inside = dict.fromkeys((*PARTS, "total"), 0)
-    misses, kept, kept_in_v, errors = [], [], [], []
+    misses, kept, linear, variances = [], [], [], []
     for seed in range(batches):
-        found, truth, same_batch = drawn(seed, prompts)
+        found, truth, planted = drawn(seed, prompts, adam)
         for k, name in enumerate(PARTS):
             estimate = found.of(**{name: 1.0})
             assert estimate.se is not None
-            inside[name] += abs(estimate.value - truth[k]) < 2.02 * estimate.se
+            inside[name] += abs(estimate.value - truth[k]) < t * estimate.se
         assert found.total.se is not None
-        inside["total"] += abs(found.total.value - truth.sum()) < 2.02 * found.total.se
+        inside["total"] += abs(found.total.value - truth.sum()) < t * found.total.se
         misses.append(found.values - truth)
-        kept.append(same_batch[0] - truth[1])
-        kept_in_v.append(same_batch[1] - truth[1])
-        errors.append(found.of(gradient=1.0).se)
+        kept.append(planted[0] - truth[1])
+        linear.append(planted[1] - truth[1])
+        variances.append(found.of(gradient=1.0).se ** 2)  # type: ignore[operator]
     for name, count in inside.items():
-        assert 0.90 < count / batches < 0.99, (name, count / batches)
+        assert 0.88 < count / batches < 0.995, (name, count / batches)
     spread = np.std(misses, axis=0)
-    assert (np.abs(np.mean(misses, axis=0)) < 4 * spread / np.sqrt(batches)).all()
-    for planted in (kept, kept_in_v):
-        assert abs(np.mean(planted)) > 3 * np.std(planted) / np.sqrt(batches)
-    # The noise that X and Y share is that of the matrix with v at t: up to a quarter too large where v⁺ differs much from v.
-    assert 0.95 < np.mean(errors) / spread[1] < 1.3
+    bias = np.mean(misses, axis=0)
+    assert (np.abs(bias) < 4 * spread / np.sqrt(batches) + 0.1 * little * spread).all(), bias / spread
+    assert abs(np.mean(kept)) > 3 * np.std(kept) / np.sqrt(batches)
+    if little:
+        assert abs(np.mean(linear)) > 3 * abs(bias[1])
+    else:
+        assert 0.9 < np.sqrt(np.mean(variances)) / spread[1] < 1.2
 
 
 def test_the_exact_change_along_each_part_is_its_finite_difference() -> None:
@@ -357,13 +361,12 @@ def test_where_this_gradient_is_a_trace_of_v_the_error_is_that_of_delta_h1s_this
 
 
 def test_parameters_in_chunks_are_parameters_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, _ = looked(exact_units(7), EntropyTarget(), Storage.STORED)
+    whole = looked(exact_units(7), EntropyTarget(), Storage.STORED)
     monkeypatch.setattr("entropy_probe.gradients.products.CHUNK", 2 * 7 * 11)
-    monkeypatch.setattr("entropy_probe.gradients.products.LOOK_CHUNK", 37)
-    parts, _ = looked(exact_units(7), EntropyTarget(), Storage.STORED)
+    parts = looked(exact_units(7), EntropyTarget(), Storage.STORED)
     assert whole.looked is not None
     assert parts.looked is not None
-    for name in ("along", "own"):
+    for name in ("along", "kernel"):
         expected = getattr(whole.looked, name)
         np.testing.assert_allclose(getattr(parts.looked, name), expected, rtol=0, atol=1e-13 * np.abs(expected).max())
 
@@ -381,7 +384,9 @@ def test_streamed_vectors_give_the_same_parts() -> None:
     assert stored.adamw.parts["weight_decay"].value == pytest.approx(exact.adamw.parts["weight_decay"].value, rel=1e-9)
     assert stored.adamw.parts["momentum"].v_at_t == pytest.approx(exact.adamw.parts["momentum"].v_at_t, rel=1e-9)
     assert stored.adamw.parts["gradient"].value != pytest.approx(exact.adamw.parts["gradient"].value, rel=1e-3)
-    assert "streamed" in streamed.what_if.rows[1].null_reasons["delta_h1"]
+    assert "streaming" in streamed.adamw.parts["gradient"].null_reasons["se"]
+    assert "streaming" in streamed.adamw.null_reasons["se"]
+    assert streamed.adamw.parts["momentum"].se == pytest.approx(exact.adamw.parts["momentum"].se, rel=1e-9)
     streamed.to_dict()
 
 
@@ -389,7 +394,8 @@ def test_parameters_of_one_learning_rate_with_steps_of_their_own_have_no_common_
     _, adam, _ = setting()
     name = next(iter(adam.moments))
     mixed = AdamState(adam.groups, {**adam.moments, name: replace(adam.moments[name], step=9)})
-    assert gradient_factors(mixed) is None
+    assert gradient_factors(mixed, mixed.moments) is None
+    assert gradient_factors(mixed, [name]) is not None
     report = live(adam=mixed).report
     assert report.adamw.gradient_factor is None
     assert report.adamw.u_statistic is None
@@ -407,7 +413,7 @@ def test_two_units_have_parts_without_errors() -> None:
     assert report.adamw.se is None
     assert report.adamw.parts["momentum"].se is None
     assert "three units" in report.adamw.null_reasons["se"]
-    assert "Too few units" in report.adamw.sentence
+    assert "Without an error" in report.adamw.sentence
     report.to_dict()
 
 
@@ -465,7 +471,7 @@ SENTENCES = [
     ((-3.0, 2.0, 0.0), 2.0, ["momentum"], False, None, "the errors; momentum from earlier steps alone lowers it"),
     ((-1.0, 1.0, 0.0), 9.0, [], False, None, "Neither the optimizer's own step nor any part"),
     ((0.0, 0.0, 0.0), 0.0, [], False, None, "changes nothing"),
-    ((-1.0, 0.0, 0.0), None, [], False, None, "Too few units"),
+    ((-1.0, 0.0, 0.0), None, [], False, None, "Without an error"),
 ]  # fmt: skip
 
 
@@ -478,7 +484,7 @@ def test_the_sentence_says_no_more_than_the_errors_allow(
 
 
 def predicted(values: Sequence[float], deviations: np.ndarray) -> StepPrediction:
-    return StepPrediction(np.array(values), np.array(values), deviations, 0.0)
+    return StepPrediction(np.array(values), np.array(values), deviations, 0.0, "")
 
 
 def test_a_part_is_most_of_the_step_only_where_its_excess_over_half_is_resolved() -> None:

@@ -111,7 +111,7 @@ def test_without_any_negative_advantage_it_is_delta_h1_itself() -> None:
 
 def prediction(values: tuple[float, float, float], noise: float) -> StepPrediction:
     deviations = noise * np.random.default_rng(0).normal(size=(20, 3))
-    return StepPrediction(np.array(values), np.array(values), deviations - deviations.mean(0), 0.0)
+    return StepPrediction(np.array(values), np.array(values), deviations - deviations.mean(0), 0.0, "")
 
 
 def test_the_multiple_for_a_fall_is_that_at_which_the_step_falls_so_far() -> None:

@@ -15,7 +15,7 @@ torch.nn.utils.clip_grad_norm_.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -111,50 +111,85 @@ def clip_factor(norm: float, max_grad_norm: float | None) -> float:
     return min(1.0, max_grad_norm / (norm + 1e-6))
 
 
+def adamw_deltas(
+    parameters: Mapping[str, Tensor],
+    state: AdamState,
+    ascent: Mapping[str, Tensor],
+    *,
+    max_grad_norm: float | None = None,
+) -> dict[str, Tensor]:
+    """Δθ of :func:`adamw_step` alone: its parts stand in memory for one parameter at a time."""
+    factor = clip_factor(gradient_norm(ascent), max_grad_norm)
+    found = {}
+    for name, group in state.group_of().items():
+        if name in ascent and name in parameters:
+            step = _parameter_step(parameters[name], state.moments.get(name), group, ascent[name], factor)
+            found[name] = step.momentum + step.gradient + step.weight_decay
+    return found
+
+
 @dataclass(frozen=True)
-class StepDirections:
-    """Directions and weights of one AdamW step, some elements at a time: its parts never stand in memory whole.
+class StepsOfOthers:
+    """The step's parts as they would be from the other units' mean update, Ȳ_−u = (B Ȳ − YS_u) / (B − s_u), elementwise.
+
+    Some elements at a time, so that parts never stand in memory whole. Clipping's factor is that of the whole batch.
 
     Attributes:
         parameters: the trainable parameters at θ.
         state: the optimizer's.
         ascent: Ȳ by name.
         clip_factor: of the gradient.
+        sizes: s_u, prompts of every unit.
     """
 
     parameters: Mapping[str, Tensor]
     state: AdamState
     ascent: Mapping[str, Tensor]
     clip_factor: float
+    sizes: Sequence[int]
 
-    def of(self, name: str, part: slice) -> tuple[Tensor, Tensor]:
-        """Of elements ``part`` of one parameter laid flat, float64.
+    def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
+        """What elements ``part`` of one parameter laid flat add to XS_u · part: float64 [units, 6].
 
-        J_k = ∂(part k)/∂Ȳ, elementwise, the factor of clipping held: what is in a part of one prompt's own gradient.
+        Momentum, fresh gradient and weight decay with v at t + 1, then the same with v at t.
 
-        Returns:
-            [9, elements]: momentum, fresh gradient and weight decay with v at t + 1; the same with v at t; J_k Ȳ of the first
-            three; and [4, elements]: J_k of the first three, and that of the fresh gradient with v at t.
+        Args:
+            name: the parameter.
+            part: of its elements.
+            x: XS_u there, [units, elements], float64.
+            y: YS_u there.
+            units: which these are.
         """
+        theta, moments, group, mean = self._elements(name, part)
+        own = torch.tensor([self.sizes[unit] for unit in units], dtype=torch.float64, device=y.device)[:, None]
+        prompts = float(sum(self.sizes))
+        others = (prompts * mean - y) / (prompts - own)
+        dots = []
+        for updated_v in (True, False):
+            step = _parameter_step(theta, moments, group, others, self.clip_factor, updated_v=updated_v)
+            for direction in (step.momentum, step.gradient, step.weight_decay):
+                # Parts that do not depend on the update are the same for every unit.
+                dots.append(x @ direction if direction.dim() == 1 else (x * direction).sum(1))
+        return torch.stack(dots, dim=1)
+
+    def response(self, name: str, part: slice) -> Tensor:
+        """J = ∂(fresh gradient's part)/∂Ȳ at Ȳ, elementwise, with what Ȳ does to v⁺: float64 [elements]."""
+        theta, moments, group, mean = self._elements(name, part)
+        step = _parameter_step(theta, moments, group, mean, self.clip_factor)
+        seen = _seen(theta.to(mean), group, mean, self.clip_factor)
+        return step.weight + step.gradient * self.clip_factor * _log_denominator_slope(moments, group, seen)
+
+    def _elements(self, name: str, part: slice) -> tuple[Tensor, AdamMoments, AdamGroup, Tensor]:
         moments = self.state.moments[name]
         largest = moments.max_exp_avg_sq
-        moments = replace(
+        of_part = replace(
             moments,
             exp_avg=moments.exp_avg.flatten()[part],
             exp_avg_sq=moments.exp_avg_sq.flatten()[part],
             max_exp_avg_sq=None if largest is None else largest.flatten()[part],
         )
-        theta, y = self.parameters[name].detach().flatten()[part], self.ascent[name].flatten()[part]
-        updated, at_t = (
-            _parameter_step(theta, moments, self._groups[name], y, self.clip_factor, updated_v=updated_v)
-            for updated_v in (True, False)
-        )
-        responses = [updated.momentum * updated.of_v, updated.weight + updated.gradient * updated.of_v]
-        decoupled = self._groups[name].decoupled_weight_decay
-        responses.append(torch.zeros_like(updated.of_v) if decoupled else updated.weight_decay * updated.of_v)
-        directions = [part for step in (updated, at_t) for part in (step.momentum, step.gradient, step.weight_decay)]
-        directions += [response * y.double() for response in responses]
-        return torch.stack(directions), torch.stack([*responses, at_t.weight])
+        theta, mean = self.parameters[name].detach().flatten()[part], self.ascent[name].flatten()[part].double()
+        return theta, of_part, self._groups[name], mean
 
     @cached_property
     def _groups(self) -> Mapping[str, AdamGroup]:
@@ -163,13 +198,12 @@ class StepDirections:
 
 @dataclass(frozen=True)
 class _ParameterStep:
-    """The parts of one parameter's Δθ; W with gradient = W Ȳ elementwise; ∂ log(1/D)/∂Ȳ, what Ȳ does to a part through v⁺."""
+    """The parts of one parameter's Δθ, and W with gradient = W Ȳ elementwise."""
 
     momentum: Tensor
     gradient: Tensor
     weight_decay: Tensor
     weight: Tensor
-    of_v: Tensor
 
 
 def _parameter_step(
@@ -179,20 +213,20 @@ def _parameter_step(
     ascent: Tensor,
     clip_factor: float,
     *,
-    updated_v: bool,
+    updated_v: bool = True,
 ) -> _ParameterStep:
+    """``ascent`` may have dimensions before the parameter's."""
     y = ascent.double()
     theta = parameter.detach().to(y)
     if moments is None:
-        moments = AdamMoments(0, torch.zeros_like(y), torch.zeros_like(y))
-    decay = group.weight_decay * theta
-    seen = -clip_factor * y if group.decoupled_weight_decay else decay - clip_factor * y
+        moments = AdamMoments(0, torch.zeros_like(theta), torch.zeros_like(theta))
     if updated_v:
-        denominator, slope = _updated_denominator(moments, group, seen)
+        denominator = _updated_root(moments, group, _seen(theta, group, y, clip_factor)) + group.eps
     else:
-        denominator, slope = preconditioner(moments, group).to(y).reciprocal(), torch.zeros_like(y)
+        denominator = preconditioner(moments, group).to(y).reciprocal()
     scale = group.learning_rate / (1.0 - group.beta1 ** (moments.step + 1)) / denominator
     weight = (1.0 - group.beta1) * clip_factor * scale
+    decay = group.weight_decay * theta
     return _ParameterStep(
         momentum=-group.beta1 * scale * moments.exp_avg.to(y),
         gradient=weight * y,
@@ -200,39 +234,50 @@ def _parameter_step(
             -group.learning_rate * decay if group.decoupled_weight_decay else -(1.0 - group.beta1) * scale * decay
         ),
         weight=weight,
-        of_v=clip_factor * slope / denominator,
     )
 
 
-def _updated_denominator(moments: AdamMoments, group: AdamGroup, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """D = √(v⁺ / (1 − β₂^{t+1})) + ε of one parameter, and ∂D/∂g."""
-    correction = 1.0 - group.beta2 ** (moments.step + 1)
+def _seen(theta: Tensor, group: AdamGroup, ascent: Tensor, clip_factor: float) -> Tensor:
+    """The loss gradient that the moments see: clipped, with coupled weight decay."""
+    return -clip_factor * ascent if group.decoupled_weight_decay else group.weight_decay * theta - clip_factor * ascent
+
+
+def _updated_root(moments: AdamMoments, group: AdamGroup, gradient: Tensor) -> Tensor:
+    """√(v⁺ / (1 − β₂^{t+1})), v⁺ the largest so far under amsgrad."""
     v = group.beta2 * moments.exp_avg_sq.to(gradient) + (1.0 - group.beta2) * gradient**2
-    slope = (1.0 - group.beta2) * gradient / correction
     if group.amsgrad and moments.max_exp_avg_sq is not None:
-        largest = moments.max_exp_avg_sq.to(gradient)
-        slope = torch.where(largest > v, 0.0, slope)
-        v = torch.maximum(v, largest)
-    root = (v / correction).sqrt()
-    return root + group.eps, torch.where(root > 0, slope / root, 0.0)
+        v = torch.maximum(v, moments.max_exp_avg_sq.to(gradient))
+    return (v / (1.0 - group.beta2 ** (moments.step + 1))).sqrt()
 
 
-def gradient_factors(state: AdamState) -> dict[float, float] | None:
-    """(1 − β₁) / (1 − β₁^{t+1}), the share of the fresh gradient in the step, by learning rate.
+def _log_denominator_slope(moments: AdamMoments, group: AdamGroup, gradient: Tensor) -> Tensor:
+    """∂ log D / ∂g of one parameter."""
+    root = _updated_root(moments, group, gradient)
+    slope = (1.0 - group.beta2) * gradient / (1.0 - group.beta2 ** (moments.step + 1))
+    if group.amsgrad and moments.max_exp_avg_sq is not None:
+        plain = _updated_root(replace(moments, max_exp_avg_sq=None), group, gradient)
+        slope = torch.where(root > plain, 0.0, slope)
+    return torch.where(root > 0, slope / root, 0.0) / (root + group.eps)
+
+
+def gradient_factors(state: AdamState, names: Collection[str]) -> dict[float, float] | None:
+    """(1 − β₁) / (1 − β₁^{t+1}), the share of the fresh gradient in the step, by learning rate, of parameters with a gradient.
 
     None where parameters of one learning rate differ in it: their dots are not told apart.
     """
     found: dict[float, float] = {}
     for name, group in state.group_of().items():
+        if name not in names:
+            continue
         factor = (1.0 - group.beta1) / (1.0 - group.beta1 ** (state.moments[name].step + 1))
         if not math.isclose(found.setdefault(group.learning_rate, factor), factor, rel_tol=1e-9):
             return None
     return found
 
 
-def gradient_weights(state: AdamState, clip_factor: float) -> dict[float, float] | None:
+def gradient_weights(state: AdamState, names: Collection[str], clip_factor: float) -> dict[float, float] | None:
     """By learning rate η, the weight η (1 − β₁) / (1 − β₁^{t+1}) · clip of P Ȳ in the step with v at t; None as above."""
-    factors = gradient_factors(state)
+    factors = gradient_factors(state, names)
     return None if factors is None else {rate: rate * factor * clip_factor for rate, factor in factors.items()}
 
 

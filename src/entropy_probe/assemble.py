@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from typing import Any
@@ -47,7 +47,7 @@ from entropy_probe.report.schema import (
 from entropy_probe.report.text import headline, step_sentence
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import EntropyTarget, EntropyUnit, response_entropies
-from entropy_probe.step_parts import TOO_FEW, Estimate, StepPrediction
+from entropy_probe.step_parts import Estimate, StepPrediction
 from entropy_probe.sweep import SweepCurve
 from entropy_probe.two_batches import TwoBatchStatistics, fold_statistics
 from entropy_probe.u_statistics import CrossStatistics, FloatArray
@@ -85,6 +85,7 @@ def assemble_report(
     folds: Sequence[int] | None,
     step: StepPrediction,
     gradient_statistics: CrossStatistics | None,
+    reached: Collection[str],
     gradient_norm: float,
     what_ifs: Sequence[WhatIf],
     fall: Fall | None,
@@ -113,10 +114,10 @@ def assemble_report(
         ),
         first_order=first,
         needed=_needed(step_statistics, len(batch.groups) / len(plan.units.ranges), target_se),
-        noise=_noise(noise, step_statistics),
+        noise=_noise(noise, step_statistics, asked=config.noise),
         two_batches=None if two_batches is None else _two_batches(two_batches, evaluation),
         folds=None if folds is None else _folds(folds, step_kernel, plan),
-        adamw=_adamw(step, gradient_statistics, adam, gradient_norm, config.max_grad_norm),
+        adamw=_adamw(step, gradient_statistics, adam, reached, gradient_norm, config.max_grad_norm),
         what_if=WhatIfSection([_what_if(found) for found in what_ifs], None if fall is None else _fall(fall)),
         units=UnitsSection(
             mode=plan.units.mode.value,
@@ -258,11 +259,13 @@ def _needed(step: CrossStatistics, prompts_per_unit: float, target_se: float | N
     return NeededSection(prompts(exclude), target_se, prompts(reach), reasons)
 
 
-def _noise(parts: NoiseParts | None, step: CrossStatistics) -> NoiseSection:
+def _noise(parts: NoiseParts | None, step: CrossStatistics, *, asked: bool) -> NoiseSection:
     """Shares of V, or why there are none."""
     names = [field.name for field in fields(NoiseParts)]
     if parts is None or not step.variance:
-        if step.parts is None:
+        if not asked:
+            why = "not asked for (--no-noise)"
+        elif step.parts is None:
             why = step.null_reasons.get("ci95", "needs the matrix of dots of equal units")
         elif not step.variance:
             why = "δH₁ has no noise to split"
@@ -300,18 +303,19 @@ def _adamw(
     step: StepPrediction,
     gradient: CrossStatistics | None,
     adam: AdamState,
+    names: Collection[str],
     gradient_norm: float,
     max_grad_norm: float | None,
 ) -> AdamWSection:
     def reasons(estimate: Estimate) -> dict[str, str]:
-        return {} if estimate.se is not None else {"se": TOO_FEW}
+        return {} if estimate.se is not None else {"se": estimate.why_not}
 
     parts = {
         name: AdamWPart(estimate.value, estimate.se, float(at_t) + 0.0, reasons(estimate))
         for (name, estimate), at_t in zip(step.parts.items(), step.values_v_at_t, strict=True)
     }
     why = reasons(step.total)
-    factors = gradient_factors(adam)
+    factors = gradient_factors(adam, names)
     factor: float | list[float] | None = None
     if factors is None:
         told = "parameters of one learning rate differ in β₁ or in their number of steps"
@@ -355,7 +359,7 @@ def _what_if(found: WhatIf) -> WhatIfRow:
         if estimate is None:
             reasons |= dict.fromkeys((name, f"{name}_se"), found.why_not)
         elif estimate.se is None:
-            reasons[f"{name}_se"] = "too few units for an error"
+            reasons[f"{name}_se"] = estimate.why_not
     return WhatIfRow(
         found.name,
         found.asked,

@@ -192,9 +192,10 @@ def skew_extension(skewness: float, t: float) -> float:
 def _skewness(found: _Summary) -> float:
     """γ = [16 m₃/U² + 8 T/U³] / V^{3/2} of U_cross; 0 where V is.
 
-    Third cumulant of U_cross = [8 E g³ + 24 E g_u g_w ψ_uw]/U² + 8 E ψ_uv ψ_vw ψ_wu/U³ + o(1/U³). m₃ = G₁ m₂^{3/2} of the row
-    means stands for E g³ and T, the mean of ψ̂_uv ψ̂_vw ψ̂_wu over distinct units with ψ̂_uw = h_uw − r_u − r_w + U_cross, for the
-    last. The middle term is taken to be as large as the first: estimating it cost more coverage than it gained.
+    Third cumulant of U_cross = [8 E g³ + 24 E g_u g_w ψ_uw]/U² + [8 E ψ_uv ψ_vw ψ_wu + 24 E g_u ψ_uw²]/U³ + o(1/U³); its last
+    term is left out. m₃ = G₁ m₂^{3/2} of the row means stands for E g³ and T, the mean of ψ̂_uv ψ̂_vw ψ̂_wu over distinct units
+    with ψ̂_uw = h_uw − r_u − r_w + U_cross, for the third. The second term is taken to be as large as the first: estimating it
+    cost more coverage than it gained.
     """
     if not found.unbiased > 0.0:
         return 0.0

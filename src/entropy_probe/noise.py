@@ -21,6 +21,7 @@ Source: design section 4; Hoeffding (1948).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,8 @@ def noise_parts(
 ) -> NoiseParts:
     """Split V = ``linear`` + ``product``.
 
-    Parts that are not negative in truth are clipped at 0; what sampling is found to hold beyond ``linear`` is scaled to it.
+    Parts that are not negative in truth are clipped at 0, and ``shared`` at twice the root of the first two; what sampling is
+    found to hold beyond ``linear`` is scaled to it.
 
     Args:
         x: ξ, each response's part of X_n · η P Ȳᵈ for thirds d, [N, 3].
@@ -90,6 +92,9 @@ def noise_parts(
 
     of_x, of_y = max(0.0, float(covariance(x_b, x_c).sum())), max(0.0, float(covariance(y_b, y_c).sum()))
     shared = float((covariance(x_b, y_c) + covariance(x_c, y_b)).sum())
+    # No covariance is larger than its two variances allow.
+    most = 2.0 * math.sqrt(of_x * of_y)
+    shared = min(most, max(-most, shared))
     sampled = of_x + of_y + shared
     if sampled > linear:
         scale = linear / sampled

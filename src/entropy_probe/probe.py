@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamState, Preconditioners, validate_preconditioner
-from entropy_probe.adam_step import StepDirections, clip_factor, gradient_norm, gradient_weights
+from entropy_probe.adam_step import StepsOfOthers, clip_factor, gradient_norm, gradient_weights
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
@@ -230,9 +230,9 @@ def _probe_as_marked(
     if settings.resample:
         resampling = plan_resampling(policy, batch, settings.max_completion_length, settings.seed)
 
-    def directions(ascent: Mapping[str, Tensor]) -> StepDirections:
+    def steps_of_others(ascent: Mapping[str, Tensor]) -> StepsOfOthers:
         factor = clip_factor(gradient_norm(ascent), settings.max_grad_norm)
-        return StepDirections(trainable, adam, ascent, factor)
+        return StepsOfOthers(trainable, adam, ascent, factor, plan.units.sizes)
 
     with clock.stage("gradients"):
         gradients = unit_gradients(
@@ -245,9 +245,9 @@ def _probe_as_marked(
             rates,
             storage=plan.storage,
             vector_dtype=vector_dtype,
-            thirds=len(plan.units.ranges) >= LEAST_UNITS,
+            thirds=settings.noise and len(plan.units.ranges) >= LEAST_UNITS and len(set(plan.units.sizes)) == 1,
             rules=preparation.rules,
-            look=directions,
+            look=steps_of_others,
             progress=progress,
         )
     scores = gradients.scores
@@ -330,10 +330,10 @@ def _probe_as_marked(
             )
             noise = noise_of(step_statistics, of_x.numpy(), of_y.numpy(), batch.group_sizes, plan.units)
     norm = gradient_norm(gradients.ascent)
-    weights = gradient_weights(adam, clip_factor(norm, settings.max_grad_norm))
+    weights = gradient_weights(adam, gradients.ascent, clip_factor(norm, settings.max_grad_norm))
     gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
     assert gradients.looked is not None
-    step = predict_parts(gradients.looked.along, gradients.looked.own, plan.units.sizes, gradient_statistics)
+    step = predict_parts(gradients.looked.along, gradients.looked.kernel, plan.units.sizes)
     positive = None
     if settings.what_if_no_negatives:
         with clock.stage("what-if"):
@@ -377,6 +377,7 @@ def _probe_as_marked(
         folds=folds,
         step=step,
         gradient_statistics=gradient_statistics,
+        reached=gradients.ascent,
         gradient_norm=norm,
         what_ifs=what_ifs,
         fall=fall,
@@ -388,6 +389,7 @@ def _probe_as_marked(
             entropy=settings.entropy,
             importance_weights=settings.weighting,
             evaluation_rollouts=subject.evaluation_rollouts,
+            noise=settings.noise,
             split=settings.split,
             sweep=None if settings.sweep is None else [settings.sweep.low, settings.sweep.high, settings.sweep.count],
             resample=settings.resample,
@@ -455,7 +457,7 @@ def asked_what_ifs(
     """Those that need no number, and those that the settings give one for."""
 
     def estimate(found: CrossStatistics) -> Estimate:
-        return Estimate(-found.u_cross, found.se)
+        return Estimate(-found.u_cross, found.se, "" if found.se is not None else found.null_reasons["variance"])
 
     found = [no_momentum(step)]
     if positive is not None:

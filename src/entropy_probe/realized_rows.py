@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.adam_step import adamw_step, preconditioned_step
+from entropy_probe.adam_step import adamw_deltas, preconditioned_step
 from entropy_probe.gradients import Rules, loss_gradient, response_dots
 from entropy_probe.policy import Measured, Policy, check_finite
 from entropy_probe.progress import Progress
@@ -60,10 +60,10 @@ class Realizer:
 
     def steps(self, ascent: Mapping[str, Tensor]) -> list[Step]:
         """The preconditioned step and the optimizer's own, from Ȳ."""
-        adamw = adamw_step(self.policy.trainable(), self.adam, ascent, max_grad_norm=self.max_grad_norm)
+        adamw = adamw_deltas(self.policy.trainable(), self.adam, ascent, max_grad_norm=self.max_grad_norm)
         return [
             Step("preconditioned", "virtual", preconditioned_step(ascent, self.preconditioners, self.learning_rates)),
-            Step("adamw", "virtual", adamw.deltas),
+            Step("adamw", "virtual", adamw),
         ]
 
     def changes(self, batch: RolloutBatch, steps: Sequence[Step]) -> FloatArray:

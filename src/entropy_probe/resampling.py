@@ -2,7 +2,7 @@
 
 Within the virtual step the live model generates fresh responses to the batch's prompts, from its whole distribution at the
 rollouts' temperature, and scores them: Ĥ(θ⁺) is their mean of −S or Σ_t H_t. ΔH = Ĥ(θ⁺) − Ĥ(θ) is then not on common
-samples: its error is that of two independent batches, larger for small steps, and it does not fail for large ones. Source:
+samples: its error holds both draws, prompts being common, is larger for small steps, and does not fail for large ones. Source:
 guide section 4D.
 """
 
@@ -108,7 +108,7 @@ def resample(
     for step in steps:
         with virtual_step(policy.model, step.deltas):
             drawn = sample_rollouts(
-                replace(policy, temperature=plan.settings.temperature),
+                policy,
                 plan.prompts,
                 plan.settings,
                 lambda *_: 0.0,

@@ -24,6 +24,7 @@ class Settings:
         entropy: per response, or per token (H/T̄).
         weighting: over which responses the realised change normalises its importance weights.
         target_se: a standard error of δH₁, nats, to say how many prompts would reach.
+        noise: also say where the noise of δH₁ comes from, by a forward and one or two backwards more.
         split: folds of prompts; the step from all others is realised on each, and δH₁ is taken across them.
         sweep: factors of the learning rate at which every step is realised too, on the same and on evaluation rollouts.
         resample: also draw fresh responses after each step, at the rollouts' temperature and length limit.
@@ -52,6 +53,7 @@ class Settings:
     entropy: EntropyUnit = EntropyUnit.PER_RESPONSE
     weighting: Weighting = Weighting.GLOBAL
     target_se: float | None = None
+    noise: bool = True
     split: int | None = None
     sweep: SweepRange | None = None
     resample: bool = False
@@ -90,9 +92,11 @@ class Settings:
                 raise InputError(f"{what} is {value}; expected a finite number above 0, or leave it out")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
-        if self.max_completion_length is not None and self.length_weight is not LengthWeight.DR_GRPO:
+        used = self.length_weight is LengthWeight.DR_GRPO or self.resample
+        if self.max_completion_length is not None and not used:
             raise InputError(
-                f"max-completion-length is Dr. GRPO's constant; length weight {self.length_weight} does not use it, drop it"
+                f"max-completion-length is Dr. GRPO's constant; length weight {self.length_weight} does not use it, drop it "
+                "(or give --resample, whose limit it is)"
             )
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise InputError(f"max-completion-length is {self.max_completion_length}; expected at least 1")

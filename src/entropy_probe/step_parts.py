@@ -2,19 +2,20 @@
 
 With E[X] = −∇H, a direction Δ that does not depend on unit u's responses changes the entropy by −XS_u · Δ / s_u in unit u's
 eyes, and the mean over prompts estimates ∇H · Δ. But every part of the step depends on Ȳ, which holds u's own Y: the fresh
-gradient's in proportion, the others through v⁺. So each is taken as it would be from the other units' mean Ȳ_−u, to first
-order, with J = ∂Δ/∂Ȳ elementwise and Ȳ_−u − Ȳ = (s_u Ȳ − YS_u) / (B − s_u), B = Σ s_u:
+gradient's at once, the others through v⁺. So each is taken as it would be from the other units' mean,
 
-    row_u = −XS_u · [Δ + J (s_u Ȳ − YS_u) / (B − s_u)] / s_u
+    row_u = −XS_u · Δ(Ȳ_−u) / s_u       Ȳ_−u = (B Ȳ − YS_u) / (B − s_u), B = Σ s_u
 
-For Δ = W Ȳ that is −XS_u · W (ΣYS − YS_u) / (s_u (B − s_u)) exactly, the row x_u of the U-statistic, and its rows are averaged
-as there, by ω_u; those of momentum and weight decay by s_u / B. (Clipping's factor is held: it is of the whole batch.)
+elementwise and exactly (to first order in Y_u it would keep much of the own update where g² is most of v⁺). For Δ = W Ȳ that is
+the row x_u of the U-statistic, and its rows are averaged as there, by ω_u; those of momentum and weight decay by s_u / B.
+(Clipping's factor is held: it is of the whole batch.)
 
 Errors are those of what *this* step does, given the update: SE² = U/(U−1) Σ_u (Σ_k a_k d_uk)² for a combination a of the parts,
 d_uk being a unit's share in part k less that of the mean, so that parts which share X are not taken for independent; and
-a_gradient² times the noise that X_u and Y_u share through their responses, where the matrix is there
-(:func:`~entropy_probe.u_statistics.this_step_variance`; never below zero here, and the one with v at t, which is too much where
-this gradient makes most of v⁺). Everything in nats. Source: design sections 1 and 2; guide section 4A.
+a_gradient² times the noise that X_u and Y_u share through their responses (:func:`~entropy_probe.u_statistics.shared_noise` of
+XS_u · J YS_w, J = ∂Δ/∂Ȳ of the gradient's part), the sum clipped at 0. Without that matrix, or with unequal units, a
+combination that holds the gradient has no error. Everything in nats.
+Source: design sections 1 and 2; guide section 4A.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entropy_probe.intervals import t_quantile
-from entropy_probe.u_statistics import CrossStatistics, FloatArray
+from entropy_probe.u_statistics import FloatArray, shared_noise
 
 PARTS = ("momentum", "gradient", "weight_decay")
 LEAST_UNITS = 3
@@ -35,14 +36,15 @@ TOO_FEW = "two units tell nothing of their spread; give three units or more"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its standard error, nats; None where there are too few units."""
+    """A value and its standard error, nats; ``why_not`` says why there is none."""
 
     value: float
     se: float | None
+    why_not: str = ""
 
     def scaled(self, factor: float) -> Estimate:
         """Of ``factor`` times the same."""
-        return Estimate(factor * self.value + 0.0, None if self.se is None else abs(factor) * self.se)
+        return Estimate(factor * self.value + 0.0, None if self.se is None else abs(factor) * self.se, self.why_not)
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ class StepPrediction:
         values: with v after this gradient, as the step has it, [3].
         values_v_at_t: with v at t, as δH₁ has it, [3].
         deviations: d_uk, [U, 3].
-        shared_noise: variance of the gradient's part beyond its rows', nats².
+        shared_noise: variance of the gradient's part beyond its rows', nats²; None where it is not known.
+        why_not: why it is not.
     """
 
     values: FloatArray
     values_v_at_t: FloatArray
     deviations: FloatArray
-    shared_noise: float
+    shared_noise: float | None
+    why_not: str
 
     def of(self, momentum: float = 0.0, gradient: float = 0.0, weight_decay: float = 0.0) -> Estimate:
         """Of a combination of the parts."""
@@ -67,9 +71,13 @@ class StepPrediction:
         value = float(factors @ self.values) + 0.0
         units = len(self.deviations)
         if units < LEAST_UNITS:
-            return Estimate(value, None)
-        rows = float(((self.deviations @ factors) ** 2).sum()) * units / (units - 1)
-        return Estimate(value, math.sqrt(rows + gradient**2 * self.shared_noise))
+            return Estimate(value, None, TOO_FEW)
+        variance = float(((self.deviations @ factors) ** 2).sum()) * units / (units - 1)
+        if gradient != 0.0:
+            if self.shared_noise is None:
+                return Estimate(value, None, self.why_not)
+            variance += gradient**2 * self.shared_noise
+        return Estimate(value, math.sqrt(max(0.0, variance)))
 
     @property
     def parts(self) -> dict[str, Estimate]:
@@ -97,30 +105,26 @@ class StepPrediction:
         return None
 
 
-def predict_parts(
-    along: FloatArray, own: FloatArray, sizes: Sequence[int], gradient: CrossStatistics | None
-) -> StepPrediction:
-    """From the dots that :class:`~entropy_probe.adam_step.StepDirections` asks for; two units or more.
+def predict_parts(along: FloatArray, kernel: FloatArray | None, sizes: Sequence[int]) -> StepPrediction:
+    """From the dots of :class:`~entropy_probe.adam_step.StepsOfOthers`; two units or more.
 
     Args:
-        along: XS_u along momentum, fresh gradient and weight decay with v at t + 1, the same with v at t, and J Ȳ of the first
-            three, [U, 9].
-        own: XS_u · J YS_u of the first three, and of the fresh gradient with v at t, [U, 4].
+        along: XS_u along momentum, fresh gradient and weight decay of Ȳ_−u with v at t + 1, and the same with v at t, [U, 6].
+        kernel: XS_u · J YS_w, [U, U]; None where vectors were streamed.
         sizes: s_u.
-        gradient: statistics of the fresh gradient's part with v at t, in which it is −U_cross; None where not told apart.
     """
     counts = np.asarray(sizes, dtype=np.float64)[:, None]
-    others = counts.sum() - counts
-    pairs = counts * others
+    pairs = counts * (counts.sum() - counts)
     shares = np.hstack([counts, pairs, counts]) / np.array([counts.sum(), pairs.sum(), counts.sum()])
-    updated = -(along[:, :3] + (counts * along[:, 6:] - own[:, :3]) / others) / counts
-    # With v at t the fresh gradient alone holds this batch, and J Ȳ is its part.
-    at_t = -along[:, 3:6] / counts
-    at_t[:, 1:2] -= (counts * along[:, 4:5] - own[:, 3:]) / pairs
+    updated, at_t = -along[:, :3] / counts, -along[:, 3:] / counts
     values = (shares * updated).sum(0)
-    noise = 0.0
-    if gradient is not None and gradient.se_this_step is not None:
-        units = len(sizes)
-        of_rows = float(((gradient.row_x - gradient.u_cross) ** 2).sum()) / (units * (units - 1))
-        noise = max(0.0, gradient.se_this_step**2 - of_rows)
-    return StepPrediction(values, (shares * at_t).sum(0), shares * (updated - values), noise)
+    noise, why_not = None, "needs the matrix of unit dots, which streaming does not keep"
+    if kernel is not None and (counts == counts[0]).all():
+        units = len(kernel)
+        of_units = kernel / float(counts[0, 0]) ** 2
+        others = of_units - np.diag(np.diagonal(of_units))
+        row_x, row_y = others.sum(1) / (units - 1), others.sum(0) / (units - 1)
+        noise, why_not = shared_noise(of_units, row_x, row_y, float(row_x.mean())), ""
+    elif kernel is not None:
+        why_not = "defined for units of equal size"
+    return StepPrediction(values, (shares * at_t).sum(0), shares * (updated - values), noise, why_not)

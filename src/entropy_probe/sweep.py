@@ -27,6 +27,10 @@ from entropy_probe.progress import Progress
 from entropy_probe.realized import EntropyMeasure, RealizedChange, Step, measure_after
 from entropy_probe.rollouts import RolloutBatch
 
+FLOORS_CLEAR = 10
+"""Numerical floors that a change must exceed to count for a slope."""
+LEAST_FACTORS = 3
+
 
 @dataclass(frozen=True)
 class StepLine:
@@ -124,13 +128,14 @@ def sweep_step(
         curve = line.curve(m)
         linear = linear_until(curve, row.predicted, factors, floor=row.noise_floor)
         start = min(1.0 if linear.until is None else linear.until, max(factors))
-        slope, reason = _slope(line, m, linear, factors)
+        floors = [max(row.noise_floor, error[m]) for error in errors]
+        slope, reason = _slope(line, m, linear, factors, floors)
         found.append(
             SweepCurve(
                 row=row,
                 alphas=tuple(factors),
                 changes=tuple(line.at(alpha)[m] for alpha in factors),
-                noise_floors=tuple(max(row.noise_floor, error[m]) for error in errors),
+                noise_floors=tuple(floors),
                 linear=linear,
                 curvature=curvature_at_zero(curve, start, row.noise_floor),
                 slope=slope,
@@ -160,14 +165,20 @@ def sweep(
 
 
 def _slope(
-    line: StepLine, measure: int, linear: LinearRange, factors: Sequence[float]
+    line: StepLine, measure: int, linear: LinearRange, factors: Sequence[float], floors: Sequence[float]
 ) -> tuple[PowerLaw | None, str | None]:
+    """Of the factors that are linear and whose change stands clear of the numerical floor."""
     if linear.until is None:
         return None, linear.reason
-    inside = [alpha for alpha in factors if alpha <= linear.until]
-    sizes = [abs(line.at(alpha)[measure].delta_h) for alpha in inside]
-    if len(inside) < 3:
-        return None, f"{len(inside)} of {len(factors)} factors are in the linear range; a slope needs three"
-    if min(sizes) == 0.0:
-        return None, "a realised change is exactly zero"
-    return fit_power_law(inside, sizes), None
+    found = [
+        (alpha, abs(line.at(alpha)[measure].delta_h), floor)
+        for alpha, floor in zip(factors, floors, strict=True)
+        if alpha <= linear.until
+    ]
+    clear = [(alpha, size) for alpha, size, floor in found if size > FLOORS_CLEAR * floor]
+    if len(clear) < LEAST_FACTORS:
+        return None, (
+            f"{len(clear)} of {len(factors)} factors are in the linear range and {FLOORS_CLEAR} noise floors clear of zero; a "
+            f"slope needs {LEAST_FACTORS}"
+        )
+    return fit_power_law([alpha for alpha, _ in clear], [size for _, size in clear]), None

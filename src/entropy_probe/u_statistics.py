@@ -249,14 +249,22 @@ def jackknife_variance(u_cross: float, row_means: FloatArray, sizes: FloatArray)
 def this_step_variance(kernel: FloatArray, row_x: FloatArray, row_y: FloatArray, u_cross: float) -> float:
     """Variance of what *this* step does, given its update; equal units, clipped at 0.
 
-    Σ (x_u − U)² / (U(U−1)) is X's noise against the fixed update; Σ_{u≠w} k̃_uw k̃_wu / (U(U−1))², k̃ doubly centred, is
-    the noise that X_u and Y_u share through their responses.
+    Σ (x_u − U)² / (U(U−1)) is X's noise against the fixed update, to which :func:`shared_noise` comes.
     """
     units = len(kernel)
+    of_rows = float(((row_x - u_cross) ** 2).sum()) / (units * (units - 1))
+    return max(0.0, of_rows + shared_noise(kernel, row_x, row_y, u_cross))
+
+
+def shared_noise(kernel: FloatArray, row_x: FloatArray, row_y: FloatArray, u_cross: float) -> float:
+    """Σ_{u≠w} k̃_uw k̃_wu / (U(U−1))², k̃ doubly centred: the noise that X_u and Y_u share through their responses.
+
+    Of equal units; it may be negative.
+    """
+    pairs = len(kernel) * (len(kernel) - 1)
     centred = kernel - row_x[:, None] - row_y[None, :] + u_cross
     np.fill_diagonal(centred, 0.0)
-    pairs = units * (units - 1)
-    return max(0.0, float(((row_x - u_cross) ** 2).sum() / pairs + (centred * centred.T).sum() / pairs**2))
+    return float((centred * centred.T).sum()) / pairs**2
 
 
 def self_test_residual(dots: UnitDots, u_cross: float, pairs: float) -> float:

@@ -73,7 +73,9 @@ def without_negative_advantages(delta_h1: Estimate) -> WhatIf:
 def learning_rate_for_fall(step: StepPrediction, nats: float) -> Fall:
     """``nats`` over the step's own fall."""
     total = step.total
-    if total.se is None or not step.is_resolved(total):
+    if total.se is None:
+        return Fall(nats, None, None, total.why_not)
+    if not step.is_resolved(total):
         return Fall(nats, None, None, "the optimizer's own step cannot be told from zero within the errors")
     if total.value > 0:
         return Fall(nats, None, None, "the optimizer's own step raises the entropy to first order")

@@ -126,6 +126,12 @@ def run(
     resample: Annotated[
         bool, typer.Option("--resample", help="Draw fresh responses after each step too: for a low effective sample.")
     ] = False,
+    noise: Annotated[
+        bool,
+        typer.Option(
+            "--noise/--no-noise", help="Say where the noise of δH₁ comes from; a forward and two backwards more."
+        ),
+    ] = True,
     target_se: Annotated[
         float | None,
         typer.Option(metavar="NATS", help="Say how many prompts would bring the error of δH₁ down to this."),
@@ -194,6 +200,7 @@ def run(
         entropy=entropy,
         weighting=importance_weights,
         target_se=target_se,
+        noise=noise,
         split=split,
         sweep=None if sweep is None else SweepRange.parse(sweep),
         resample=resample,

@@ -35,7 +35,8 @@ from entropy_probe.gradients.products import (
     Dots,
     StreamedSums,
     cross_kernel,
-    looked_dots,
+    looked_along,
+    looked_kernel,
     stored_dots,
     third_directions,
 )
@@ -54,6 +55,7 @@ from entropy_probe.policy import (
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import EntropyCoefficients, EntropyTarget
+from entropy_probe.u_statistics import FloatArray
 from entropy_probe.units import Units
 
 
@@ -129,10 +131,11 @@ def unit_gradients(
     looked = None
     if look is not None:
         if vectors is not None:
-            found = looked_dots(vectors, range(len(units.ranges)), ascent, look(ascent))
+            every, asked = range(len(units.ranges)), look(ascent)
+            along = looked_along(vectors, every, ascent, asked).cpu().numpy()
+            looked = Looked(along, looked_kernel(vectors, every, ascent, asked).cpu().numpy())
         else:
-            found = _third_pass(run, parts, shapes, dtype, ascent, look(ascent), progress)
-        looked = Looked(*(values.cpu().numpy() for values in found))
+            looked = Looked(_third_pass(run, parts, shapes, dtype, ascent, look(ascent), progress), None)
     return UnitGradients(
         dots=dots.dots,
         ascent=ascent,
@@ -154,19 +157,19 @@ def _third_pass(
     names: Collection[str],
     look: Look,
     progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    """:func:`looked_dots` from the vectors of a few units at a time."""
+) -> FloatArray:
+    """:func:`looked_along` from the vectors of a few units at a time."""
     vectors = UnitVectors(shapes, run.most_open_units(parts), dtype, run.policy.device)
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[Tensor] = []
     for part in progress.track(parts, "unit gradients, third pass", len(parts)):
         vectors.open(run.units_of(part))
         run.backward(part, vectors)
         if closed := run.closed_by(part):
             vectors.settle(closed)
-            found.append(looked_dots(vectors, closed, names, look))
+            found.append(looked_along(vectors, closed, names, look))
             vectors.close(closed)
-    along, own = (torch.cat(values) for values in zip(*found, strict=True))
-    return along, own
+    along: FloatArray = torch.cat(found).cpu().numpy()
+    return along
 
 
 def _streamed(
@@ -339,7 +342,7 @@ def _contracted(
         together, len(rows), policy.dtype, policy.device, -(-max(c.stop for c in channels) // len(directions))
     )
     parts = run.parts()
-    for part in progress.track(parts, "linear prediction", len(parts)):
+    for part in progress.track(parts, "dots with directions", len(parts)):
         run.backward(part, contractions)
     return contractions.total.cpu()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -36,18 +36,21 @@ class Coverage:
 
 
 class Look(Protocol):
-    """What else to take dots with, once Ȳ is known."""
+    """What else to take dots with, once Ȳ is known, some elements of one parameter at a time."""
 
-    def of(self, name: str, part: slice) -> tuple[Tensor, Tensor]:
-        """V [K, elements] and W [J, elements] of elements ``part`` of one parameter laid flat, float64."""
+    def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
+        """XS_u · V_uk over these elements, where V may depend on YS_u: [units, K] from x and y [units, elements], float64."""
+
+    def response(self, name: str, part: slice) -> Tensor:
+        """J of these elements, float64 [elements]."""
 
 
 @dataclass(frozen=True)
 class Looked:
-    """``along``: XS_u · V_k, [U, K]. ``own``: XS_u · W_j YS_u with W elementwise, [U, J]. Without P."""
+    """``along``: XS_u · V_uk, [U, K]. ``kernel``: XS_u · J YS_w with J elementwise, [U, U]; None where streamed. Without P."""
 
     along: FloatArray
-    own: FloatArray
+    kernel: FloatArray | None
 
 
 @dataclass(frozen=True)

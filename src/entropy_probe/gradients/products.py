@@ -19,10 +19,6 @@ CHUNK = 1 << 19
 """Float64 elements, over all units, that a product is taken over at a time: 4 MiB."""
 
 
-LOOK_CHUNK = 1 << 16
-"""Elements that directions are made of at a time: they take some fifty operations, which smaller chunks would repeat."""
-
-
 @dataclass(frozen=True)
 class Dots:
     """Unit dots by learning rate, and Σ_u Y_u by parameter."""
@@ -125,22 +121,33 @@ def cross_kernel(
     return kernel.cpu()
 
 
-def looked_dots(
-    vectors: UnitVectors, units: Sequence[int], names: Collection[str], look: Look
-) -> tuple[Tensor, Tensor]:
-    """XS_u · V_k [units, K] and XS_u · W_j YS_u [units, J] over the parameters ``names``, float64."""
-    totals: list[tuple[Tensor, Tensor]] = []
-    for name in names:
-        values = vectors.of(name, units)
-        for elements in _chunks(values.shape[-1], LOOK_CHUNK):
-            directions, weights = (found.to(values.device) for found in look.of(name, elements))
-            for part in _chunks(elements.stop - elements.start, max(1, CHUNK // (2 * len(units)))):
-                place = slice(elements.start + part.start, elements.start + part.stop)
-                x, y = values[:, 0, place].double(), values[:, 1, place].double()
-                along = x @ directions[:, part].T
-                totals.append((along, x.mul_(y) @ weights[:, part].T))
-    along, own = (torch.stack(parts).sum(0) for parts in zip(*totals, strict=True))
-    return along, own
+def looked_along(vectors: UnitVectors, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
+    """:meth:`Look.along` summed over the parameters ``names``: float64 [units, K]."""
+    return _total(
+        look.along(name, part, x, y, units) for name in names for part, x, y in _double_chunks(vectors, units, name)
+    )
+
+
+def looked_kernel(vectors: UnitVectors, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
+    """XS_u · J YS_w over the parameters ``names``: float64 [units, units]."""
+    return _total(
+        (x * look.response(name, part).to(x)) @ y.T
+        for name in names
+        for part, x, y in _double_chunks(vectors, units, name)
+    )
+
+
+def _total(parts: Iterator[Tensor]) -> Tensor:
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total
+
+
+def _double_chunks(vectors: UnitVectors, units: Sequence[int], name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    values = vectors.of(name, units)
+    for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
+        yield part, values[:, 0, part].double(), values[:, 1, part].double()
 
 
 def _p_chunk(preconditioners: Mapping[str, Tensor], name: str, part: slice) -> Tensor:

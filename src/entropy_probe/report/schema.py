@@ -298,6 +298,7 @@ class ConfigSection:
     entropy: str
     importance_weights: str
     evaluation_rollouts: str | None
+    noise: bool
     split: int | None
     sweep: list[float] | None
     resample: bool
@@ -381,6 +382,7 @@ class Report:
             *([] if fall is None else [fall]),
             *content["realized"],
             *content["sweep"],
+            *([] if content["folds"] is None else [content["folds"]]),
         )
         check_content(content, records)
         return content

@@ -62,7 +62,9 @@ def step_sentence(
     if total == 0.0 and not any(parts.values()):
         return "The optimizer's own step changes nothing to first order."
     if se is None:
-        return "Too few units to tell which part of the optimizer's own step moves the entropy."
+        return (
+            "Without an error of the whole it cannot be told which part of the optimizer's own step moves the entropy."
+        )
     if most is not None:
         return f"Most of the {'fall' if total < 0 else 'rise'} by the optimizer's own step is {CAUSES[most]}."
     if total_resolved:
