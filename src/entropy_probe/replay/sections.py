@@ -107,7 +107,7 @@ def logged_section(case: Replayed, measured: Measured) -> LoggedSection:
     assert measured.entropies is not None
     return LoggedSection(
         entropy=micro_batch_entropy(
-            measured.entropies, [len(row.response_ids) for row in case.batch.responses], _forwards(case.batch)
+            measured.entropies, [len(row.response_ids) for row in case.batch.responses], forwards(case.batch)
         ),
         entropy_logged=logged("entropy", averaged=True),
         grad_norm=case.step.gradient_norm,
@@ -118,7 +118,7 @@ def logged_section(case: Replayed, measured: Measured) -> LoggedSection:
     )
 
 
-def _forwards(batch: RolloutBatch) -> list[int]:
+def forwards(batch: RolloutBatch) -> list[int]:
     """The micro-batch of each row, those that several processes ran at one time counted as one: TRL logs their sum."""
     numbers = [row.micro_batch or 0 for row in batch.responses]
     processes = recorded_number(batch, "num_processes") or 1.0
