@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -73,42 +74,166 @@ def adamw_step(
     Raises:
         ValueError: ``max_grad_norm`` is not above 0; or t = 0 without ``updated_v``.
     """
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    norm = gradient_norm(ascent)
+    factor = clip_factor(norm, max_grad_norm)
+    found = {
+        name: _parameter_step(
+            parameters[name], state.moments.get(name), group, ascent[name], factor, updated_v=updated_v
+        )
+        for name, group in state.group_of().items()
+        if name in ascent and name in parameters
+    }
+    return AdamWStep(
+        momentum={name: step.momentum for name, step in found.items()},
+        gradient={name: step.gradient for name, step in found.items()},
+        weight_decay={name: step.weight_decay for name, step in found.items()},
+        gradient_norm=norm,
+        clip_factor=factor,
+    )
+
+
+def gradient_norm(ascent: Mapping[str, Tensor]) -> float:
+    """‖Ȳ‖, L2 over all parameters that have a gradient."""
+    return math.sqrt(sum(float((y.double() ** 2).sum()) for y in ascent.values()))
+
+
+def clip_factor(norm: float, max_grad_norm: float | None) -> float:
+    """What torch.nn.utils.clip_grad_norm_ multiplies a gradient of this norm with; 1.0 without a limit.
+
+    Raises:
+        ValueError: ``max_grad_norm`` is not above 0.
+    """
+    if max_grad_norm is None:
+        return 1.0
+    if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number above 0, or None")
-    norm = math.sqrt(sum(float((y.double() ** 2).sum()) for y in ascent.values()))
-    # torch adds 1e-6, so that a norm of exactly max_grad_norm is clipped too, by a millionth.
-    clip_factor = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
-    parts: tuple[dict[str, Tensor], ...] = ({}, {}, {})
-    for name, group in state.group_of().items():
-        if name not in ascent or name not in parameters:
-            continue
-        y = ascent[name].double()
-        theta = parameters[name].detach().to(y)
-        moments = state.moments.get(name) or AdamMoments(0, torch.zeros_like(y), torch.zeros_like(y))
-        gradient = -clip_factor * y
-        decay = group.weight_decay * theta
-        seen = gradient if group.decoupled_weight_decay else gradient + decay
-        denominator = (
-            _updated_denominator(moments, group, seen)
-            if updated_v
-            else preconditioner(moments, group).to(y).reciprocal()
-        )
-        rate = group.learning_rate / (1.0 - group.beta1 ** (moments.step + 1))
-        scale = -rate / denominator
-        parts[0][name] = scale * (group.beta1 * moments.exp_avg.to(y))
-        parts[1][name] = scale * ((1.0 - group.beta1) * gradient)
-        parts[2][name] = (
-            -group.learning_rate * decay if group.decoupled_weight_decay else scale * ((1.0 - group.beta1) * decay)
-        )
-    return AdamWStep(*parts, norm, clip_factor)
+    # As torch has it: a norm of exactly max_grad_norm is clipped too, by a trace.
+    return min(1.0, max_grad_norm / (norm + 1e-6))
 
 
-def _updated_denominator(moments: AdamMoments, group: AdamGroup, gradient: Tensor) -> Tensor:
-    """√(v⁺ / (1 − β₂^{t+1})) + ε of one parameter."""
+@dataclass(frozen=True)
+class StepDirections:
+    """Directions and weights of one AdamW step, some elements at a time: its parts never stand in memory whole.
+
+    Attributes:
+        parameters: the trainable parameters at θ.
+        state: the optimizer's.
+        ascent: Ȳ by name.
+        clip_factor: of the gradient.
+    """
+
+    parameters: Mapping[str, Tensor]
+    state: AdamState
+    ascent: Mapping[str, Tensor]
+    clip_factor: float
+
+    def of(self, name: str, part: slice) -> tuple[Tensor, Tensor]:
+        """Of elements ``part`` of one parameter laid flat, float64.
+
+        J_k = ∂(part k)/∂Ȳ, elementwise, the factor of clipping held: what is in a part of one prompt's own gradient.
+
+        Returns:
+            [9, elements]: momentum, fresh gradient and weight decay with v at t + 1; the same with v at t; J_k Ȳ of the first
+            three; and [4, elements]: J_k of the first three, and that of the fresh gradient with v at t.
+        """
+        moments = self.state.moments[name]
+        largest = moments.max_exp_avg_sq
+        moments = replace(
+            moments,
+            exp_avg=moments.exp_avg.flatten()[part],
+            exp_avg_sq=moments.exp_avg_sq.flatten()[part],
+            max_exp_avg_sq=None if largest is None else largest.flatten()[part],
+        )
+        theta, y = self.parameters[name].detach().flatten()[part], self.ascent[name].flatten()[part]
+        updated, at_t = (
+            _parameter_step(theta, moments, self._groups[name], y, self.clip_factor, updated_v=updated_v)
+            for updated_v in (True, False)
+        )
+        responses = [updated.momentum * updated.of_v, updated.weight + updated.gradient * updated.of_v]
+        decoupled = self._groups[name].decoupled_weight_decay
+        responses.append(torch.zeros_like(updated.of_v) if decoupled else updated.weight_decay * updated.of_v)
+        directions = [part for step in (updated, at_t) for part in (step.momentum, step.gradient, step.weight_decay)]
+        directions += [response * y.double() for response in responses]
+        return torch.stack(directions), torch.stack([*responses, at_t.weight])
+
+    @cached_property
+    def _groups(self) -> Mapping[str, AdamGroup]:
+        return self.state.group_of()
+
+
+@dataclass(frozen=True)
+class _ParameterStep:
+    """The parts of one parameter's Δθ; W with gradient = W Ȳ elementwise; ∂ log(1/D)/∂Ȳ, what Ȳ does to a part through v⁺."""
+
+    momentum: Tensor
+    gradient: Tensor
+    weight_decay: Tensor
+    weight: Tensor
+    of_v: Tensor
+
+
+def _parameter_step(
+    parameter: Tensor,
+    moments: AdamMoments | None,
+    group: AdamGroup,
+    ascent: Tensor,
+    clip_factor: float,
+    *,
+    updated_v: bool,
+) -> _ParameterStep:
+    y = ascent.double()
+    theta = parameter.detach().to(y)
+    if moments is None:
+        moments = AdamMoments(0, torch.zeros_like(y), torch.zeros_like(y))
+    decay = group.weight_decay * theta
+    seen = -clip_factor * y if group.decoupled_weight_decay else decay - clip_factor * y
+    if updated_v:
+        denominator, slope = _updated_denominator(moments, group, seen)
+    else:
+        denominator, slope = preconditioner(moments, group).to(y).reciprocal(), torch.zeros_like(y)
+    scale = group.learning_rate / (1.0 - group.beta1 ** (moments.step + 1)) / denominator
+    weight = (1.0 - group.beta1) * clip_factor * scale
+    return _ParameterStep(
+        momentum=-group.beta1 * scale * moments.exp_avg.to(y),
+        gradient=weight * y,
+        weight_decay=(
+            -group.learning_rate * decay if group.decoupled_weight_decay else -(1.0 - group.beta1) * scale * decay
+        ),
+        weight=weight,
+        of_v=clip_factor * slope / denominator,
+    )
+
+
+def _updated_denominator(moments: AdamMoments, group: AdamGroup, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """D = √(v⁺ / (1 − β₂^{t+1})) + ε of one parameter, and ∂D/∂g."""
+    correction = 1.0 - group.beta2 ** (moments.step + 1)
     v = group.beta2 * moments.exp_avg_sq.to(gradient) + (1.0 - group.beta2) * gradient**2
+    slope = (1.0 - group.beta2) * gradient / correction
     if group.amsgrad and moments.max_exp_avg_sq is not None:
-        v = torch.maximum(v, moments.max_exp_avg_sq.to(gradient))
-    return (v / (1.0 - group.beta2 ** (moments.step + 1))).sqrt_().add_(group.eps)
+        largest = moments.max_exp_avg_sq.to(gradient)
+        slope = torch.where(largest > v, 0.0, slope)
+        v = torch.maximum(v, largest)
+    root = (v / correction).sqrt()
+    return root + group.eps, torch.where(root > 0, slope / root, 0.0)
+
+
+def gradient_factors(state: AdamState) -> dict[float, float] | None:
+    """(1 − β₁) / (1 − β₁^{t+1}), the share of the fresh gradient in the step, by learning rate.
+
+    None where parameters of one learning rate differ in it: their dots are not told apart.
+    """
+    found: dict[float, float] = {}
+    for name, group in state.group_of().items():
+        factor = (1.0 - group.beta1) / (1.0 - group.beta1 ** (state.moments[name].step + 1))
+        if not math.isclose(found.setdefault(group.learning_rate, factor), factor, rel_tol=1e-9):
+            return None
+    return found
+
+
+def gradient_weights(state: AdamState, clip_factor: float) -> dict[float, float] | None:
+    """By learning rate η, the weight η (1 − β₁) / (1 − β₁^{t+1}) · clip of P Ȳ in the step with v at t; None as above."""
+    factors = gradient_factors(state)
+    return None if factors is None else {rate: rate * factor * clip_factor for rate, factor in factors.items()}
 
 
 def preconditioned_step(

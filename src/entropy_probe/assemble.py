@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest
+from entropy_probe.adam_step import clip_factor, gradient_factors
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.gradients import Coverage, Plan, Preparation
 from entropy_probe.importance_sampling import entropy_estimate
@@ -21,11 +22,14 @@ from entropy_probe.intervals import needed_units
 from entropy_probe.policy import Measured
 from entropy_probe.realized import HELD_OUT, SAME, RealizedChange
 from entropy_probe.report.schema import (
+    AdamWPart,
+    AdamWSection,
     CheckpointSection,
     ConfigSection,
     EngineSection,
     EntropySection,
     Evidence,
+    FallSection,
     FirstOrder,
     FoldSection,
     NeededSection,
@@ -34,13 +38,17 @@ from entropy_probe.report.schema import (
     Report,
     TwoBatchSection,
     UnitsSection,
+    WhatIfRow,
+    WhatIfSection,
 )
-from entropy_probe.report.text import headline
+from entropy_probe.report.text import headline, step_sentence
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import EntropyTarget, EntropyUnit, response_entropies
+from entropy_probe.step_parts import TOO_FEW, Estimate, StepPrediction
 from entropy_probe.two_batches import TwoBatchStatistics, fold_statistics
 from entropy_probe.u_statistics import CrossStatistics, FloatArray
 from entropy_probe.units import Mode, Units
+from entropy_probe.what_if import Fall, WhatIf
 
 NOTES = {
     (
@@ -48,9 +56,9 @@ NOTES = {
         SAME,
     ): "the step that δH₁ is about, Δθ = η P Ȳ; on the same responses it also holds the diagonal "
     "that U_cross leaves out",
-    ("adamw", SAME): "the optimizer's real step: momentum, fresh gradient, weight decay; no gradient clipping",
+    ("adamw", SAME): "the optimizer's own step: momentum, fresh gradient, weight decay",
     ("preconditioned", HELD_OUT): "the step from other prompts' responses than these, so without the diagonal",
-    ("adamw", HELD_OUT): "the optimizer's real step from other prompts' responses than these",
+    ("adamw", HELD_OUT): "the optimizer's own step from other prompts' responses than these",
 }
 
 
@@ -69,6 +77,11 @@ def assemble_report(
     two_batches: TwoBatchStatistics | None,
     evaluation: RolloutBatch | None,
     folds: Sequence[int] | None,
+    step: StepPrediction,
+    gradient_statistics: CrossStatistics | None,
+    gradient_norm: float,
+    what_ifs: Sequence[WhatIf],
+    fall: Fall | None,
     warnings: Sequence[Evidence],
     config: ConfigSection,
     checkpoint: CheckpointSection,
@@ -96,6 +109,8 @@ def assemble_report(
         needed=_needed(step_statistics, len(batch.groups) / len(plan.units.ranges), target_se),
         two_batches=None if two_batches is None else _two_batches(two_batches, evaluation),
         folds=None if folds is None else _folds(folds, step_kernel, plan),
+        adamw=_adamw(step, gradient_statistics, adam, gradient_norm, config.max_grad_norm),
+        what_if=WhatIfSection([_what_if(found) for found in what_ifs], None if fall is None else _fall(fall)),
         units=UnitsSection(
             mode=plan.units.mode.value,
             count=len(plan.units.ranges),
@@ -115,7 +130,7 @@ def assemble_report(
             recomputed=list(coverage.recomputed),
         ),
         entropy=EntropySection(entropy, entropy_se, rate, rate_se, batch.mean_length),
-        realized=[_row(change) for change in realized],
+        realized=[_row(change, config.max_grad_norm) for change in realized],
         warnings=list(warnings),
         config=config,
         checkpoint=checkpoint,
@@ -259,12 +274,90 @@ def _folds(folds: Sequence[int], kernel: FloatArray | None, plan: Plan) -> FoldS
     return FoldSection(count, -found.mean + 0.0, found.se, [-value + 0.0 for value in found.by_fold], reasons)
 
 
+def _adamw(
+    step: StepPrediction,
+    gradient: CrossStatistics | None,
+    adam: AdamState,
+    gradient_norm: float,
+    max_grad_norm: float | None,
+) -> AdamWSection:
+    def reasons(estimate: Estimate) -> dict[str, str]:
+        return {} if estimate.se is not None else {"se": TOO_FEW}
+
+    parts = {
+        name: AdamWPart(estimate.value, estimate.se, float(at_t) + 0.0, reasons(estimate))
+        for (name, estimate), at_t in zip(step.parts.items(), step.values_v_at_t, strict=True)
+    }
+    why = reasons(step.total)
+    factors = gradient_factors(adam)
+    factor: float | list[float] | None = None
+    if factors is None:
+        told = "parameters of one learning rate differ in β₁ or in their number of steps"
+        why |= dict.fromkeys(("gradient_factor", "u_statistic", "u_statistic_se"), told)
+    else:
+        distinct = list(dict.fromkeys(factors.values()))
+        factor = distinct[0] if len(distinct) == 1 else list(factors.values())
+        assert gradient is not None
+        if gradient.se_this_step is None:
+            why["u_statistic_se"] = gradient.null_reasons["se_this_step"]
+    if max_grad_norm is None:
+        why["max_grad_norm"] = "not given (--max-grad-norm): the gradient is not clipped here"
+    total = step.total
+    resolved = [name for name, estimate in step.parts.items() if step.is_resolved(estimate)]
+    return AdamWSection(
+        parts=parts,
+        total=total.value,
+        se=total.se,
+        v_at_t=float(step.values_v_at_t.sum()) + 0.0,
+        gradient_factor=factor,
+        u_statistic=None if gradient is None else -gradient.u_cross + 0.0,
+        u_statistic_se=None if gradient is None else gradient.se_this_step,
+        gradient_norm=gradient_norm,
+        clip_factor=clip_factor(gradient_norm, max_grad_norm),
+        max_grad_norm=max_grad_norm,
+        sentence=step_sentence(
+            {name: part.value for name, part in parts.items()},
+            total.value,
+            total.se,
+            resolved,
+            total_resolved=step.is_resolved(total),
+            most=step.most(),
+        ),
+        null_reasons=why,
+    )
+
+
+def _what_if(found: WhatIf) -> WhatIfRow:
+    reasons = {} if found.asked is not None else {"asked": "no number is asked about"}
+    for name, estimate in (("delta_h1", found.delta_h1), ("adamw", found.adamw)):
+        if estimate is None:
+            reasons |= dict.fromkeys((name, f"{name}_se"), found.why_not)
+        elif estimate.se is None:
+            reasons[f"{name}_se"] = "too few units for an error"
+    return WhatIfRow(
+        found.name,
+        found.asked,
+        None if found.delta_h1 is None else found.delta_h1.value + 0.0,
+        None if found.delta_h1 is None else found.delta_h1.se,
+        None if found.adamw is None else found.adamw.value,
+        None if found.adamw is None else found.adamw.se,
+        reasons,
+    )
+
+
+def _fall(found: Fall) -> FallSection:
+    reasons = {}
+    if found.multiple is None:
+        reasons = dict.fromkeys(("learning_rate_multiple", "learning_rate_multiple_ci95"), found.why_not)
+    return FallSection(found.nats, found.multiple, None if found.ci95 is None else list(found.ci95), reasons)
+
+
 def _unit_id(batch: RolloutBatch, prompts: range, mode: Mode) -> Any:
     ids = [batch.groups[n].prompt_id for n in prompts]
     return ids if mode is Mode.BLOCK else ids[0]
 
 
-def _row(realized: RealizedChange) -> RealizedRow:
+def _row(realized: RealizedChange, max_grad_norm: float | None) -> RealizedRow:
     change, weights = realized.change, realized.change.weights
     reasons = {}
     if weights.pareto_reason is not None:
@@ -291,6 +384,13 @@ def _row(realized: RealizedChange) -> RealizedRow:
         delta_h_psis=change.delta_h_smoothed,
         noise_floor=realized.noise_floor,
         step_norm=realized.step_norm,
-        note=NOTES[realized.step, realized.batch],
+        note=_note(realized, max_grad_norm),
         null_reasons=reasons,
     )
+
+
+def _note(realized: RealizedChange, max_grad_norm: float | None) -> str:
+    note = NOTES[realized.step, realized.batch]
+    if realized.step != "adamw":
+        return note
+    return note + ("; no gradient clipping" if max_grad_norm is None else f"; gradient clipped at {max_grad_norm:g}")

@@ -98,6 +98,22 @@ def advantage_warnings(advantages: Tensor, group_sizes: Sequence[int]) -> list[E
     ]
 
 
+def clipping_warnings(batch: RolloutBatch, norm: float, max_grad_norm: float | None) -> list[Evidence]:
+    """The recorded trainer clips this very gradient, and the adamw step here does not clip it at that norm."""
+    recorded = batch.responses[0].extra.get("max_grad_norm")
+    # The Trainer takes 0 for no clipping.
+    if not isinstance(recorded, int | float) or not 0 < recorded < norm or recorded == max_grad_norm:
+        return []
+    here = "is not clipped" if max_grad_norm is None else f"is clipped at {max_grad_norm:g}"
+    return [
+        Evidence(
+            "gradient_clipping",
+            f"the rollouts' trainer clips gradients at norm {recorded:g}; this one is {norm:.3g} and {here} in the adamw step",
+            f"Give --max-grad-norm {recorded:g}",
+        )
+    ]
+
+
 def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
     """The sampler's log-probs, where given, disagree with the checkpoint's; or the rows say that they are off-policy."""
     found = []

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamState, Preconditioners, validate_preconditioner
+from entropy_probe.adam_step import StepDirections, clip_factor, gradient_norm, gradient_weights
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
     VECTOR_SHARE,
+    Plan,
     Preparation,
     Rules,
+    Storage,
     cross_gradients,
     make_plan,
     marked,
@@ -47,10 +50,19 @@ from entropy_probe.scores import (
     advantages_from_rewards,
     length_weights,
 )
+from entropy_probe.step_parts import Estimate, StepPrediction, predict_parts
 from entropy_probe.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
-from entropy_probe.u_statistics import FloatArray, cross_statistics
+from entropy_probe.u_statistics import CrossStatistics, FloatArray, cross_statistics
 from entropy_probe.units import Mode
 from entropy_probe.virtual_step import at_least_float32, below_float32
+from entropy_probe.what_if import (
+    WhatIf,
+    another_clipping,
+    another_learning_rate,
+    learning_rate_for_fall,
+    no_momentum,
+    without_negative_advantages,
+)
 from entropy_probe.wrappers import unwrap
 
 
@@ -78,6 +90,10 @@ class Settings:
         gradient_checkpointing: layers keep their inputs alone and run once more in the backward; a live model's own setting
             counts too.
         seed: of the validator's test vectors.
+        max_grad_norm: at which the trainer clips the gradient; None does not clip.
+        what_if_learning_rate: to say what a step at this learning rate would do.
+        what_if_max_grad_norm: to say what a step clipped at this norm would do.
+        what_if_fall: nats, to say which multiple of the learning rate would lower the entropy by them.
     """
 
     mode: Mode = Mode.AUTO
@@ -98,6 +114,10 @@ class Settings:
     vector_dtype: torch.dtype | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
+    max_grad_norm: float | None = None
+    what_if_learning_rate: float | None = None
+    what_if_max_grad_norm: float | None = None
+    what_if_fall: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
@@ -107,6 +127,14 @@ class Settings:
             raise InputError(f"memory is {self.memory_bytes} bytes; expected a finite number above 0")
         if self.target_se is not None and not 0 < self.target_se < float("inf"):
             raise InputError(f"target standard error is {self.target_se}; expected a finite number of nats above 0")
+        for what, value in (
+            ("max-grad-norm", self.max_grad_norm),
+            ("what-if-learning-rate", self.what_if_learning_rate),
+            ("what-if-max-grad-norm", self.what_if_max_grad_norm),
+            ("what-if-fall", self.what_if_fall),
+        ):
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{what} is {value}; expected a finite number above 0, or leave it out")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
         if self.max_completion_length is not None and self.length_weight is not LengthWeight.DR_GRPO:
@@ -278,6 +306,11 @@ def _probe_as_marked(
             policy, rows, memory_bytes=memory, microbatch_size=settings.microbatch_size, earlier=preparation
         )
         policy = preparation.applied(policy)
+
+    def directions(ascent: Mapping[str, Tensor]) -> StepDirections:
+        factor = clip_factor(gradient_norm(ascent), settings.max_grad_norm)
+        return StepDirections(trainable, adam, ascent, factor)
+
     with clock.stage("gradients"):
         gradients = unit_gradients(
             policy,
@@ -290,6 +323,7 @@ def _probe_as_marked(
             storage=plan.storage,
             vector_dtype=vector_dtype,
             rules=preparation.rules,
+            look=directions,
             progress=progress,
         )
     scores = gradients.scores
@@ -326,6 +360,7 @@ def _probe_as_marked(
                 measures,
                 preparation.rules if same_arithmetic else None,
                 progress,
+                max_grad_norm=settings.max_grad_norm,
             )
             before = Measured(scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
             steps = realizer.steps(gradients.ascent)
@@ -345,6 +380,21 @@ def _probe_as_marked(
 
     # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
     step_statistics = cross_statistics(gradients.step_weighted)
+    norm = gradient_norm(gradients.ascent)
+    weights = gradient_weights(adam, clip_factor(norm, settings.max_grad_norm))
+    gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
+    assert gradients.looked is not None
+    step = predict_parts(gradients.looked.along, gradients.looked.own, plan.units.sizes, gradient_statistics)
+    with clock.stage("what-if"):
+        positive = None
+        if not bool((y_coefficients < 0).any()):
+            positive = step_statistics
+        elif plan.storage is Storage.STORED:
+            positive = without_negatives(
+                policy, batch, plan, target, y_coefficients, p, rates, vector_dtype, preparation.rules, progress
+            )
+    what_ifs = asked_what_ifs(settings, step, step_statistics, positive, adam, norm)
+    fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
@@ -358,6 +408,7 @@ def _probe_as_marked(
         *diagnostics.realized_warnings(realized),
         *(replace(warning, seen=f"evaluation rollouts: {warning.seen}") for warning in of_evaluation),
         *diagnostics.weighting_warnings(settings.weighting, batch.group_sizes),
+        *diagnostics.clipping_warnings(batch, norm, settings.max_grad_norm),
     ]
     report = assemble_report(
         statistics=statistics,
@@ -373,6 +424,11 @@ def _probe_as_marked(
         two_batches=two_batches,
         evaluation=evaluation,
         folds=folds,
+        step=step,
+        gradient_statistics=gradient_statistics,
+        gradient_norm=norm,
+        what_ifs=what_ifs,
+        fall=fall,
         warnings=warnings,
         config=ConfigSection(
             mode=settings.mode,
@@ -396,6 +452,7 @@ def _probe_as_marked(
             memory_bytes=settings.memory_bytes,
             device=str(policy.device),
             seed=settings.seed,
+            max_grad_norm=settings.max_grad_norm,
         ),
         checkpoint=subject.facts,
         preparation=preparation,
@@ -403,6 +460,56 @@ def _probe_as_marked(
         timing=clock.seconds(),
     )
     return ProbeResult(report, gradients.total.kernel, preparation)
+
+
+def without_negatives(
+    policy: Policy,
+    batch: RolloutBatch,
+    plan: Plan,
+    target: EntropyTarget,
+    coefficients: Tensor,
+    p: Mapping[str, Tensor],
+    rates: Mapping[str, float],
+    vector_dtype: torch.dtype,
+    rules: Rules,
+    progress: Progress,
+) -> CrossStatistics:
+    """η-weighted statistics of X against the Y of responses with positive advantage alone: one more pass over the batch."""
+    gradients = unit_gradients(
+        policy,
+        batch,
+        plan.units,
+        target,
+        coefficients.clamp(min=0.0),
+        p,
+        rates,
+        vector_dtype=vector_dtype,
+        rules=rules,
+        progress=progress,
+    )
+    return cross_statistics(gradients.step_weighted)
+
+
+def asked_what_ifs(
+    settings: Settings,
+    step: StepPrediction,
+    delta_h1: CrossStatistics,
+    positive: CrossStatistics | None,
+    adam: AdamState,
+    norm: float,
+) -> list[WhatIf]:
+    """Those that need no number, and those that the settings give one for."""
+
+    def estimate(found: CrossStatistics) -> Estimate:
+        return Estimate(-found.u_cross, found.se)
+
+    found = [no_momentum(step), without_negative_advantages(None if positive is None else estimate(positive))]
+    if (rate := settings.what_if_learning_rate) is not None:
+        found.append(another_learning_rate(step, estimate(delta_h1), adam.learning_rates, rate))
+    if (limit := settings.what_if_max_grad_norm) is not None:
+        factors = (clip_factor(norm, settings.max_grad_norm), clip_factor(norm, limit))
+        found.append(another_clipping(step, *factors, limit))
+    return found
 
 
 def against_evaluation(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.adam_step import optimizer_step, preconditioned_step
+from entropy_probe.adam_step import adamw_step, preconditioned_step
 from entropy_probe.gradients import Rules, loss_gradient, response_dots
 from entropy_probe.policy import Measured, Policy, check_finite
 from entropy_probe.progress import Progress
@@ -36,6 +36,7 @@ class Realizer:
         measures: which entropies are compared before and after.
         rules: of this very policy, or None.
         progress: told of long work.
+        max_grad_norm: at which the adamw step clips its gradient; None does not.
     """
 
     policy: Policy
@@ -45,6 +46,7 @@ class Realizer:
     measures: Sequence[EntropyMeasure]
     rules: Rules | None
     progress: Progress
+    max_grad_norm: float | None = None
 
     def measured(self, batch: RolloutBatch) -> Measured:
         """Scores (and entropies where a measure needs them) at θ.
@@ -58,9 +60,10 @@ class Realizer:
 
     def steps(self, ascent: Mapping[str, Tensor]) -> list[Step]:
         """The preconditioned step and the optimizer's own, from Ȳ."""
+        adamw = adamw_step(self.policy.trainable(), self.adam, ascent, max_grad_norm=self.max_grad_norm)
         return [
             Step("preconditioned", "virtual", preconditioned_step(ascent, self.preconditioners, self.learning_rates)),
-            Step("adamw", "clone", optimizer_step(self.policy.trainable(), self.adam, ascent)),
+            Step("adamw", "virtual", adamw.deltas),
         ]
 
     def changes(self, batch: RolloutBatch, steps: Sequence[Step]) -> FloatArray:

@@ -119,6 +119,20 @@ def run(
         typer.Option(metavar="NATS", help="Say how many prompts would bring the error of δH₁ down to this."),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the stored one.")] = None,
+    max_grad_norm: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Clip the adamw step's gradient as the trainer does; default: no clipping."),
+    ] = None,
+    what_if_learning_rate: Annotated[
+        float | None, typer.Option(metavar="X", help="Also say what a step at this learning rate would do.")
+    ] = None,
+    what_if_max_grad_norm: Annotated[
+        float | None, typer.Option(metavar="X", help="Also say what a step clipped at this norm would do.")
+    ] = None,
+    what_if_fall: Annotated[
+        float | None,
+        typer.Option(metavar="NATS", help="Say which multiple of the learning rate would lower the entropy by this."),
+    ] = None,
     advantage: Annotated[
         AdvantageRule | None, typer.Option(help="Default: given where the rows have it, else dr_grpo.")
     ] = None,
@@ -173,6 +187,10 @@ def run(
         gradient_checkpointing=gradient_checkpointing,
         memory_bytes=None if memory is None else memory * 1e9,
         seed=seed,
+        max_grad_norm=max_grad_norm,
+        what_if_learning_rate=what_if_learning_rate,
+        what_if_max_grad_norm=what_if_max_grad_norm,
+        what_if_fall=what_if_fall,
     )
     result = probe_checkpoint(
         checkpoint,

@@ -8,7 +8,7 @@ obvious backend (:mod:`~entropy_probe.gradients.reference`), a planner that fits
 
 from entropy_probe.gradients.checkpointing import marked
 from entropy_probe.gradients.engine import cross_gradients, response_dots, unit_gradients
-from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
+from entropy_probe.gradients.interface import Coverage, Look, Looked, Storage, UnitGradients
 from entropy_probe.gradients.plan import VECTOR_SHARE, Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
 from entropy_probe.gradients.reference import loss_gradient
@@ -17,6 +17,8 @@ from entropy_probe.gradients.treatments import Rules
 __all__ = [
     "VECTOR_SHARE",
     "Coverage",
+    "Look",
+    "Looked",
     "Plan",
     "Preparation",
     "Rules",

@@ -9,7 +9,7 @@ gradients from autograd, unit by unit, in two backwards. Compared in float64 wit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,10 +28,10 @@ from entropy_probe.gradients.coefficients import (
     UpdateSide,
 )
 from entropy_probe.gradients.contractions import Contractions
-from entropy_probe.gradients.interface import Coverage, Storage, UnitGradients
+from entropy_probe.gradients.interface import Coverage, Look, Looked, Storage, UnitGradients
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import Treatment, fall_back_around, parameter_owners, treated
-from entropy_probe.gradients.products import Dots, StreamedSums, cross_kernel, stored_dots
+from entropy_probe.gradients.products import Dots, StreamedSums, cross_kernel, looked_dots, stored_dots
 from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
 from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unit_vectors import UnitVectors
@@ -61,6 +61,7 @@ def unit_gradients(
     storage: Storage = Storage.STORED,
     vector_dtype: torch.dtype | None = None,
     rules: Rules | None = None,
+    look: Callable[[Mapping[str, Tensor]], Look] | None = None,
     progress: Progress | None = None,
 ) -> UnitGradients:
     """XS_u and YS_u for every unit, and their dots under P.
@@ -77,6 +78,7 @@ def unit_gradients(
         storage: keep all vectors (and get the kernel), or stream them in two passes.
         vector_dtype: of stored vectors; None takes the weights', float32 at least.
         rules: of an earlier call on this very model; None proves them first.
+        look: from Ȳ, what else to take dots of unit vectors with. Stored vectors are at hand; streamed, it is a third pass.
         progress: told of every microbatch.
 
     Raises:
@@ -97,6 +99,7 @@ def unit_gradients(
         rules.unproven,
     )
     parts = run.parts()
+    vectors = None
     if storage is Storage.STORED:
         vectors = UnitVectors(shapes, len(units.ranges), dtype, policy.device)
         vectors.open(range(len(units.ranges)))
@@ -109,15 +112,47 @@ def unit_gradients(
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     prompts = len(batch.groups)
+    ascent = {name: dots.y_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in dots.y_sums}
+    looked = None
+    if look is not None:
+        if vectors is not None:
+            found = looked_dots(vectors, range(len(units.ranges)), ascent, look(ascent))
+        else:
+            found = _third_pass(run, parts, shapes, dtype, ascent, look(ascent), progress)
+        looked = Looked(*(values.cpu().numpy() for values in found))
     return UnitGradients(
         dots=dots.dots,
-        ascent={name: dots.y_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in dots.y_sums},
+        ascent=ascent,
         untouched=tuple(name for name in parameters if name not in reached),
         scores=run.found.scores,
         token_entropies=run.found.token_entropies,
         coverage=run.coverage(),
         rules=replace(rules, treatments=run.treatments),
+        looked=looked,
     )
+
+
+def _third_pass(
+    run: _Run,
+    parts: Sequence[Microbatch],
+    shapes: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    names: Collection[str],
+    look: Look,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    """:func:`looked_dots` from the vectors of a few units at a time."""
+    vectors = UnitVectors(shapes, run.most_open_units(parts), dtype, run.policy.device)
+    found: list[tuple[Tensor, Tensor]] = []
+    for part in progress.track(parts, "unit gradients, third pass", len(parts)):
+        vectors.open(run.units_of(part))
+        run.backward(part, vectors)
+        if closed := run.closed_by(part):
+            vectors.settle(closed)
+            found.append(looked_dots(vectors, closed, names, look))
+            vectors.close(closed)
+    along, own = (torch.cat(values) for values in zip(*found, strict=True))
+    return along, own
 
 
 def _streamed(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from torch import Tensor
 
 from entropy_probe.gradients.treatments import Rules
-from entropy_probe.u_statistics import UnitDots
+from entropy_probe.u_statistics import FloatArray, UnitDots
 
 
 class Storage(StrEnum):
@@ -34,6 +35,21 @@ class Coverage:
     fallback_share: float = 0.0
 
 
+class Look(Protocol):
+    """What else to take dots with, once Ȳ is known."""
+
+    def of(self, name: str, part: slice) -> tuple[Tensor, Tensor]:
+        """V [K, elements] and W [J, elements] of elements ``part`` of one parameter laid flat, float64."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """``along``: XS_u · V_k, [U, K]. ``own``: XS_u · W_j YS_u with W elementwise, [U, J]. Without P."""
+
+    along: FloatArray
+    own: FloatArray
+
+
 @dataclass(frozen=True)
 class UnitGradients:
     """Dots of unit sums XS_u, YS_u, and the mean update direction.
@@ -47,6 +63,7 @@ class UnitGradients:
         untouched: trainable parameters that no response reaches (autograd gives None for them).
         coverage: how parameters got their gradients.
         rules: for the next call on the same model; None where the backend has none.
+        looked: the dots of the ``look`` that was asked for.
     """
 
     dots: Mapping[float, UnitDots]
@@ -56,6 +73,7 @@ class UnitGradients:
     token_entropies: Tensor | None = None
     coverage: Coverage = Coverage()
     rules: Rules | None = None
+    looked: Looked | None = None
 
     @property
     def total(self) -> UnitDots:
@@ -69,7 +87,11 @@ class UnitGradients:
     @property
     def step_weighted(self) -> UnitDots:
         """Σ over learning rates η · dots: the inner product in which δH₁ = −U_cross."""
-        parts = [dots.scaled(rate) for rate, dots in self.dots.items()]
+        return self.weighted({rate: rate for rate in self.dots})
+
+    def weighted(self, weights: Mapping[float, float]) -> UnitDots:
+        """Σ over learning rates weight · dots."""
+        parts = [dots.scaled(weights[rate]) for rate, dots in self.dots.items()]
         total = parts[0]
         for part in parts[1:]:
             total = total + part

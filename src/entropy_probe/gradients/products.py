@@ -10,11 +10,16 @@ from torch import Tensor
 
 from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.gradients.contractions import Contractions
+from entropy_probe.gradients.interface import Look
 from entropy_probe.gradients.unit_vectors import UnitVectors, uninitialised
 from entropy_probe.u_statistics import UnitDots
 
 CHUNK = 1 << 19
 """Float64 elements, over all units, that a product is taken over at a time: 4 MiB."""
+
+
+LOOK_CHUNK = 1 << 16
+"""Elements that directions are made of at a time: they take some fifty operations, which smaller chunks would repeat."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,24 @@ def cross_kernel(
             w = learning_rates[name] * _p_chunk(preconditioners, name, part).to(device, torch.float64)
             kernel.addmm_(left[:, part].double() * w, right[:, part].double().T)
     return kernel.cpu()
+
+
+def looked_dots(
+    vectors: UnitVectors, units: Sequence[int], names: Collection[str], look: Look
+) -> tuple[Tensor, Tensor]:
+    """XS_u · V_k [units, K] and XS_u · W_j YS_u [units, J] over the parameters ``names``, float64."""
+    totals: list[tuple[Tensor, Tensor]] = []
+    for name in names:
+        values = vectors.of(name, units)
+        for elements in _chunks(values.shape[-1], LOOK_CHUNK):
+            directions, weights = (found.to(values.device) for found in look.of(name, elements))
+            for part in _chunks(elements.stop - elements.start, max(1, CHUNK // (2 * len(units)))):
+                place = slice(elements.start + part.start, elements.start + part.stop)
+                x, y = values[:, 0, place].double(), values[:, 1, place].double()
+                along = x @ directions[:, part].T
+                totals.append((along, x.mul_(y) @ weights[:, part].T))
+    along, own = (torch.stack(parts).sum(0) for parts in zip(*totals, strict=True))
+    return along, own
 
 
 def _p_chunk(preconditioners: Mapping[str, Tensor], name: str, part: slice) -> Tensor:

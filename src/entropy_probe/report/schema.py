@@ -101,6 +101,76 @@ class FoldSection:
 
 
 @dataclass(frozen=True)
+class AdamWPart:
+    """What one part of the optimizer's step does to the entropy, to first order, nats.
+
+    ``v_at_t`` is the same with v before this gradient instead of after it.
+    """
+
+    value: float
+    se: float | None
+    v_at_t: float
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdamWSection:
+    """The optimizer's own step to first order, nats: ``parts`` momentum, gradient, weight_decay and their ``total``.
+
+    Errors are those of what this step does, given the update. ``u_statistic`` is δH₁ times ``gradient_factor`` (1 − β₁) /
+    (1 − β₁^{t+1}) and ``clip_factor``: the gradient's part with v before this gradient, as in δH₁. ``gradient_factor`` is a
+    list where learning rates differ in it.
+    """
+
+    parts: Mapping[str, AdamWPart]
+    total: float
+    se: float | None
+    v_at_t: float
+    gradient_factor: float | list[float] | None
+    u_statistic: float | None
+    u_statistic_se: float | None
+    gradient_norm: float
+    clip_factor: float
+    max_grad_norm: float | None
+    sentence: str
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WhatIfRow:
+    """The first-order change of another step, nats: ``delta_h1`` of the preconditioned, ``adamw`` of the optimizer's own.
+
+    ``delta_h1_se`` is over fresh batches, ``adamw_se`` of what this step does, as elsewhere.
+    """
+
+    name: str
+    asked: float | None
+    delta_h1: float | None
+    delta_h1_se: float | None
+    adamw: float | None
+    adamw_se: float | None
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FallSection:
+    """The multiple of the learning rate at which the optimizer's own step would lower entropy by ``nats``, to first order."""
+
+    nats: float
+    learning_rate_multiple: float | None
+    learning_rate_multiple_ci95: list[float] | None
+    null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WhatIfSection:
+    """``rows`` of questions; ``fall`` where one was asked for."""
+
+    rows: list[WhatIfRow]
+    fall: FallSection | None
+
+
+@dataclass(frozen=True)
 class UnitsSection:
     """What was paired: ``sizes`` are prompts a unit; ``tokens`` response tokens. ``reason`` says why this mode."""
 
@@ -191,6 +261,7 @@ class ConfigSection:
     memory_bytes: float | None
     device: str
     seed: int
+    max_grad_norm: float | None
 
 
 @dataclass(frozen=True)
@@ -227,6 +298,8 @@ class Report:
     needed: NeededSection
     two_batches: TwoBatchSection | None
     folds: FoldSection | None
+    adamw: AdamWSection
+    what_if: WhatIfSection
     units: UnitsSection
     engine: EngineSection
     entropy: EntropySection
@@ -244,7 +317,14 @@ class Report:
             AssertionError: a number is not finite, or a null has no reason: a fault of ours.
         """
         content = {"schema": SCHEMA, **asdict(self)}
-        check_content(content, (content["first_order"], content["needed"], *content["realized"]))
+        fall = content["what_if"]["fall"]
+        records = (
+            *(content["first_order"], content["needed"], content["adamw"], *content["adamw"]["parts"].values()),
+            *content["what_if"]["rows"],
+            *([] if fall is None else [fall]),
+            *content["realized"],
+        )
+        check_content(content, records)
         return content
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -31,6 +33,49 @@ def headline(
     return f"To first order the next step {'lowers' if delta_h1 < 0 else 'raises'} entropy by {size}."
 
 
+CAUSES = {
+    "momentum": "momentum from earlier steps",
+    "gradient": "this batch's gradient",
+    "weight_decay": "weight decay",
+}
+
+
+def step_sentence(
+    parts: Mapping[str, float],
+    total: float,
+    se: float | None,
+    resolved: Sequence[str],
+    *,
+    total_resolved: bool,
+    most: str | None,
+) -> str:
+    """Which part of the optimizer's own step moves the entropy, or that it cannot be told.
+
+    Args:
+        parts: their values, nats.
+        total: their sum.
+        se: its standard error.
+        resolved: parts whose interval excludes zero.
+        total_resolved: whether the total's does.
+        most: the part that is more than half of the total, where the errors tell.
+    """
+    if total == 0.0 and not any(parts.values()):
+        return "The optimizer's own step changes nothing to first order."
+    if se is None:
+        return "Too few units to tell which part of the optimizer's own step moves the entropy."
+    if most is not None:
+        return f"Most of the {'fall' if total < 0 else 'rise'} by the optimizer's own step is {CAUSES[most]}."
+    if total_resolved:
+        effect = "lowers" if total < 0 else "raises"
+        return (
+            f"The optimizer's own step {effect} entropy; which part does most of it cannot be told within the errors."
+        )
+    if resolved:
+        alone = ", ".join(f"{CAUSES[name]} alone {'lowers' if parts[name] < 0 else 'raises'} it" for name in resolved)
+        return f"Whether the optimizer's own step lowers or raises entropy cannot be told within the errors; {alone}."
+    return "Neither the optimizer's own step nor any part of it can be told from zero within the errors."
+
+
 def quantity(value: float, se: float | None) -> str:
     """``value ± se`` with two digits of the error."""
     if se is None or se == 0.0:
@@ -49,6 +94,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(Text(report.headline, style="bold"))
     console.print()
     console.print(_section("First order, before the step", _first_order(report)))
+    console.print(_section("The optimizer's own step, to first order", _adamw(report)))
     console.print(_section(f"Realised, after a step ({_nats(report)})", _realized(report)))
     console.print(_section("Batch and checkpoint", _facts(report)))
     for warning in report.warnings:
@@ -107,6 +153,44 @@ def _first_order(report: Report) -> Table:
         ("learning rate", _rates(first.learning_rate), ""),
         ("self-test residual", f"{first.self_test_residual:.1e}", "relative"),
     )
+
+
+def _adamw(report: Report) -> RenderableType:
+    adamw = report.adamw
+    clipped = "not clipped" if adamw.max_grad_norm is None else f"clipped at {adamw.max_grad_norm:g}"
+    rows = [
+        (
+            CAUSES[name],
+            _signed(part.value, part.se),
+            "" if part.v_at_t == part.value else f"{part.v_at_t:+.4g} with v before this gradient",
+        )
+        for name, part in adamw.parts.items()
+    ]
+    rows.append(
+        (
+            "total",
+            _signed(adamw.total, adamw.se),
+            f"{_nats(report)}; gradient norm {adamw.gradient_norm:.4g}, {clipped}",
+        )
+    )
+    for row in report.what_if.rows:
+        name = row.name.replace("_", " ") + ("" if row.asked is None else f" {row.asked:g}")
+        said = [
+            f"{what} {_signed(value, se)}"
+            for what, value, se in (("δH₁", row.delta_h1, row.delta_h1_se), ("this step", row.adamw, row.adamw_se))
+            if value is not None
+        ]
+        rows.append((f"what if: {name}", "; ".join(said) or f"none: {row.null_reasons['delta_h1']}", ""))
+    if (fall := report.what_if.fall) is not None:
+        name = f"what if: a fall of {fall.nats:g}"
+        if fall.learning_rate_multiple is None or fall.learning_rate_multiple_ci95 is None:
+            rows.append((name, f"none: {fall.null_reasons['learning_rate_multiple']}", ""))
+        else:
+            low, high = fall.learning_rate_multiple_ci95
+            rows.append(
+                (name, f"{fall.learning_rate_multiple:.3g} × the learning rate", f"95 % {low:.3g} to {high:.3g}")
+            )
+    return Group(Text(adamw.sentence), _rows(*rows))
 
 
 def _nats(report: Report) -> str:
