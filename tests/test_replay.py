@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,17 @@ from entropy_probe.adam_step import adamw_step
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.demo import demo_folder
 from entropy_probe.errors import InputError
+from entropy_probe.gradients import loss_gradient
 from entropy_probe.integrations.trl import RolloutRecorder
+from entropy_probe.policy import Policy
+from entropy_probe.replay.sections import forwards
 from entropy_probe.report.replay_schema import ReplayReport
-from entropy_probe.rollouts import Rollout, read_rollouts, write_rollouts
+from entropy_probe.rollouts import Rollout, group_rollouts, read_rollouts, write_rollouts
 from entropy_probe.scores import AdvantageRule, LengthWeight
 from entropy_probe.update_comparison import recovered_gradient
 from spoiled import assert_refused
 from support import fingerprint, make_checkpoint, run_command
-from test_trl_recorder import make_trainer, tiny_model
+from test_trl_recorder import make_trainer, sequence_weights, tiny_model
 
 CLIP = 0.5
 """Below every gradient norm of these runs, so that the trainer clips at each step."""
@@ -164,16 +167,17 @@ def test_a_step_of_mixed_precision_is_held_to_what_it_can_repeat(tmp_path: Path)
     assert_suspected(run(tmp_path, ReplaySettings(max_grad_norm=0.0)), "clipping")
 
 
+def undivided(rows: list[Rollout]) -> list[Rollout]:
+    groups: dict[Any, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt_id, []).append(row.reward)
+    return [replace(r, advantage=r.reward - sum(groups[r.prompt_id]) / len(groups[r.prompt_id])) for r in rows]
+
+
 @pytest.mark.parametrize("moments_after", [True, False])
 def test_advantages_without_their_standard_deviation_are_suspected(
     dapo: Path, tmp_path: Path, moments_after: bool
 ) -> None:
-    def undivided(rows: list[Rollout]) -> list[Rollout]:
-        groups: dict[Any, list[float]] = {}
-        for row in rows:
-            groups.setdefault(row.prompt_id, []).append(row.reward)
-        return [replace(r, advantage=r.reward - sum(groups[r.prompt_id]) / len(groups[r.prompt_id])) for r in rows]
-
     more: dict[str, Any] = {"rollouts": edited(dapo, tmp_path, undivided)}
     if not moments_after:
         shutil.copytree(
@@ -184,6 +188,27 @@ def test_advantages_without_their_standard_deviation_are_suspected(
     assert_suspected(report, "advantage", "divided by the prompt's standard deviation")
     assert report.suspicions[0].advice.startswith("Give --advantage grpo")
     assert (report.gradient.relative_error is None) is not moments_after
+
+
+def test_a_division_by_the_batchs_deviation_is_suspected_before_the_factor_that_it_is(tmp_path: Path) -> None:
+    train(tmp_path, loss_type="dapo", scale_rewards="batch", max_grad_norm=100.0)
+    report = run(tmp_path, rollouts=edited(tmp_path, tmp_path, undivided))
+    assert_suspected(report, "advantage", "standard deviation of the whole batch")
+    assert [s.code for s in report.suspicions] == ["advantage", "gradient_scale"]
+
+
+def test_a_constant_factor_between_two_losses_is_named_by_the_loss_and_by_its_size() -> None:
+    """The bundled run: 6 tokens a response in Dr. GRPO's constant, 3.69 on average in dapo's."""
+    folder = demo_folder() / "full"
+    report = replay_step(
+        folder / "checkpoint-20",
+        folder / "checkpoint-21",
+        folder / "rollouts" / "step-00021.jsonl",
+        ReplaySettings(length_weight=LengthWeight.DAPO),
+    )
+    assert_suspected(report, "length_weight", "dr_grpo")
+    assert [s.code for s in report.suspicions] == ["length_weight", "gradient_scale"]
+    assert f"{1890 / 512 / 6:.4f}" in report.suspicions[1].seen
 
 
 def test_a_missing_row_is_suspected(dapo: Path, tmp_path: Path) -> None:
@@ -270,18 +295,54 @@ def without_moments(folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_an_optimizer_that_was_started_anew_is_suspected(dapo: Path, tmp_path: Path) -> None:
-    """As a resumption that lost optimizer.pt leaves it: the step is Adam's first. The weights after it are made here."""
-    loaded = load_checkpoint(dapo / "run" / "checkpoint-2")
-    theta = {name: p.detach() for name, p in loaded.model.named_parameters()}
-    next_state = load_checkpoint(dapo / "run" / "checkpoint-3").adam
-    gradient = recovered_gradient(loaded.adam, next_state, theta)
-    assert gradient is not None
-    step = adamw_step(theta, AdamState(loaded.adam.groups, {}), {name: -g for name, g in gradient.items()})
-    after = without_moments(dapo, tmp_path)
+def made_after(folder: Path, tmp_path: Path, adam: AdamState, ascent: Mapping[str, torch.Tensor]) -> Path:
+    """Checkpoint 3 as a step along ``ascent`` from that state would have left it, without moments."""
+    theta = {name: p.detach() for name, p in load_checkpoint(folder / "run" / "checkpoint-2").model.named_parameters()}
+    step = adamw_step(theta, adam, ascent, max_grad_norm=CLIP)
+    after = without_moments(folder, tmp_path)
     moved = {name: (theta[name].double() + delta).float() for name, delta in step.deltas.items()}
     save_file(moved, after / "model.safetensors", metadata={"format": "pt"})
+    return after
+
+
+def test_an_optimizer_that_was_started_anew_is_suspected(dapo: Path, tmp_path: Path) -> None:
+    """As a resumption that lost optimizer.pt leaves it: the step is Adam's first."""
+    loaded = load_checkpoint(dapo / "run" / "checkpoint-2")
+    theta = {name: p.detach() for name, p in loaded.model.named_parameters()}
+    gradient = recovered_gradient(loaded.adam, load_checkpoint(dapo / "run" / "checkpoint-3").adam, theta)
+    assert gradient is not None
+    ascent = {name: -g for name, g in gradient.items()}
+    after = made_after(dapo, tmp_path, AdamState(loaded.adam.groups, {}), ascent)
     assert_suspected(run(dapo, after=after), "adam_reset", "empty moments")
+
+
+def test_a_missing_row_without_an_advantage_is_tried_and_not_only_counted(dapo: Path, tmp_path: Path) -> None:
+    """It has no gradient of its own, but the weights of its prompt's other responses are then others."""
+
+    def zeroed(rows: list[Rollout]) -> list[Rollout]:
+        first = [i for i, row in enumerate(rows) if row.prompt_id == rows[0].prompt_id]
+        for i, advantage in zip(first, (0.0, 6.0, -6.0, 0.0), strict=True):
+            rows[i] = replace(rows[i], advantage=advantage)
+        return [replace(row, loss_type="grpo") for row in rows]
+
+    path = edited(dapo, tmp_path, zeroed)
+    loaded, rows = load_checkpoint(dapo / "run" / "checkpoint-2"), read_rollouts(path)
+    weights = torch.tensor(sequence_weights(rows, "grpo"), dtype=torch.float64)
+    ascent = loss_gradient(Policy(loaded.model, rows[0].temperature or 1.0), rows, weights)
+    after = made_after(dapo, tmp_path, loaded.adam, ascent)
+    assert run(dapo, after=after, rollouts=path).matched
+    write_rollouts(rows[1:], path)
+    report = run(dapo, after=after, rollouts=path)
+    assert_suspected(report, "missing_rows", "1 of 6 prompts", at_least=0.01)
+    assert report.suspicions[0].error_net is not None
+
+
+def test_micro_batches_that_several_processes_ran_together_are_one_forward_of_the_log() -> None:
+    rows = [
+        Rollout(f"p{i // 2}", (3,), (4,), 0.0, micro_batch=k, extra={"num_processes": 2})
+        for i, k in enumerate((0, 0, 1, 1, 2, 2, 3, 3))
+    ]
+    assert forwards(group_rollouts(rows)) == [0, 0, 1, 1, 0, 0, 1, 1]
 
 
 def test_another_count_of_adams_is_suspected_where_the_next_one_is_not_there_to_refuse_it(

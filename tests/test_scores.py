@@ -15,6 +15,7 @@ from entropy_probe.scores import (
     AdvantageRule,
     LengthWeight,
     advantages_from_rewards,
+    advantages_over_batch,
     leave_one_out_mean,
     length_weights,
     score_coefficients,
@@ -50,6 +51,14 @@ def test_advantages_equal_the_published_formulas(values: list[list[float]]) -> N
     ):
         expected = [formula(group, value) for group in values for value in group]
         assert advantages_from_rewards(rewards, sizes, rule).tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_advantages_over_the_batch_share_one_deviation() -> None:
+    rewards, sizes = [1.0, 2.0, 5.0, 0.0, 0.0], [3, 2]
+    deviation = statistics.stdev(rewards) + 1e-4
+    expected = [r - statistics.mean(group) for group in (rewards[:3], rewards[3:]) for r in group]
+    found = advantages_over_batch(torch.tensor(rewards, dtype=torch.float64), sizes)
+    assert found.tolist() == pytest.approx([a / deviation for a in expected])
 
 
 LENGTHS, SIZES = [3, 5, 2, 4, 4, 6], [2, 2, 2]

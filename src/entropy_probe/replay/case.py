@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -120,8 +119,3 @@ def against(
         if group.decoupled_weight_decay
     }
     return compare_updates(before, step.deltas, after, decays)
-
-
-def norm(values: Mapping[str, Tensor]) -> float:
-    """‖·‖ over all tensors."""
-    return math.sqrt(sum(float((value.double() ** 2).sum()) for value in values.values()))

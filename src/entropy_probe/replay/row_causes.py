@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entropy_probe.adam_step import gradient_norm
 from entropy_probe.gradients import loss_gradient
 from entropy_probe.progress import Progress
-from entropy_probe.replay.case import Cause, Replayed, norm
+from entropy_probe.replay.case import Cause, Replayed
 from entropy_probe.report.replay_schema import Suspicion
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import AdvantageRule, length_weights
@@ -79,7 +80,9 @@ def missing_rows(case: Replayed, progress: Progress) -> Suspicion | None:
         sizes = []
         for n, a, w in zip(completed.groups, completed.advantages, completed.missing_weights, strict=True):
             rows = case.batch.groups[n].responses
-            norms = [norm(loss_gradient(case.policy, [row], torch.ones(1, dtype=torch.float64))) for row in rows]
+            norms = [
+                gradient_norm(loss_gradient(case.policy, [row], torch.ones(1, dtype=torch.float64))) for row in rows
+            ]
             sizes.append([abs(float(a * w)) / len(case.batch.groups) * norm for norm in norms])
         low, high = (math.sqrt(sum(pick(s) ** 2 for s in sizes)) for pick in (min, max))
         if not low / 3 <= beyond <= 3 * high:
@@ -95,7 +98,7 @@ def _trainers_scale(case: Replayed) -> float | None:
     """The trainer's clip factor: recovered norm over logged norm, or 1 where it cannot have clipped; None if unknown."""
     if case.recovered is None:
         return None
-    size = norm(case.recovered)
+    size = gradient_norm(case.recovered)
     if case.logged_norm is not None and case.logged_norm > 0.0:
         return size / case.logged_norm
     return 1.0 if case.max_grad_norm is None or size < 0.999 * case.max_grad_norm else None
@@ -107,7 +110,7 @@ def one_row(case: Replayed, progress: Progress) -> Iterator[Cause]:
     if scale is None or case.recovered is None:
         return
     gap = {name: -g / scale - case.ascent[name].to(g) for name, g in case.recovered.items() if name in case.ascent}
-    size = norm(gap)
+    size = gradient_norm(gap)
     best: tuple[float, int, float, dict[str, Tensor]] | None = None
     rows = case.batch.responses
     for i in progress.track(range(len(rows)), "rows, one by one", len(rows)):
@@ -115,7 +118,7 @@ def one_row(case: Replayed, progress: Progress) -> Iterator[Cause]:
         factor = fitted_factor(gradient, gap)
         if factor is None or size == 0.0:
             continue
-        cosine = abs(factor) * norm(gradient) / size
+        cosine = abs(factor) * gradient_norm(gradient) / size
         if cosine > ONE_ROW_COSINE and (best is None or cosine > best[0]):
             best = cosine, i, factor, gradient
     if best is None:

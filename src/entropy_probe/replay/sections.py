@@ -7,9 +7,10 @@ import math
 import torch
 
 from entropy_probe import diagnostics
+from entropy_probe.adam_step import gradient_norm
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.policy import Measured, end_token_ids
-from entropy_probe.replay.case import Replayed, norm
+from entropy_probe.replay.case import Replayed
 from entropy_probe.replay.row_causes import WHOLE_FILE, incomplete
 from entropy_probe.replay.settings import MIXED_TOLERANCE, recorded_number
 from entropy_probe.replay.suspicions import Findings
@@ -48,7 +49,7 @@ def update_section(case: Replayed) -> UpdateSection:
         norm_ratio=update.norm_ratio,
         update_norm=update.update_norm,
         part_norms={
-            name: norm(part) / update.update_norm
+            name: gradient_norm(part) / update.update_norm
             for name, part in (
                 ("momentum", case.step.momentum),
                 ("gradient", case.step.gradient),
@@ -107,7 +108,7 @@ def logged_section(case: Replayed, measured: Measured) -> LoggedSection:
     assert measured.entropies is not None
     return LoggedSection(
         entropy=micro_batch_entropy(
-            measured.entropies, [len(row.response_ids) for row in case.batch.responses], _forwards(case.batch)
+            measured.entropies, [len(row.response_ids) for row in case.batch.responses], forwards(case.batch)
         ),
         entropy_logged=logged("entropy", averaged=True),
         grad_norm=case.step.gradient_norm,
@@ -118,7 +119,7 @@ def logged_section(case: Replayed, measured: Measured) -> LoggedSection:
     )
 
 
-def _forwards(batch: RolloutBatch) -> list[int]:
+def forwards(batch: RolloutBatch) -> list[int]:
     """The micro-batch of each row, those that several processes ran at one time counted as one: TRL logs their sum."""
     numbers = [row.micro_batch or 0 for row in batch.responses]
     processes = recorded_number(batch, "num_processes") or 1.0
@@ -131,6 +132,7 @@ def warnings(case: Replayed, measured: Measured, loaded: Checkpoint, clip_from: 
     batch = case.batch
     found = [
         *diagnostics.learning_rate_warnings(case.adam, False),
+        *diagnostics.clipping_warnings(batch, case.step.gradient_norm, case.max_grad_norm),
         *diagnostics.on_policy_warnings(batch, measured.scores),
         *diagnostics.pairing_warnings(batch, loaded.trainer_step, case.length_weight),
         *diagnostics.end_token_warnings(batch, end_token_ids(loaded.model)),
