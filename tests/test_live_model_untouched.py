@@ -143,7 +143,7 @@ def test_a_probe_that_fails_at_any_forward_leaves_everything_as_it_was(
         "entropy_probe.probe.cross_statistics",
         "torch:Tensor.double",
         "entropy_probe.realized.entropy_change",
-        "entropy_probe.realized_rows.adamw_step",
+        "entropy_probe.realized_rows.adamw_deltas",
         "entropy_probe.probe.assemble_report",
         "torch.autograd.grad",
     ],
