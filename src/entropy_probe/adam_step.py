@@ -153,24 +153,35 @@ class StepsOfOthers:
 
         Momentum, fresh gradient and weight decay with v at t + 1, then the same with v at t.
 
+        The same numbers as :func:`adamw_step` from each Ȳ_−u, with what does not depend on the unit taken out of them.
+
         Args:
             name: the parameter.
             part: of its elements.
-            x: XS_u there, [units, elements], float64.
+            x: XS_u there, [units, elements], float32 or float64: the arithmetic is in its type.
             y: YS_u there.
             units: which these are.
         """
         theta, moments, group, mean = self._elements(name, part)
-        own = torch.tensor([self.sizes[unit] for unit in units], dtype=torch.float64, device=y.device)[:, None]
+        own = torch.tensor([self.sizes[unit] for unit in units], dtype=x.dtype, device=x.device)[:, None]
         prompts = float(sum(self.sizes))
-        others = (prompts * mean - y) / (prompts - own)
-        dots = []
-        for updated_v in (True, False):
-            step = _parameter_step(theta, moments, group, others, self.clip_factor, updated_v=updated_v)
-            for direction in (step.momentum, step.gradient, step.weight_decay):
-                # Parts that do not depend on the update are the same for every unit.
-                dots.append(x @ direction if direction.dim() == 1 else (x * direction).sum(1))
-        return torch.stack(dots, dim=1)
+        others = (prompts * mean.to(x) - y) / (prompts - own)
+        fixed = _fixed_factors(theta.to(mean), moments, group, self.clip_factor)
+        seen = others * -self.clip_factor
+        if not group.decoupled_weight_decay:
+            seen += fixed.decay.to(x)
+        # √(v⁺ / (1 − β₂^{t+1})) + ε of every unit, in place: memory that is made anew costs more than the arithmetic.
+        denominator = torch.addcmul(fixed.kept_v.to(x), seen, seen, value=fixed.fresh_v)
+        if fixed.largest_v is not None:
+            denominator = torch.maximum(denominator, fixed.largest_v.to(x))
+        of_x = torch.div(x, denominator.sqrt_().add_(group.eps), out=denominator)
+        by_t = [x @ part.to(x) for part in (fixed.momentum_t, fixed.decay_t)]
+        momentum = of_x @ fixed.momentum.to(x)
+        decay = by_t[1] if fixed.decay_part is None else of_x @ fixed.decay_part.to(x)
+        gradient = of_x.mul_(others).sum(1) * fixed.gradient
+        gradient_t = torch.mul(x, others, out=seen) @ fixed.gradient_t.to(x)
+        dots = (momentum, gradient, decay, by_t[0], gradient_t, by_t[1])
+        return torch.stack([dot.double() for dot in dots], dim=1)
 
     def response(self, name: str, part: slice) -> Tensor:
         """J = ∂(fresh gradient's part)/∂Ȳ at Ȳ, elementwise, with what Ȳ does to v⁺: float64 [elements]."""
@@ -197,6 +208,48 @@ class StepsOfOthers:
 
 
 @dataclass(frozen=True)
+class _FixedFactors:
+    """What of one parameter's parts does not depend on the update, [elements] or one number.
+
+    With v⁺ / (1 − β₂^{t+1}) = ``kept_v`` + ``fresh_v`` g² (``largest_v`` at least) and D its root plus ε, the parts are
+    ``momentum`` / D, ``gradient`` Ȳ / D and ``decay_part`` / D, or ``decay_t`` where decay is decoupled; ``_t``: with v at t.
+    """
+
+    decay: Tensor
+    kept_v: Tensor
+    fresh_v: float
+    largest_v: Tensor | None
+    momentum: Tensor
+    gradient: float
+    decay_part: Tensor | None
+    momentum_t: Tensor
+    gradient_t: Tensor
+    decay_t: Tensor
+
+
+def _fixed_factors(theta: Tensor, moments: AdamMoments, group: AdamGroup, clip_factor: float) -> _FixedFactors:
+    correction = 1.0 - group.beta2 ** (moments.step + 1)
+    scale = group.learning_rate / (1.0 - group.beta1 ** (moments.step + 1))
+    decay = group.weight_decay * theta
+    coupled = None if group.decoupled_weight_decay else -(1.0 - group.beta1) * scale * decay
+    momentum = -group.beta1 * scale * moments.exp_avg.to(theta)
+    p = preconditioner(moments, group).to(theta)
+    largest = moments.max_exp_avg_sq if group.amsgrad else None
+    return _FixedFactors(
+        decay=decay,
+        kept_v=group.beta2 * moments.exp_avg_sq.to(theta) / correction,
+        fresh_v=(1.0 - group.beta2) / correction,
+        largest_v=None if largest is None else largest.to(theta) / correction,
+        momentum=momentum,
+        gradient=(1.0 - group.beta1) * clip_factor * scale,
+        decay_part=coupled,
+        momentum_t=momentum * p,
+        gradient_t=(1.0 - group.beta1) * clip_factor * scale * p,
+        decay_t=-group.learning_rate * decay if coupled is None else coupled * p,
+    )
+
+
+@dataclass(frozen=True)
 class _ParameterStep:
     """The parts of one parameter's Δθ, and W with gradient = W Ȳ elementwise."""
 
@@ -215,7 +268,6 @@ def _parameter_step(
     *,
     updated_v: bool = True,
 ) -> _ParameterStep:
-    """``ascent`` may have dimensions before the parameter's."""
     y = ascent.double()
     theta = parameter.detach().to(y)
     if moments is None:

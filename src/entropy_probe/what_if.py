@@ -75,6 +75,10 @@ def learning_rate_for_fall(step: StepPrediction, nats: float) -> Fall:
     total = step.total
     if total.se is None:
         return Fall(nats, None, None, total.why_not)
+    if not step.deviations.any() and total.value == 0.0:
+        return Fall(
+            nats, None, None, "the optimizer's own step changes nothing to first order; is its learning rate 0?"
+        )
     if not step.is_resolved(total):
         return Fall(nats, None, None, "the optimizer's own step cannot be told from zero within the errors")
     if total.value > 0:

@@ -139,7 +139,7 @@ def run(
     learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the stored one.")] = None,
     max_grad_norm: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Clip the adamw step's gradient as the trainer does; default: no clipping."),
+        typer.Option(metavar="X", help="Clip the adamw step's gradient as the trainer does; 0, the default, does not."),
     ] = None,
     what_if_learning_rate: Annotated[
         float | None, typer.Option(metavar="X", help="Also say what a step at this learning rate would do.")
@@ -215,7 +215,7 @@ def run(
         gradient_checkpointing=gradient_checkpointing,
         memory_bytes=None if memory is None else memory * 1e9,
         seed=seed,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=max_grad_norm or None,
         what_if_learning_rate=what_if_learning_rate,
         what_if_max_grad_norm=what_if_max_grad_norm,
         what_if_no_negatives=what_if_no_negatives,

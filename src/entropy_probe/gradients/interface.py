@@ -39,7 +39,7 @@ class Look(Protocol):
     """What else to take dots with, once Ȳ is known, some elements of one parameter at a time."""
 
     def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
-        """XS_u · V_uk over these elements, where V may depend on YS_u: [units, K] from x and y [units, elements], float64."""
+        """XS_u · V_uk over these elements, where V may depend on YS_u: [units, K] from x and y [units, elements]."""
 
     def response(self, name: str, part: slice) -> Tensor:
         """J of these elements, float64 [elements]."""

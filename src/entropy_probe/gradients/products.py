@@ -92,14 +92,18 @@ def third_directions(
     In the dtype of the vectors' arithmetic.
     """
     units = range(len(sizes))
+    prompts = [sum(sizes[third::THIRDS]) for third in range(THIRDS)]
     x_directions, y_directions = ([dict[str, Tensor]() for _ in range(THIRDS)] for _ in range(2))
     for name in sorted(vectors.reached):
         values = vectors.of(name, units)
+        found = uninitialised((THIRDS, 2, values.shape[-1]), vectors.arithmetic, values.device)
+        for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
+            p = learning_rates[name] * _p_chunk(preconditioners, name, part).to(found)
+            for third in range(THIRDS):
+                torch.sum(values[third::THIRDS, :, part], 0, dtype=vectors.arithmetic, out=found[third, :, part])
+                found[third, :, part] *= p / prompts[third]
         for third in range(THIRDS):
-            means = values[third::THIRDS].sum(0, dtype=vectors.arithmetic) / sum(sizes[third::THIRDS])
-            for part in _chunks(means.shape[-1], CHUNK):
-                means[:, part] *= learning_rates[name] * _p_chunk(preconditioners, name, part).to(means)
-            y_directions[third][name], x_directions[third][name] = means
+            y_directions[third][name], x_directions[third][name] = found[third]
     return x_directions, y_directions
 
 
@@ -124,16 +128,16 @@ def cross_kernel(
 def looked_along(vectors: UnitVectors, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
     """:meth:`Look.along` summed over the parameters ``names``: float64 [units, K]."""
     return _total(
-        look.along(name, part, x, y, units) for name in names for part, x, y in _double_chunks(vectors, units, name)
+        look.along(name, part, x, y, units) for name in names for part, x, y in _wide_chunks(vectors, units, name)
     )
 
 
 def looked_kernel(vectors: UnitVectors, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
     """XS_u · J YS_w over the parameters ``names``: float64 [units, units]."""
     return _total(
-        (x * look.response(name, part).to(x)) @ y.T
+        ((x * look.response(name, part).to(x)) @ y.T).double()
         for name in names
-        for part, x, y in _double_chunks(vectors, units, name)
+        for part, x, y in _wide_chunks(vectors, units, name)
     )
 
 
@@ -144,10 +148,11 @@ def _total(parts: Iterator[Tensor]) -> Tensor:
     return total
 
 
-def _double_chunks(vectors: UnitVectors, units: Sequence[int], name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _wide_chunks(vectors: UnitVectors, units: Sequence[int], name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """X_u and Y_u of some elements at a time, in the arithmetic's type."""
     values = vectors.of(name, units)
     for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
-        yield part, values[:, 0, part].double(), values[:, 1, part].double()
+        yield part, values[:, 0, part].to(vectors.arithmetic), values[:, 1, part].to(vectors.arithmetic)
 
 
 def _p_chunk(preconditioners: Mapping[str, Tensor], name: str, part: slice) -> Tensor:

@@ -100,7 +100,7 @@ def _sweep_panel(axes: Axes, curve: SweepSection) -> None:
         )  # fmt: skip
     axes.plot(alphas, curve.noise_floor, ":", color=NEUTRAL, label="noise floor")
     if curve.linear_until is not None:
-        axes.axvline(curve.linear_until, color=NEUTRAL, linewidth=0.8)
+        axes.axvline(curve.linear_until, color=NEUTRAL, linewidth=0.8, label="linear until")
     ess = axes.twinx()
     ess.plot(alphas, curve.ess_fraction, ".-", color=NEUTRAL, linewidth=0.6, markersize=3)
     ess.set_ylim(0.0, 1.05)

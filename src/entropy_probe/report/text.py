@@ -302,8 +302,12 @@ def _sweep(report: Report) -> RenderableType:
             f"{curve.alphas[0]:g} … {curve.alphas[-1]:g}",
         )
     said = Text("linear: realised within 10 % of its own linear term for all smaller α", style="dim")
-    missing = dict.fromkeys(f"{name} none: {why}" for curve in report.sweep for name, why in curve.null_reasons.items())
-    return Group(table, said, *(Text(why, style="dim") for why in missing))
+    missing: dict[str, list[str]] = {}
+    for curve in report.sweep:
+        for name, why in curve.null_reasons.items():
+            missing.setdefault(f"{curve.step} ({curve.batch}), {curve.estimator}: {why}", []).append(name)
+    reasons = [f"{' and '.join(names)} none, {why}".replace("_", " ") for why, names in missing.items()]
+    return Group(table, said, *(Text(reason, style="dim") for reason in reasons))
 
 
 def _coverage(report: Report) -> str:
