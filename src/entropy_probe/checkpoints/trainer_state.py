@@ -50,6 +50,6 @@ def read_trainer_state(folder: Path) -> TrainerState:
     step, history = content.get("global_step"), content.get("log_history")
     entries = history if isinstance(history, list) else []
     return TrainerState(
-        step if isinstance(step, int) else None,
+        step if isinstance(step, int) and not isinstance(step, bool) else None,
         tuple(entry for entry in entries if isinstance(entry, dict) and TRAINING_KEY in entry),
     )

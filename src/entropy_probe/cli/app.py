@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from entropy_probe.checkpoints import load_model
 from entropy_probe.cli.bar import TerminalProgress
 from entropy_probe.cli.inspection import print_inspection
-from entropy_probe.cli.options import Autocast, Device, DType
+from entropy_probe.cli.options import Autocast, Device, DType, ExactDType
 from entropy_probe.demo import demo_files
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
@@ -255,7 +255,7 @@ def replay(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the stored one.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of rows that declare none; else 1.")] = None,
-    dtype: DTypeOption = DType.FLOAT32,
+    dtype: Annotated[ExactDType, typer.Option(help="Of weights and arithmetic.")] = ExactDType.FLOAT32,
     autocast: Annotated[
         Autocast | None, typer.Option(help="Mixed precision over float32 weights; default: as recorded, else none.")
     ] = None,

@@ -16,6 +16,18 @@ TORCH_DTYPES = {
 }
 
 
+class ExactDType(StrEnum):
+    """Type of weights and arithmetic where rounding must not hide what is compared."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch type."""
+        return TORCH_DTYPES[self.value]
+
+
 class DType(StrEnum):
     """Type of weights and arithmetic, or of vectors."""
 

@@ -13,9 +13,13 @@ from entropy_probe.checkpoints import TrainerState
 from entropy_probe.gradients import loss_gradient
 from entropy_probe.policy import Policy
 from entropy_probe.progress import Progress
+from entropy_probe.replay.settings import GRADIENT_TOLERANCE, MIXED_TOLERANCE, TOLERANCE
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import AdvantageRule, LengthWeight
-from entropy_probe.update_comparison import UpdateComparison, compare_updates
+from entropy_probe.update_comparison import GradientComparison, UpdateComparison, compare_updates
+
+COARSE = 0.01
+"""Share of the update that storing the weights costs, above which they do not tell whether it was computed right."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class Replayed:
         max_grad_norm: that it was clipped at, or None.
         update: it against the real one.
         recovered: the gradient that the trainer's optimizer was given, or None.
+        gradients: the replayed optimizer's gradient against it, or None.
         log: of the checkpoint after the step.
         number: of the step, N + 1, or None.
-        tolerance: net error up to which two steps count as the same.
+        mixed: the trainer's arithmetic was of mixed precision.
     """
 
     policy: Policy
@@ -60,23 +65,49 @@ class Replayed:
     max_grad_norm: float | None
     update: UpdateComparison
     recovered: Mapping[str, Tensor] | None
+    gradients: GradientComparison | None
     log: TrainerState
     number: int | None
-    tolerance: float
+    mixed: bool
+
+    @property
+    def coarse(self) -> bool:
+        """The weights are stored in too few bits to show an error of the computation."""
+        return self.update.rounding_expected > COARSE
+
+    @property
+    def tolerance(self) -> float:
+        """Net error up to which two updates count as the same; of coarse weights only a larger one than rounding's shows."""
+        loose = MIXED_TOLERANCE if self.mixed else TOLERANCE
+        return max(MIXED_TOLERANCE, self.update.rounding_expected) if self.coarse else loose
+
+    @property
+    def gradient_tolerance(self) -> float:
+        """Relative error up to which two gradients do. Coarse weights go with moments of as few bits."""
+        return MIXED_TOLERANCE if self.mixed or self.coarse else GRADIENT_TOLERANCE
+
+    @property
+    def matched(self) -> bool:
+        """The replayed step is the trainer's: by weights and gradient, where both tell, and never by coarse weights alone."""
+        if self.update.error_net > self.tolerance:
+            return False
+        if self.gradients is None:
+            return not self.coarse
+        return self.gradients.relative_error <= self.gradient_tolerance
+
+    @property
+    def untold(self) -> bool:
+        """Nothing tells whether it is."""
+        return self.coarse and self.gradients is None and self.update.error_net <= self.tolerance
 
     @property
     def logged_norm(self) -> float | None:
         """The gradient norm before clipping that the trainer logged for this step."""
         return None if self.number is None else self.log.logged("grad_norm", self.number)
 
-    @property
-    def clipped(self) -> dict[str, Tensor]:
-        """The loss gradient as the replayed optimizer was given it."""
-        return {name: -self.step.clip_factor * y for name, y in self.ascent.items()}
-
-    def compared(self, step: AdamWStep, adam: AdamState) -> UpdateComparison:
-        """A step from that state against the real update."""
-        return against(self.before, step, self.after, adam)
+    def compared(self, step: AdamWStep) -> UpdateComparison:
+        """Another step against the real update."""
+        return against(self.before, step, self.after, self.adam)
 
     @property
     def moved(self) -> dict[str, Tensor]:

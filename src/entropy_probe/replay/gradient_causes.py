@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from entropy_probe.diagnostics import LENGTH_WEIGHT_OF_LOSS
 from entropy_probe.errors import InputError
+from entropy_probe.inputs import resolve_length_weights
 from entropy_probe.progress import Progress
 from entropy_probe.replay.case import Cause, Replayed
 from entropy_probe.scores import (
@@ -15,8 +17,8 @@ from entropy_probe.scores import (
     LengthWeight,
     advantages_from_rewards,
     advantages_over_batch,
-    length_weights,
 )
+from entropy_probe.settings import Settings
 
 ADVANTAGE_WORDS = {
     AdvantageRule.GIVEN: "the rows' own",
@@ -73,29 +75,24 @@ def _other_advantages(case: Replayed) -> Iterator[tuple[str, str, Tensor]]:
     if min(sizes) > 1:
         advice = "Record the trainer's own advantages, and look for who changed the column advantage"
         candidates.append((OVER_BATCH, advice, advantages_over_batch(rewards, sizes)))
+    seen = [case.advantages]
     for words, advice, found in candidates:
-        if not torch.allclose(found, case.advantages, rtol=1e-4, atol=1e-6):
+        if not any(torch.allclose(found, other, rtol=1e-4, atol=1e-6) for other in seen):
+            seen.append(found)
             yield words, advice, found
 
 
 def _other_weights(case: Replayed) -> Iterator[tuple[LengthWeight, Tensor]]:
-    for rule in LengthWeight:
+    """Of the losses that a trainer has (the guide's is none), the recorded one first, where it gives something else."""
+    recorded = LENGTH_WEIGHT_OF_LOSS.get(case.batch.responses[0].loss_type or "")
+    seen = [case.weights]
+    for rule in sorted((r for r in LengthWeight if r is not LengthWeight.GUIDE), key=lambda r: r is not recorded):
+        constant = case.max_completion_length if rule is LengthWeight.DR_GRPO else None
+        settings = Settings(length_weight=rule, max_completion_length=constant)
         try:
-            weights = _weights(case, rule)
+            weights = resolve_length_weights(case.batch, settings)
         except InputError:  # dr_grpo without its constant
             continue
-        if rule is not case.length_weight and not torch.allclose(weights, case.weights, rtol=1e-6, atol=0.0):
+        if not any(torch.allclose(weights, other, rtol=1e-6, atol=0.0) for other in seen):
+            seen.append(weights)
             yield rule, weights
-
-
-def _weights(case: Replayed, rule: LengthWeight) -> Tensor:
-    first = case.batch.responses[0]
-    micro = [row.micro_batch for row in case.batch.responses if row.micro_batch is not None]
-    return length_weights(
-        [len(row.response_ids) for row in case.batch.responses],
-        case.batch.group_sizes,
-        rule,
-        max_completion_length=case.max_completion_length,
-        window_tokens=first.window_tokens,
-        micro_batches=micro or None,
-    )

@@ -8,7 +8,8 @@ from dataclasses import replace
 from entropy_probe.adam_preconditioner import AdamGroup, AdamState
 from entropy_probe.adam_step import adamw_step
 from entropy_probe.replay.case import Cause, Replayed
-from entropy_probe.update_comparison import compare_gradients, fitted_factor
+from entropy_probe.replay.settings import recorded_number
+from entropy_probe.update_comparison import fitted_factor
 
 USUAL_MAX_GRAD_NORM = 1.0
 """The Trainer's default."""
@@ -43,9 +44,8 @@ def optimizer_causes(case: Replayed) -> Iterator[Cause]:
 
 def _clipping(case: Replayed) -> Iterator[Cause]:
     norm, used = case.step.gradient_norm, case.step.clip_factor
-    recovered = None if case.recovered is None else compare_gradients(case.clipped, case.recovered)
     # Of the gradient before clipping.
-    factor = None if recovered is None else recovered.scale * used
+    factor = None if case.gradients is None else case.gradients.scale * used
     if used < 1.0:
         yield Cause(
             "clipping",
@@ -86,20 +86,34 @@ def _learning_rate(case: Replayed) -> Iterator[Cause]:
         deltas = case.stepped(case.ascent, case.adam.with_learning_rate(scale)).deltas
     else:
         scale = next(group.learning_rate for group in case.adam.groups if group.learning_rate > 0.0)
-    factor = fitted_factor(deltas, case.moved)
-    if factor is None or factor <= 0.0:
-        return
-    rates = tuple(replace(group, learning_rate=factor * (group.learning_rate or scale)) for group in case.adam.groups)
-    logged = None if case.number is None else case.log.logged("learning_rate", case.number)
-    says = "" if logged is None else f"; its log says {logged:.6g}"
     stored = ", ".join(f"{rate:.6g}" for rate in case.adam.learning_rates)
+    logged = None if case.number is None else case.log.logged("learning_rate", case.number)
+    known = {"recorder": recorded_number(case.batch, "learning_rate"), "log": logged}
+    for source, rate in known.items():
+        if rate is not None and rate > 0.0 and abs(rate / scale - 1.0) > SAME_FACTOR:
+            yield Cause(
+                "learning_rate",
+                f"the trainer's learning rate was {rate:.6g}, as its {source} says; here it is {stored}",
+                f"Give --learning-rate {rate:.6g}, or look for the scheduler that was resumed otherwise",
+                case.stepped(case.ascent, _with_rate(case.adam, rate / scale, scale)),
+            )
+    factor = fitted_factor(deltas, case.moved)
+    # A rate that fits and contradicts what the trainer wrote down stands for another cause.
+    if factor is None or factor <= 0.0 or any(rate is not None for rate in known.values()):
+        return
     yield Cause(
         "learning_rate",
-        f"the trainer's learning rate was {factor * scale:.6g}; here it is {stored}{says}",
+        f"the trainer's learning rate was {factor * scale:.6g}; here it is {stored}",
         f"Give --learning-rate {factor * scale:.6g}, or look for the scheduler that was resumed otherwise",
-        case.stepped(case.ascent, AdamState(rates, case.adam.moments)),
+        case.stepped(case.ascent, _with_rate(case.adam, factor, scale)),
         fitted=True,
     )
+
+
+def _with_rate(adam: AdamState, factor: float, scale: float) -> AdamState:
+    """Every group's rate times a factor; a rate of zero counts as ``scale``."""
+    groups = tuple(replace(group, learning_rate=factor * (group.learning_rate or scale)) for group in adam.groups)
+    return AdamState(groups, adam.moments)
 
 
 def _weight_decay(case: Replayed) -> Iterator[Cause]:

@@ -2,8 +2,8 @@
 
 The loss gradient −Ȳ of the recorded rows, clipped, stepped by AdamW from N's moments, against the weights of N + 1; entropy and
 gradient norm against the trainer's log; and where they disagree, causes that are tried one by one
-(:mod:`~entropy_probe.suspicions`). ``training_args.bin`` is a pickle and is never read: what is not in ``optimizer.pt`` comes
-from the rows, where the recorder wrote it, or from the settings.
+(:mod:`~entropy_probe.replay.suspicions`). ``training_args.bin`` is a pickle and is never read: what is not in ``optimizer.pt``
+comes from the rows, where the recorder wrote it, or from the settings.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from entropy_probe.replay import pairs, sections
 from entropy_probe.replay.case import Replayed, against
 from entropy_probe.replay.settings import (
     ReplaySettings,
-    recorded_number,
+    check_recorded,
+    recorded_count,
     resolve_autocast,
     resolve_length_weight,
     resolve_max_grad_norm,
-    resolve_tolerance,
+    trained_mixed,
 )
 from entropy_probe.replay.suspicions import Findings, find_suspicions
 from entropy_probe.report.replay_schema import ReplayConfig, ReplayReport
 from entropy_probe.rollouts import read_batch
 from entropy_probe.settings import Settings
-from entropy_probe.update_comparison import recovered_gradient
+from entropy_probe.update_comparison import compare_gradients, recovered_gradient
 
 DEFAULTS = ReplaySettings()
 
@@ -62,6 +63,7 @@ def replay(
         pairs.check_consecutive(before, after, *states)
         batch = read_batch(rollouts, temperature, least_responses=1)
         pairs.check_step(batch, rollouts, states[1].global_step)
+        check_recorded(batch)
         length_weight = resolve_length_weight(batch, settings)
         advantages, rule = resolve_advantages(batch, settings.advantage)
         weights = resolve_length_weights(
@@ -69,7 +71,6 @@ def replay(
         )
         clip, clip_from = resolve_max_grad_norm(batch, settings)
         autocast = resolve_autocast(batch, settings)
-        tolerance = resolve_tolerance(batch, autocast)
         loaded = load_checkpoint(
             before, base=base, dtype=settings.dtype, device=device, learning_rate=settings.learning_rate
         )
@@ -102,7 +103,7 @@ def replay(
         step = adamw_step(theta, loaded.adam, ascent, max_grad_norm=clip)
         update = against(theta, step, theta_after, loaded.adam)
         recovered = None if adam_after is None else recovered_gradient(loaded.adam, adam_after, theta)
-    generations = recorded_number(batch, "num_generations")
+        clipped = {name: -step.clip_factor * y for name, y in ascent.items()}
     case = Replayed(
         policy=policy,
         batch=batch,
@@ -114,28 +115,31 @@ def replay(
         weights=weights,
         length_weight=length_weight,
         max_completion_length=settings.max_completion_length or batch.responses[0].max_completion_length,
-        num_generations=None if generations is None else int(generations),
+        num_generations=recorded_count(batch, "num_generations"),
         ascent=ascent,
         step=step,
         max_grad_norm=clip,
         update=update,
         recovered=recovered,
+        gradients=None if recovered is None else compare_gradients(clipped, recovered),
         log=states[1],
         number=states[1].global_step,
-        tolerance=tolerance,
+        mixed=trained_mixed(batch),
     )
-    matched = update.error_net <= tolerance
     with clock.stage("suspicions"):
-        findings = Findings([], 0) if matched else find_suspicions(case, progress)
+        findings = Findings([], 0) if case.matched or case.untold else find_suspicions(case, progress)
+    logged = sections.logged_section(case, measured)
     return ReplayReport(
         headline=sections.headline(case, findings),
-        matched=matched,
+        matched=case.matched,
         update=sections.update_section(case),
         gradient=sections.gradient_section(case, clip_from),
-        logged=sections.logged_section(case, measured),
+        logged=logged,
         suspicions=findings.suspicions,
         tried=findings.tried,
-        warnings=sections.warnings(case, measured, loaded, clip_from),
+        warnings=sections.warnings(
+            case, measured, loaded, clip_from, logged, all(state.global_step is not None for state in states)
+        ),
         kind=loaded.folder.kind,
         responses=len(batch.responses),
         prompts=len(batch.groups),

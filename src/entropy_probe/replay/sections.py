@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 
@@ -11,25 +13,56 @@ from entropy_probe.adam_step import gradient_norm
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.policy import Measured, end_token_ids
 from entropy_probe.replay.case import Replayed
-from entropy_probe.replay.row_causes import WHOLE_FILE, incomplete
-from entropy_probe.replay.settings import MIXED_TOLERANCE, recorded_number
+from entropy_probe.replay.row_causes import WHOLE_FILE, incomplete, surplus
+from entropy_probe.replay.settings import MIXED_TOLERANCE, recorded_count, recorded_number
 from entropy_probe.replay.suspicions import Findings
 from entropy_probe.report import Evidence
-from entropy_probe.report.replay_schema import GradientSection, LoggedSection, ParameterRow, UpdateSection
+from entropy_probe.report.replay_schema import (
+    GradientSection,
+    LoggedSection,
+    ParameterRow,
+    UpdateSection,
+    within_rounding,
+)
 from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.update_comparison import compare_gradients, micro_batch_entropy
+from entropy_probe.update_comparison import micro_batch_entropy
+
+LOG_TOLERANCE = 1e-3
+"""Relative difference from a logged figure that float32's order of sums may make."""
+
+FUNCTIONAL_DROPOUT = (
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "activation_dropout",
+    "dropout",
+    "hidden_dropout",
+)
+"""Names in a model's config of dropout that may be called without a module."""
 
 
 def headline(case: Replayed, findings: Findings) -> str:
     """One sentence a person understands first: is it the trainer's step, and if not, what is likely wrong."""
     update = case.update
     which = f"step {case.number}" if case.number is not None else "the step"
-    if update.error_net <= case.tolerance:
+    coarse = f"the weights are stored too coarsely to tell (rounding is {100 * update.rounding_expected:.2g} % of the update)"
+    if case.untold:
+        return f"Nothing tells whether the probe computes your trainer's step: {coarse}, and no moments are one step later."
+    if case.matched and case.coarse and case.gradients is not None:
         return (
-            f"The probe computes your trainer's step: {which} replayed is within {update.error_net:.1e} of the real update, "
-            "net of rounding."
+            f"The probe computes your trainer's gradient, within {case.gradients.relative_error:.1e} of the one in Adam's "
+            f"moments; {coarse}."
         )
+    if case.matched:
+        within = (
+            "within rounding"
+            if within_rounding(update.error_net, update.rounding_expected)
+            else f"within {update.error_net:.1e}, net of rounding"
+        )
+        return f"The probe computes your trainer's step: {which} replayed is the real update {within}."
     said = f"Replayed, {which} is {100 * update.error_net:.3g} % off the real update"
+    if update.error_net <= case.tolerance and case.gradients is not None:
+        said = f"Replayed, {which} has a gradient {100 * case.gradients.relative_error:.3g} % off the trainer's"
+        said += f", though {coarse}" if case.coarse else ""
     if findings.suspicions:
         return f"{said}: {findings.suspicions[0].seen}."
     return f"{said}, and none of the {findings.tried} causes that were tried explains it."
@@ -64,10 +97,9 @@ def update_section(case: Replayed) -> UpdateSection:
 def gradient_section(case: Replayed, clip_from: str) -> GradientSection:
     """The loss gradient against the one that the moments tell; ``clip_from`` says where the clip is known from."""
     step = case.step
-    found = None
+    found = case.gradients
     why = "the checkpoint after the step has no optimizer.pt with moments one step later"
     if case.recovered is not None:
-        found = compare_gradients(case.clipped, case.recovered)
         why = "one of the two gradients is zero"
     reasons = {} if found is not None else dict.fromkeys(("relative_error", "cosine", "norm_ratio", "scale"), why)
     if case.max_grad_norm is None:
@@ -81,6 +113,7 @@ def gradient_section(case: Replayed, clip_from: str) -> GradientSection:
         cosine=None if found is None else found.cosine,
         norm_ratio=None if found is None else found.norm_ratio,
         scale=None if found is None else found.scale * step.clip_factor,
+        tolerance=case.gradient_tolerance,
         null_reasons=reasons,
     )
 
@@ -122,12 +155,14 @@ def logged_section(case: Replayed, measured: Measured) -> LoggedSection:
 def forwards(batch: RolloutBatch) -> list[int]:
     """The micro-batch of each row, those that several processes ran at one time counted as one: TRL logs their sum."""
     numbers = [row.micro_batch or 0 for row in batch.responses]
-    processes = recorded_number(batch, "num_processes") or 1.0
+    processes = recorded_count(batch, "num_processes") or 1
     each = max(1, round((max(numbers) + 1) / processes))
     return [number % each for number in numbers]
 
 
-def warnings(case: Replayed, measured: Measured, loaded: Checkpoint, clip_from: str) -> list[Evidence]:
+def warnings(
+    case: Replayed, measured: Measured, loaded: Checkpoint, clip_from: str, logged: LoggedSection, steps_known: bool
+) -> list[Evidence]:
     """What may keep a replay from being exact, whether or not it is."""
     batch = case.batch
     found = [
@@ -146,6 +181,9 @@ def warnings(case: Replayed, measured: Measured, loaded: Checkpoint, clip_from: 
                 WHOLE_FILE,
             )
         )
+    more = surplus(batch, case.num_generations)
+    if more is not None:
+        found.append(Evidence("surplus_rows", f"rows are given twice, or of another step: {more}", WHOLE_FILE))
     if clip_from == "unknown":
         found.append(
             Evidence(
@@ -163,7 +201,7 @@ def warnings(case: Replayed, measured: Measured, loaded: Checkpoint, clip_from: 
                 "Look for a scheduler that was resumed otherwise, or drop --learning-rate",
             )
         )
-    if case.tolerance == MIXED_TOLERANCE:
+    if case.mixed:
         found.append(
             Evidence(
                 "mixed_precision",
@@ -172,21 +210,46 @@ def warnings(case: Replayed, measured: Measured, loaded: Checkpoint, clip_from: 
                 "Take one step with bf16=False, fp16=False where the code is to be proven",
             )
         )
+    if case.coarse:
+        found.append(
+            Evidence(
+                "coarse_weights",
+                f"storing the weights costs {100 * case.update.rounding_expected:.2g} % of the update, so they cannot tell "
+                "whether it was computed right"
+                + ("" if case.gradients is None else "; the gradient in Adam's moments is what speaks"),
+                "Save float32 weights at both checkpoints where the code is to be proven",
+            )
+        )
+    close = MIXED_TOLERANCE if case.mixed else LOG_TOLERANCE
+    for name, code, mine, theirs in (
+        ("entropy", "other_entropy", logged.entropy, logged.entropy_logged),
+        ("gradient norm", "other_gradient_norm", logged.grad_norm, logged.grad_norm_logged),
+    ):
+        if theirs is not None and not math.isclose(mine, theirs, rel_tol=close):
+            found.append(
+                Evidence(
+                    code,
+                    f"the {name} recomputed is {mine:.5g}, the trainer logged {theirs:.5g}, which precision does not explain",
+                    "Look at the temperature, at dropout, and at whether the weights are those that drew the rows; a "
+                    "norm alone departs by the loss, too",
+                )
+            )
     dropout = _active_dropout(loaded)
     if dropout:
         found.append(
             Evidence(
                 "dropout",
-                f"the model has dropout of up to {max(dropout):g} in {len(dropout)} modules, which a trainer leaves on unless "
+                f"the model has dropout of up to {max(dropout):g}, which a trainer leaves on unless "
                 "told otherwise; its masks cannot be replayed",
-                "Train with disable_dropout=True to have a step that can be replayed",
+                "Train with disable_dropout=True, and attention_dropout 0 in the config, to have a step that can be replayed",
             )
         )
-    if case.number is None:
+    if not steps_known:
         found.append(
             Evidence(
                 "steps_unknown",
-                "trainer_state.json is missing: nothing but Adam's count tells that the checkpoints are one step apart",
+                "trainer_state.json is missing, or has no global_step, of one of the two: nothing but "
+                "Adam's count tells that they are one step apart",
                 "Keep trainer_state.json beside the weights",
             )
         )
@@ -194,5 +257,7 @@ def warnings(case: Replayed, measured: Measured, loaded: Checkpoint, clip_from: 
 
 
 def _active_dropout(loaded: Checkpoint) -> list[float]:
-    modules = (m for m in loaded.model.modules() if isinstance(m, torch.nn.Dropout))
-    return [m.p for m in modules if m.p > 0.0]
+    found = [m.p for m in loaded.model.modules() if isinstance(m, torch.nn.Dropout)]
+    config: Mapping[str, Any] = cast(Any, loaded.model).config.to_dict()
+    found += [config[name] for name in FUNCTIONAL_DROPOUT if isinstance(config.get(name), float)]
+    return [p for p in found if p > 0.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,16 @@ from entropy_probe.errors import InputError
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import AdvantageRule, LengthWeight
 
-TOLERANCE = 1e-3
-"""Net error up to which the two steps count as one: far above float32's own (1e-7 to 2e-5 measured), far below any cause's."""
+TOLERANCE = 1e-4
+"""Net error up to which the two updates count as one; float32's own is 1e-7 to 2e-5 (measured)."""
+
+GRADIENT_TOLERANCE = 1e-3
+"""The same of the loss gradient. The update is mostly momentum and says little of it; 1e-6 to 2e-5 measured in float32."""
 
 MIXED_TOLERANCE = 0.05
 """The same under mixed precision, whose 8 bits another order of sums does not repeat (1.2 % measured in bfloat16)."""
+
+LARGEST = sys.float_info.max
 
 MIXED_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Accelerate's names."""
@@ -83,18 +89,45 @@ def recorded_number(batch: RolloutBatch, name: str) -> float | None:
     """A number that the recorder wrote into every row, or None.
 
     Raises:
-        InputError: the rows disagree, or it is not a number.
+        InputError: the rows disagree, or it is not a finite number, 0 or above.
     """
     values = [row.extra.get(name) for row in batch.responses]
     value = values[0]
-    other = next((v for v in values if v != value), value)
-    if other != value:
-        raise InputError(f"the rows disagree about {name} ({value} and {other}); one step has one value")
+    other = next((v for v in values if v != value and v is not value), value)
+    if other is not value:
+        raise InputError(
+            f"the rows disagree about {name} ({str(value)[:20]} and {str(other)[:20]}); one step has one value"
+        )
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"the rows say {name} is {value!r}; expected a finite number")
+    # The bound first: an int of any size compares with a float, but not every one becomes one.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+        raise InputError(f"the rows say {name} is {str(value)[:20]}; expected a finite number, 0 or above")
     return float(value)
+
+
+def recorded_count(batch: RolloutBatch, name: str) -> int | None:
+    """A count, 1 or above, that the recorder wrote into every row, or None.
+
+    Raises:
+        InputError: as of :func:`recorded_number`, or it is no such count.
+    """
+    value = recorded_number(batch, name)
+    if value is not None and (value < 1.0 or value != int(value)):
+        raise InputError(f"the rows say {name} is {value:g}; expected a whole number, 1 or above")
+    return None if value is None else int(value)
+
+
+def check_recorded(batch: RolloutBatch) -> None:
+    """Refuse rows whose recorded settings will not do, before anything is computed.
+
+    Raises:
+        InputError: see :func:`recorded_number`.
+    """
+    for name in ("max_grad_norm", "learning_rate"):
+        recorded_number(batch, name)
+    for name in ("num_processes", "num_generations"):
+        recorded_count(batch, name)
 
 
 def resolve_max_grad_norm(batch: RolloutBatch, settings: ReplaySettings) -> tuple[float | None, str]:
@@ -120,7 +153,6 @@ def resolve_autocast(batch: RolloutBatch, settings: ReplaySettings) -> torch.dty
     return MIXED_PRECISION.get(str(recorded)) if settings.dtype is torch.float32 else None
 
 
-def resolve_tolerance(batch: RolloutBatch, autocast: torch.dtype | None) -> float:
-    """Net error up to which the replayed step counts as the trainer's, by the precision of its arithmetic."""
-    mixed = autocast is not None or str(batch.responses[0].extra.get("mixed_precision")) in MIXED_PRECISION
-    return MIXED_TOLERANCE if mixed else TOLERANCE
+def trained_mixed(batch: RolloutBatch) -> bool:
+    """The recorder says that the trainer's arithmetic was of mixed precision, whatever it is replayed in."""
+    return str(batch.responses[0].extra.get("mixed_precision")) in MIXED_PRECISION

@@ -15,9 +15,8 @@ from entropy_probe.progress import Progress
 from entropy_probe.replay.case import Cause, Replayed
 from entropy_probe.replay.gradient_causes import one_thing_else, two_things_else
 from entropy_probe.replay.optimizer_causes import optimizer_causes
-from entropy_probe.replay.row_causes import missing_rows, missing_rows_reweighted, one_row
+from entropy_probe.replay.row_causes import miscounted_rows, one_row
 from entropy_probe.report.replay_schema import Suspicion
-from entropy_probe.update_comparison import compare_gradients
 
 LEFT_OVER = 0.1
 """A cause explains the gap if this share of it is left, or less."""
@@ -51,34 +50,54 @@ def find_suspicions(case: Replayed, progress: Progress) -> Findings:
 
     def explained(causes: Iterator[Cause]) -> bool:
         for cause in causes:
-            tried.append(_Tried(cause, case.compared(cause.step, case.adam).error_net))
+            tried.append(_Tried(cause, case.compared(cause.step).error_net))
         return bool(_explaining(tried, case))
 
-    found = explained(optimizer_causes(case))
-    gradients = None if case.recovered is None else compare_gradients(case.clipped, case.recovered)
-    if gradients is None or gradients.relative_error > case.tolerance:
+    explained(optimizer_causes(case))
+    gradients = case.gradients
+    if gradients is None or gradients.relative_error > min(case.tolerance, case.gradient_tolerance):
         # Tried also where a factor fits: it may stand for one of these.
-        found = explained(one_thing_else(case, progress)) or found
-        if not found and not explained(missing_rows_reweighted(case, progress)):
-            lost = missing_rows(case, progress)
-            if lost is not None:
-                return Findings([lost], len(tried) + 1)
+        found = explained(one_thing_else(case, progress))
+        miscounted = miscounted_rows(case)
+        if miscounted is not None and all(t.error_net > case.tolerance for t in tried):
+            return Findings([miscounted], len(tried))
+        if not found:
             found = explained(one_row(case, progress)) or explained(two_things_else(case, progress))
+            stale = sum(row.on_policy is False for row in case.batch.responses)
+            if not found and stale:
+                return Findings([_off_policy(stale)], len(tried))
             if not found and gradients is not None and gradients.cosine < OTHER_ROWS_COSINE:
-                return Findings([_other_rows(gradients.cosine)], len(tried) + 1)
+                return Findings([_other_rows(gradients.cosine)], len(tried))
     good = _explaining(tried, case)
     best = min((t.error_net for t in good), default=0.0)
     named = [t for t in good if t.error_net <= max(AS_GOOD * best, _negligible(case))]
     named.sort(key=lambda t: (t.cause.fitted, t.error_net))
-    return Findings([Suspicion(t.cause.code, t.cause.seen, t.cause.advice, t.error_net) for t in named], len(tried))
+    return Findings([_suspicion(t, case) for t in named], len(tried))
 
 
 def _explaining(tried: Sequence[_Tried], case: Replayed) -> list[_Tried]:
-    return [t for t in tried if t.error_net <= max(LEFT_OVER * case.update.error_net, _negligible(case))]
+    # What coarse weights do not show they cannot judge a cause by.
+    if case.coarse and case.update.error_net <= case.tolerance:
+        return []
+    return [t for t in tried if t.error_net <= LEFT_OVER * case.update.error_net]
+
+
+def _suspicion(tried: _Tried, case: Replayed) -> Suspicion:
+    part = "" if tried.error_net <= case.tolerance else "; this explains part of it"
+    return Suspicion(tried.cause.code, tried.cause.seen + part, tried.cause.advice, tried.error_net)
 
 
 def _negligible(case: Replayed) -> float:
     return case.tolerance / 50
+
+
+def _off_policy(rows: int) -> Suspicion:
+    return Suspicion(
+        "off_policy",
+        f"{rows} rows say on_policy false: the trainer's gradient has importance ratios there, which are not replayed",
+        "Replay the first step of a generation, or record a run with num_iterations=1",
+        None,
+    )
 
 
 def _other_rows(cosine: float) -> Suspicion:

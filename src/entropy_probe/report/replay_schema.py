@@ -11,6 +11,11 @@ from entropy_probe.report.schema import Evidence, check_content
 REPLAY_SCHEMA = 1
 
 
+def within_rounding(error_net: float, rounding_expected: float) -> bool:
+    """The net error is too small beside the expected rounding to be a figure of its own."""
+    return error_net <= rounding_expected / 10
+
+
 @dataclass(frozen=True)
 class ParameterRow:
     """One parameter: relative L2 error over it (null where it did not move), and its share of the squared error of all."""
@@ -45,7 +50,8 @@ class UpdateSection:
 class GradientSection:
     """The loss gradient −Ȳ: its norm before clipping, and after it against the one that Adam's moments at N+1 show.
 
-    ``scale`` is the factor that brings the unclipped gradient nearest to the recovered one.
+    ``scale`` is the factor that brings the unclipped gradient nearest to the recovered one. ``relative_error`` up to
+    ``tolerance`` counts as the same gradient.
     """
 
     norm: float
@@ -56,6 +62,7 @@ class GradientSection:
     cosine: float | None
     norm_ratio: float | None
     scale: float | None
+    tolerance: float
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from entropy_probe.report.replay_schema import ReplayReport
+from entropy_probe.report.replay_schema import ReplayReport, within_rounding
 
 WORST_SHOWN = 3
 
@@ -20,7 +20,7 @@ def print_replay(report: ReplayReport, console: Console) -> None:
     console.print(_section("Recomputed, beside the trainer's log and moments", _beside(report)))
     console.print(_section("Step and batch", _facts(report)))
     for suspicion in report.suspicions:
-        left = "" if suspicion.error_net is None else f" (with it the error is {suspicion.error_net:.1e})"
+        left = "" if suspicion.error_net is None else f" (with it the error is {_net(report, suspicion.error_net)})"
         console.print(
             Text.assemble(("suspicion: ", "bold red"), f"{suspicion.seen}{left}. ", (suspicion.advice + ".", "italic"))
         )
@@ -28,6 +28,10 @@ def print_replay(report: ReplayReport, console: Console) -> None:
         console.print(
             Text.assemble(("warning: ", "bold yellow"), f"{warning.seen}. ", (warning.advice + ".", "italic"))
         )
+
+
+def _net(report: ReplayReport, error: float) -> str:
+    return "within rounding" if within_rounding(error, report.update.rounding_expected) else f"{error:.1e}"
 
 
 def _section(title: str, body: RenderableType) -> RenderableType:
@@ -45,6 +49,7 @@ def _update(report: ReplayReport) -> Table:
     update = report.update
     parts = ", ".join(f"{name.replace('_', ' ')} {size:.3g}" for name, size in update.part_norms.items())
     cosine = f"{update.cosine:.9f}" if update.cosine is not None else f"none: {update.null_reasons['cosine']}"
+    net = _net(report, update.error_net)
     worst = [
         (
             "" if place else "most of it in",
@@ -60,7 +65,7 @@ def _update(report: ReplayReport) -> Table:
             f"{update.rounding_expected:.2e}",
             f"at most {update.rounding_floor:.2e}: half an ulp each",
         ),
-        ("net of rounding", f"{update.error_net:.2e}", f"up to {update.tolerance:g} counts as the same step"),
+        ("net of rounding", net, f"up to {update.tolerance:g} counts as the same step"),
         ("cosine", cosine, f"norm ratio {update.norm_ratio:.6g}"),
         ("‖Δθ‖", f"{update.update_norm:.4g}", f"parts, as shares of it: {parts}"),
         *worst,
@@ -86,7 +91,11 @@ def _beside(report: ReplayReport) -> Table:
             f"{gradient.clip_factor:.4g}",
             f"{clip} ({gradient.max_grad_norm_from})",
         ),
-        ("gradient error", moments, "relative L2, against the gradient in Adam's moments at N+1"),
+        (
+            "gradient error",
+            moments,
+            f"against the one in Adam's moments at N+1; up to {gradient.tolerance:g} counts as the same",
+        ),
     )
 
 
