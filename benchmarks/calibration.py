@@ -588,16 +588,19 @@ def aims(found: Found) -> list[str]:
     """What was aimed at beside what was measured."""
     rows = []
     if "enumerable" in found.parts:
-        for what, values in (
-            ("U_cross", [c.z for c in found.bias]),
-            ("two batches", [c.z for c in found.two_batches]),
+        for what, zs in (
+            ("U_cross", [(c.z, c.z_again) for c in found.bias]),
+            ("two batches", [(c.z, c.z_again) for c in found.two_batches]),
         ):
+            values = [z for z, _ in zs]
             beyond = sum(abs(z) > 2.0 for z in values)
             rows.append(
                 [
                     f"bias of {what} within 2 Monte Carlo errors",
-                    f"{beyond} of {len(values)} cells beyond ({0.0455 * len(values):.1f} by chance alone), largest |z| "
-                    f"{max(map(abs, values)):.2f}",
+                    f"{beyond} of {len(values)} cells beyond ({0.0455 * len(values):.1f} by chance alone): "
+                    + ", ".join(
+                        f"{z:+.2f} and with fresh batches {again:+.2f}" for z, again in zs if again is not None
+                    ),
                 ]
             )
         ratios = [c.variance_ratio for c in found.two_batches]
@@ -605,7 +608,9 @@ def aims(found: Found) -> list[str]:
             [
                 "two-batch variance over truth 0.95 to 1.05",
                 f"{min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} cells, Monte Carlo error at most "
-                f"{max(c.variance_ratio_error for c in found.two_batches):.3f}",
+                f"{max(c.variance_ratio_error for c in found.two_batches):.3f}; without the floor at the product "
+                f"{min(c.unbiased_ratio for c in found.two_batches):.3f} to "
+                f"{max(c.unbiased_ratio for c in found.two_batches):.3f}",
             ]
         )
     if "checkpoints" in found.parts:
