@@ -232,7 +232,7 @@ def strong_signal(seed: int) -> tuple[float, set[str]]:
     names = tuple(n for n, _ in policy.named_parameters())
     group = AdamGroup(names, 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, True)
     moments = {n: AdamMoments(10, torch.zeros_like(p), torch.full_like(p, 1e-2)) for n, p in policy.named_parameters()}
-    report = probe(policy, AdamState((group,), moments), group_rollouts(rows)).report
+    report = probe(policy, AdamState((group,), moments), group_rollouts(rows), Settings(noise=False)).report
     return report.first_order.u_cross, {w.code for w in report.warnings}
 
 
