@@ -429,3 +429,6 @@ def test_without_trl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 if __name__ == "__main__":  # one of two processes, see test_the_rows_of_two_processes_together_are_the_batch
     train_one_rank(Path(sys.argv[1]))
+    # Together, and before the interpreter goes: a rank that leaves its group's threads behind may abort at exit.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
