@@ -202,3 +202,13 @@ def test_the_report_has_shares_that_add_up_or_the_reason_why_not() -> None:
     silent = support.random_rollouts(8, 4, advantage=0.0)
     still = probe(model, adam, group_rollouts(silent)).report.noise
     assert still.null_reasons["product"] == "δH₁ has no noise to split"
+
+
+def test_what_x_and_y_share_is_no_more_than_their_own_noise_allows() -> None:
+    """Few prompts, whose estimates of the three are noisy: shares of more than all would come of it."""
+    rng = np.random.default_rng(11)
+    for _ in range(200):
+        x, y = rng.normal(size=(2, 8 * 3, 3))
+        found = noise_parts(x, y, [3] * 8, range(8), 1e9, 1.0)
+        assert abs(found.shared) <= 2.0 * np.sqrt(found.entropy_gradient * found.update) + 1e-12
+        assert found.prompts <= 1e9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from entropy_probe.report import Report, write_report_folder
 from entropy_probe.report.schema import SweepSection
 from entropy_probe.report.text import print_report
 from entropy_probe.scores import EntropyTarget, Estimator
-from entropy_probe.sweep import StepLine, sweep_step
+from entropy_probe.sweep import StepLine, _slope, sweep_step
 from spoiled import Place
 from support import run_command
 
@@ -237,3 +238,18 @@ def test_the_command_sweeps_and_resamples(place: Place) -> None:
     assert len(content["sweep"]) == 4
     assert sum(row["method"] == "resampled" for row in content["realized"]) == 4
     assert (place.root / "out" / "sweep.png").is_file()
+
+
+def test_a_slope_is_of_changes_that_stand_clear_of_the_floor() -> None:
+    """ΔH = 1e-4 α with a floor of 5e-6 under it: over the factors below the floor the slope would be flat."""
+    factors = np.geomspace(1e-3, 10.0, 13).tolist()
+    found = {alpha: (SimpleNamespace(delta_h=1e-4 * alpha + 3e-6),) for alpha in factors}
+    line = SimpleNamespace(at=found.__getitem__)
+    linear = SimpleNamespace(until=10.0, reason=None)
+    slope, _ = _slope(line, 0, linear, factors, [5e-6] * 13)  # type: ignore[arg-type]
+    assert slope is not None
+    assert slope.exponent == pytest.approx(1.0, abs=0.03)
+    none, reason = _slope(line, 0, linear, factors, [1e-3] * 13)  # type: ignore[arg-type]
+    assert none is None
+    assert reason is not None
+    assert "0 of 13" in reason

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.report.replay_schema import ReplayReport, within_rounding
+from entropy_probe.report.text import rows_of, section
 
 WORST_SHOWN = 3
 
@@ -16,9 +16,9 @@ def print_replay(report: ReplayReport, console: Console) -> None:
     """Print the whole report."""
     console.print(Text(report.headline, style="bold"))
     console.print()
-    console.print(_section("The update, replayed against the real one", _update(report)))
-    console.print(_section("Recomputed, beside the trainer's log and moments", _beside(report)))
-    console.print(_section("Step and batch", _facts(report)))
+    console.print(section("The update, replayed against the real one", _update(report)))
+    console.print(section("Recomputed, beside the trainer's log and moments", _beside(report)))
+    console.print(section("Step and batch", _facts(report)))
     for suspicion in report.suspicions:
         left = "" if suspicion.error_net is None else f" (with it the error is {_net(report, suspicion.error_net)})"
         console.print(
@@ -34,17 +34,6 @@ def _net(report: ReplayReport, error: float) -> str:
     return "within rounding" if within_rounding(error, report.update.rounding_expected) else f"{error:.1e}"
 
 
-def _section(title: str, body: RenderableType) -> RenderableType:
-    return Group(Text(title, style="underline"), Padding(body, (0, 0, 1, 2)))
-
-
-def _table(*rows: tuple[str, str, str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for name, value, said in rows:
-        table.add_row(Text(name), Text(value), Text(said, style="dim"))
-    return table
-
-
 def _update(report: ReplayReport) -> Table:
     update = report.update
     parts = ", ".join(f"{name.replace('_', ' ')} {size:.3g}" for name, size in update.part_norms.items())
@@ -58,7 +47,7 @@ def _update(report: ReplayReport) -> Table:
         )
         for place, row in enumerate(update.parameters[:WORST_SHOWN])
     ]
-    return _table(
+    return rows_of(
         ("relative L2 error", f"{update.relative_error:.2e}", f"over {report.parameters:,} trainable parameters"),
         (
             "rounding explains",
@@ -82,7 +71,7 @@ def _beside(report: ReplayReport) -> Table:
         if gradient.relative_error is None
         else f"{gradient.relative_error:.2e}"
     )
-    return _table(
+    return rows_of(
         ("entropy", f"{logged.entropy:.7g}", _logged(report, "entropy") + "; nats per token before the update"),
         ("gradient norm", f"{logged.grad_norm:.7g}", _logged(report, "grad_norm")),
         ("learning rate", rate, _logged(report, "learning_rate")),
@@ -111,7 +100,7 @@ def _logged(report: ReplayReport, name: str) -> str:
 
 def _facts(report: ReplayReport) -> Table:
     config = report.config
-    return _table(
+    return rows_of(
         ("step", "unknown" if config.step is None else str(config.step), f"{report.kind} weights, {config.dtype}"),
         ("rollouts", str(report.responses), f"responses to {report.prompts} prompts"),
         ("loss", config.length_weight, f"advantages {config.advantage}, temperature {config.temperature:g}"),

@@ -95,13 +95,13 @@ def print_report(report: Report, console: Console) -> None:
     """Print the whole report."""
     console.print(Text(report.headline, style="bold"))
     console.print()
-    console.print(_section("First order, before the step", _first_order(report)))
-    console.print(_section("Where the noise of δH₁ comes from, in shares of its variance", _noise(report)))
-    console.print(_section("The optimizer's own step, to first order", _adamw(report)))
-    console.print(_section(f"Realised, after a step ({_nats(report)})", _realized(report)))
+    console.print(section("First order, before the step", _first_order(report)))
+    console.print(section("Where the noise of δH₁ comes from, in shares of its variance", _noise(report)))
+    console.print(section("The optimizer's own step, to first order", _adamw(report)))
+    console.print(section(f"Realised, after a step ({_nats(report)})", _realized(report)))
     if report.sweep:
-        console.print(_section("Along the step, α times the learning rate", _sweep(report)))
-    console.print(_section("Batch and checkpoint", _facts(report)))
+        console.print(section("Along the step, α times the learning rate", _sweep(report)))
+    console.print(section("Batch and checkpoint", _facts(report)))
     for warning in report.warnings:
         console.print(
             Text.assemble(("warning: ", "bold yellow"), f"{warning.seen}. ", (warning.advice + ".", "italic"))
@@ -110,11 +110,13 @@ def print_report(report: Report, console: Console) -> None:
         console.print("no warnings")
 
 
-def _section(title: str, body: RenderableType) -> RenderableType:
+def section(title: str, body: RenderableType) -> RenderableType:
+    """A part of a report under its title."""
     return Group(Text(title, style="underline"), Padding(body, (0, 0, 1, 2)))
 
 
-def _rows(*rows: tuple[str, str, str]) -> Table:
+def rows_of(*rows: tuple[str, str, str]) -> Table:
+    """Name, value and what is said of it."""
     table = Table.grid(padding=(0, 2))
     for name, value, unit in rows:
         table.add_row(Text(name), Text(value), Text(unit, style="dim"))
@@ -133,7 +135,7 @@ def _first_order(report: Report) -> Table:
         if first.delta_h1_ci95 is not None
         else f"none: {reasons['delta_h1_ci95']}"
     )
-    return _rows(
+    return rows_of(
         ("δH₁ = −η U_cross", f"{first.delta_h1:+.4g}", _nats(report)),
         ("standard error of δH₁", _number(first.delta_h1_se, reasons, "delta_h1_se"), "over fresh batches"),
         (
@@ -168,10 +170,10 @@ def _noise(report: Report) -> Table:
         return f"none: {reasons[name]}" if value is None else f"{100.0 * value:.0f} %".replace("-", "−")
 
     if noise.product is None:
-        return _rows(("all of it", share(None, "product"), ""))
+        return rows_of(("all of it", share(None, "product"), ""))
     of_x = share(noise.product_with_entropy_gradient, "product_with_entropy_gradient")
     of_y = share(noise.product_with_update, "product_with_update")
-    return _rows(
+    return rows_of(
         (
             "entropy gradient, X",
             share(noise.entropy_gradient, "entropy_gradient"),
@@ -223,7 +225,7 @@ def _adamw(report: Report) -> RenderableType:
             rows.append(
                 (name, f"{fall.learning_rate_multiple:.3g} × the learning rate", f"95 % {low:.3g} to {high:.3g}")
             )
-    return Group(Text(adamw.sentence), _rows(*rows))
+    return Group(Text(adamw.sentence), rows_of(*rows))
 
 
 def _nats(report: Report) -> str:
@@ -317,7 +319,7 @@ def _coverage(report: Report) -> str:
 
 def _facts(report: Report) -> Table:
     units, checkpoint = report.units, report.checkpoint
-    return _rows(
+    return rows_of(
         ("units", f"{units.count}", units.reason),
         ("rollouts", f"{units.responses}", f"responses to {units.prompts} prompts, {units.tokens} tokens"),
         ("gradients", _coverage(report), report.engine.reason),
