@@ -1,0 +1,245 @@
+"""What ranks tell each other: sums of numbers, sums of parameter-length vectors, and shards of unit vectors that change hands.
+
+(Σ_ranks X) · (Σ_ranks Y) holds products of different ranks' vectors, which no scalar a rank carries: parameter-length *sums* are
+reduced, or unit vectors change hands by shard, so that each rank holds all units' elements of its own span; all the rest is
+numbers, or the U × U matrix of unit dots. Nothing of the length of the parameters is gathered. One process is one rank: the same
+code, and nothing crosses. Every payload is counted. Sources: guide section 1E; design section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entropy_probe.u_statistics import FloatArray
+
+BUCKET = 1 << 26
+"""Bytes of small vectors that share one collective."""
+
+
+class Kind(StrEnum):
+    """What a collective carries."""
+
+    NUMBERS = "numbers"
+    SUMS = "sums"
+    SHARDS = "shards"
+    DIRECTIONS = "directions"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One collective as this rank saw it: what it handed over, its own part of an exchange apart."""
+
+    kind: Kind
+    elements: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share the work.
+
+    Attributes:
+        rank: this one, from 0.
+        count: N.
+        group: torch.distributed's, None for one process.
+        device: where the group's collectives want their tensors.
+        sent: every payload so far.
+    """
+
+    rank: int = 0
+    count: int = 1
+    group: dist.ProcessGroup | None = None
+    device: torch.device = torch.device("cpu")
+    sent: list[Payload] = field(default_factory=list, compare=False, repr=False)
+
+    @staticmethod
+    def of_group(group: dist.ProcessGroup | None = None) -> Ranks:
+        """The ranks of an initialised process group; by default the world's."""
+        group = group if group is not None else dist.group.WORLD
+        on_gpu = dist.get_backend(group) == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), group, device)
+
+    def sum_numbers(self, values: FloatArray) -> FloatArray:
+        """Σ over ranks in float64, the same shape. What only one rank knows, the others give as 0."""
+        values = np.asarray(values, dtype=np.float64)
+        if self.count == 1:
+            return values
+        total = torch.from_numpy(values.copy()).to(self.device)
+        self._count(Kind.NUMBERS, total)
+        dist.all_reduce(total, group=self.group)
+        found: FloatArray = total.cpu().numpy()
+        return found
+
+    def gather_numbers(self, values: FloatArray) -> FloatArray:
+        """The values of every rank, [N, …]: a few numbers a rank, of one shape on all of them."""
+        values = np.asarray(values, dtype=np.float64)
+        every = np.zeros((self.count, *values.shape))
+        every[self.rank] = values
+        return self.sum_numbers(every)
+
+    def sum_vectors(self, vectors: Sequence[Tensor]) -> None:
+        """Σ over ranks, in place; one type, small vectors in one bucket."""
+        if self.count == 1:
+            return
+        for bucket in _buckets(vectors):
+            together = torch.cat([vector.flatten() for vector in bucket]) if len(bucket) > 1 else bucket[0]
+            sent = together.to(self.device)
+            self._count(Kind.SUMS, sent)
+            dist.all_reduce(sent, group=self.group)
+            if len(bucket) > 1:
+                for vector, part in zip(bucket, sent.split([v.numel() for v in bucket]), strict=True):
+                    vector.copy_(part.view(vector.shape))
+            elif sent is not together:
+                together.copy_(sent)
+
+    def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Hand ``parts[s]``, flat and of one type, to rank s; get what every rank has for this one.
+
+        Args:
+            parts: one a rank.
+            sizes: elements that each rank has for this one.
+        """
+        if self.count == 1:
+            return list(parts)
+        dtype, device, width = parts[0].dtype, parts[0].device, parts[0].element_size()
+        sent = torch.cat(list(parts)).to(self.device)
+        received = torch.empty(sum(sizes), dtype=dtype, device=self.device)
+        away = sent.numel() - parts[self.rank].numel()
+        self.sent.append(Payload(Kind.SHARDS, away, away * width))
+        # As bytes: not every backend exchanges every type.
+        dist.all_to_all_single(
+            received.view(torch.uint8),
+            sent.view(torch.uint8),
+            [size * width for size in sizes],
+            [part.numel() * width for part in parts],
+            group=self.group,
+        )
+        return list(received.to(device).split(list(sizes)))
+
+    def gather_directions(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Every rank's span of directions that FSDP2's sharded ranks hold, flat: of one layer at a time, as its weights are.
+
+        Args:
+            part: this rank's, flat.
+            sizes: elements of each rank's.
+        """
+        if self.count == 1:
+            return [part]
+        longest = max(sizes)
+        padded = torch.zeros(longest, dtype=part.dtype, device=self.device)
+        padded[: part.numel()] = part
+        self._count(Kind.DIRECTIONS, part)
+        every = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(every, padded, group=self.group)
+        return [found[:size].to(part.device) for found, size in zip(every, sizes, strict=True)]
+
+    def sent_by_kind(self) -> dict[Kind, Payload]:
+        """Totals so far."""
+        return {
+            kind: Payload(
+                kind,
+                sum(payload.elements for payload in self.sent if payload.kind is kind),
+                sum(payload.bytes for payload in self.sent if payload.kind is kind),
+            )
+            for kind in Kind
+        }
+
+    def _count(self, kind: Kind, tensor: Tensor) -> None:
+        self.sent.append(Payload(kind, tensor.numel(), tensor.numel() * tensor.element_size()))
+
+
+ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which flat elements of every parameter are whose.
+
+    Attributes:
+        ranks: who shares the work.
+        spans: by parameter name, every rank's run of the parameter laid flat.
+        sharded: whether a rank holds θ, Adam's state, Ȳ and steps of its own span alone (FSDP2), or of all (replicated).
+    """
+
+    ranks: Ranks = ALONE
+    spans: Mapping[str, tuple[slice, ...]] = field(default_factory=dict)
+    sharded: bool = False
+
+    @property
+    def replicated(self) -> bool:
+        """Whether there are several ranks, and each holds all parameters."""
+        return self.ranks.count > 1 and not self.sharded
+
+    def own(self, name: str) -> slice:
+        """This rank's span."""
+        return self.spans[name][self.ranks.rank]
+
+    def first(self, name: str) -> int:
+        """Where this rank's span begins in what it holds of θ and of Adam's state laid flat."""
+        return 0 if self.sharded or self.ranks.count == 1 else self.own(name).start
+
+    def total(self, value: float) -> float:
+        """Σ over all elements, from the sum over those that this rank holds."""
+        return float(self.ranks.sum_numbers(np.array([value]))[0]) if self.sharded else value
+
+
+WHOLE = Sharding()
+
+
+def even_spans(shapes: Mapping[str, torch.Size], count: int) -> dict[str, tuple[slice, ...]]:
+    """Spans of equal length, one element more or less."""
+    return {
+        name: tuple(slice(rank * n // count, (rank + 1) * n // count) for rank in range(count))
+        for name, n in ((name, math.prod(shape)) for name, shape in shapes.items())
+    }
+
+
+def row_spans(shapes: Mapping[str, torch.Size], count: int) -> dict[str, tuple[slice, ...]]:
+    """Spans of whole rows as FSDP2 cuts dimension 0: ⌈rows / N⌉ each, the last ones fewer or none."""
+    found = {}
+    for name, shape in shapes.items():
+        rows, columns = shape[0], math.prod(shape[1:])
+        each = -(-rows // count)
+        cuts = [min(rank * each, rows) * columns for rank in range(count + 1)]
+        found[name] = tuple(slice(start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True))
+    return found
+
+
+def deal(weights: Sequence[int], count: int) -> list[range]:
+    """Consecutive items for every rank, so that sums of ``weights`` are about level: an item goes where its middle falls.
+
+    A rank may get none: there are fewer items than ranks, or one weighs more than a rank's share.
+    """
+    total, start, reached = sum(weights), 0, 0
+    rank_of = []
+    for weight in weights:
+        rank_of.append(min(count - 1, int(count * (reached + weight / 2) / total)) if total else 0)
+        reached += weight
+    found = []
+    for rank in range(count):
+        stop = start + rank_of[start:].count(rank)
+        found.append(range(start, stop))
+        start = stop
+    return found
+
+
+def _buckets(vectors: Sequence[Tensor]) -> list[list[Tensor]]:
+    found: list[list[Tensor]] = []
+    held = 0
+    for vector in vectors:
+        size = vector.numel() * vector.element_size()
+        if not found or held + size > BUCKET:
+            found.append([])
+            held = 0
+        found[-1].append(vector)
+        held += size
+    return found
