@@ -1,13 +1,14 @@
 """What ranks tell each other: sums of numbers, sums of parameter-length vectors, and shards of unit vectors that change hands.
 
-(Σ_ranks X) · (Σ_ranks Y) holds products of different ranks' vectors, which no scalar a rank carries: parameter-length *sums* are
-reduced, or unit vectors change hands by shard, so that each rank holds all units' elements of its own span; all the rest is
-numbers, or the U × U matrix of unit dots. Nothing of the length of the parameters is gathered. One process is one rank: the same
-code, and nothing crosses. Every payload is counted. Sources: guide section 1E; design section 2.
+(Σ_ranks X) · (Σ_ranks Y) holds products of different ranks' vectors, which no scalar of one rank carries: parameter-length
+*sums* are reduced, or unit vectors change hands by shard, so that each rank holds all units' elements of its own span; all the
+rest is numbers, or the U × U matrix of unit dots. No gradient of the length of the parameters is gathered. One process is one
+rank: the same code, and nothing crosses. Every payload is counted. Sources: guide section 1E; design section 2.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class Ranks:
     rank: int = 0
     count: int = 1
     group: dist.ProcessGroup | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     sent: list[Payload] = field(default_factory=list, compare=False, repr=False)
 
     @staticmethod
@@ -210,7 +211,7 @@ def row_spans(shapes: Mapping[str, torch.Size], count: int) -> dict[str, tuple[s
         rows, columns = shape[0], math.prod(shape[1:])
         each = -(-rows // count)
         cuts = [min(rank * each, rows) * columns for rank in range(count + 1)]
-        found[name] = tuple(slice(start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True))
+        found[name] = tuple(slice(start, stop) for start, stop in itertools.pairwise(cuts))
     return found
 
 
