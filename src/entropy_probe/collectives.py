@@ -97,7 +97,7 @@ class Ranks:
             self._count(Kind.SUMS, sent)
             dist.all_reduce(sent, group=self.group)
             if len(bucket) > 1:
-                for vector, part in zip(bucket, sent.split([v.numel() for v in bucket]), strict=True):
+                for vector, part in zip(bucket, torch.split(sent, [v.numel() for v in bucket]), strict=True):
                     vector.copy_(part.view(vector.shape))
             elif sent is not together:
                 together.copy_(sent)
@@ -124,7 +124,7 @@ class Ranks:
             [part.numel() * width for part in parts],
             group=self.group,
         )
-        return list(received.to(device).split(list(sizes)))
+        return list(torch.split(received.to(device), list(sizes)))
 
     def gather_directions(self, part: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Every rank's span of directions that FSDP2's sharded ranks hold, flat: of one layer at a time, as its weights are.
