@@ -14,11 +14,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError
 from entropy_probe.wrappers import unwrap
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -139,13 +143,16 @@ class PreconditionerTest:
     preconditioned_dot: float
 
 
-def validate_preconditioner(state: AdamState, shapes: Mapping[str, torch.Size], *, seed: int = 0) -> PreconditionerTest:
+def validate_preconditioner(
+    state: AdamState, shapes: Mapping[str, torch.Size], *, seed: int = 0, sharding: Sharding = WHOLE
+) -> PreconditionerTest:
     """The guide's validator (section 3D): every trainable parameter has a usable v, and a dot product through P is finite.
 
     Args:
         state: the optimizer's state by name.
-        shapes: the shape of every trainable parameter, by name.
+        shapes: the whole shape of every trainable parameter, by name.
         seed: of the two test vectors; the global random state is not touched.
+        sharding: where a rank holds rows of the moments alone, the dots are summed over ranks.
 
     Raises:
         InputError: names the first parameter whose state is missing, mis-shaped, NaN, infinite or negative, or at t = 0.
@@ -154,12 +161,14 @@ def validate_preconditioner(state: AdamState, shapes: Mapping[str, torch.Size], 
     generator = torch.Generator().manual_seed(seed)
     plain = weighted = 0.0
     for name, shape in shapes.items():
-        problem = moments_problem(state.moments.get(name) if name in groups else None, shape)
+        span = sharding.own(name) if sharding.sharded else slice(0, math.prod(shape))
+        held = rows_of(shape, span) if sharding.sharded else shape
+        problem = moments_problem(state.moments.get(name) if name in groups else None, held)
         if problem is not None:
             raise InputError(f"parameter {name}: {problem}")
-        p = preconditioner(state.moments[name], groups[name]).cpu()
-        left = torch.randn(shape, generator=generator, dtype=torch.float64)
-        right = torch.randn(shape, generator=generator, dtype=torch.float64)
+        p = preconditioner(state.moments[name], groups[name]).cpu().flatten()
+        left = _normal_part(math.prod(shape), span, generator)
+        right = _normal_part(math.prod(shape), span, generator)
         plain += float((left * right).sum())
         dot = float((left * p * right).sum())
         if not math.isfinite(dot):
@@ -167,7 +176,36 @@ def validate_preconditioner(state: AdamState, shapes: Mapping[str, torch.Size], 
                 f"parameter {name}: a dot product through 1/(√v̂ + ε) is {dot}; v holds zeros and ε is {groups[name].eps}"
             )
         weighted += dot
+    if sharding.sharded:
+        plain, weighted = map(float, sharding.ranks.sum_numbers(np.array([plain, weighted])))
     return PreconditionerTest(plain, weighted)
+
+
+def rows_of(shape: torch.Size, span: slice) -> torch.Size:
+    """The shape of a span of whole rows."""
+    return torch.Size([(span.stop - span.start) // max(math.prod(shape[1:]), 1), *shape[1:]])
+
+
+DRAWN_AT_ONCE = 1 << 22
+"""Normal numbers of a test vector in memory beyond a rank's own; a multiple of 16, in which torch draws them."""
+
+
+def _normal_part(count: int, span: slice, generator: torch.Generator) -> Tensor:
+    """Elements ``span`` of ``torch.randn(count)`` in float64, without the rest in memory.
+
+    All are drawn, so that every rank's generator goes the same way. Fewer than 16 at the end would be drawn otherwise than
+    within a longer vector, so the last piece takes them in.
+    """
+    pieces = []
+    start = 0
+    while start < count:
+        length = count - start if count - start < 2 * DRAWN_AT_ONCE else DRAWN_AT_ONCE
+        drawn = torch.randn(length, generator=generator, dtype=torch.float64)
+        own = drawn[max(span.start - start, 0) : max(span.stop - start, 0)]
+        # A copy where it is a part: a view would keep the rest.
+        pieces.append(own if len(own) == length else own.clone())
+        start += length
+    return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
 
 
 def moments_problem(moments: AdamMoments | None, shape: torch.Size) -> str | None:
@@ -177,15 +215,13 @@ def moments_problem(moments: AdamMoments | None, shape: torch.Size) -> str | Non
             "no Adam state (exp_avg_sq): it never received a gradient, or the optimizer did not train it; "
             "freeze it, or train a step that reaches it"
         )
-    for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+    problem = misshapen(moments, shape)
+    if problem is not None:
+        return problem
+    for field in MOMENTS:
         moment: Tensor | None = getattr(moments, field)
         if moment is None:
             continue
-        if moment.shape != shape:
-            return (
-                f"{field} has shape {tuple(moment.shape)}, the parameter {tuple(shape)}; "
-                "is this the optimizer state of another model?"
-            )
         for what, bad in (("NaN", moment.isnan()), ("an infinite value", moment.isinf())):
             if bool(bad.any()):
                 return f"{field} holds {what}; the optimizer state is damaged"
@@ -193,6 +229,18 @@ def moments_problem(moments: AdamMoments | None, shape: torch.Size) -> str | Non
             return f"{field} holds a negative value, which a mean of squares cannot; the optimizer state is damaged"
     if moments.step < 1:
         return f"Adam's step is {moments.step}; the preconditioner needs at least one step"
+    return None
+
+
+def misshapen(moments: AdamMoments, shape: torch.Size) -> str | None:
+    """Which moment is not of the parameter's shape, in words, or None."""
+    for field in MOMENTS:
+        moment: Tensor | None = getattr(moments, field)
+        if moment is not None and moment.shape != shape:
+            return (
+                f"{field} has shape {tuple(moment.shape)}, the parameter {tuple(shape)}; "
+                "is this the optimizer state of another model?"
+            )
     return None
 
 

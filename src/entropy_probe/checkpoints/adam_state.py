@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.adam_preconditioner import AdamState, group_from_settings, moments_from_entry
+from entropy_probe.adam_preconditioner import (
+    AdamMoments,
+    AdamState,
+    group_from_settings,
+    misshapen,
+    moments_from_entry,
+)
 from entropy_probe.checkpoints.decay_rules import RULES
 from entropy_probe.errors import InputError, first_line
 
@@ -42,15 +48,34 @@ class OptimizerMapping:
     rivals: tuple[str, ...]
 
 
-def load_adam_state(path: Path, model: nn.Module) -> tuple[AdamState, OptimizerMapping]:
+Part = Callable[[str, Tensor], Tensor]
+"""Takes, of a named parameter's whole moment, the part that this rank holds, in memory of its own."""
+
+
+def load_adam_state(path: Path, model: nn.Module, part: Part | None = None) -> tuple[AdamState, OptimizerMapping]:
     """Read an optimizer state file and map it onto the model's trainable parameters.
 
     A parameter without an entry is left out of ``AdamState.moments``; ``validate_preconditioner`` names it.
 
+    Args:
+        path: the file.
+        model: whole or sharded; of sharded parameters the whole shape counts.
+        part: for a rank that holds a part of every parameter; the file is then mapped and not read.
+
     Raises:
         InputError: no file, not loadable without executing a pickle, another optimizer's state, or no rule fits.
     """
-    saved = _read(path)
+    return map_adam_state(_read(path, mapped=part is not None), model, path, part)
+
+
+def map_adam_state(
+    saved: Mapping[str, Any], model: nn.Module, path: Path, part: Part | None = None
+) -> tuple[AdamState, OptimizerMapping]:
+    """The same of an optimizer's state_dict that was read from ``path``.
+
+    Raises:
+        InputError: another optimizer's state, malformed, or no rule fits.
+    """
     state, saved_groups = saved["state"], saved["param_groups"]
     _refuse_malformed(state, saved_groups, path)
     _refuse_foreign(state, saved_groups, path)
@@ -60,6 +85,7 @@ def load_adam_state(path: Path, model: nn.Module) -> tuple[AdamState, OptimizerM
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     moments = {}
+    whole = {name: p.shape for name, p in model.named_parameters()}
     for group, names in zip(saved_groups, named, strict=True):
         for index, name in zip(group["params"], names, strict=True):
             entry = state.get(index, {})
@@ -70,17 +96,32 @@ def load_adam_state(path: Path, model: nn.Module) -> tuple[AdamState, OptimizerM
             if problem is not None:
                 raise InputError(f"{path}: parameter {name}: {problem}; the optimizer state is damaged")
             if entry:
-                moments[name] = moments_from_entry(entry)
+                found = moments_from_entry(entry)
+                moments[name] = found if part is None else _own(found, name, whole[name], part, path)
     return AdamState(groups, moments), mapping
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _own(moments: AdamMoments, name: str, shape: torch.Size, part: Part, path: Path) -> AdamMoments:
+    # Before it is cut: parts of two shapes may have one.
+    problem = misshapen(moments, shape)
+    if problem is not None:
+        raise InputError(f"{path}: parameter {name}: {problem}")
+    largest = moments.max_exp_avg_sq
+    return replace(
+        moments,
+        exp_avg=part(name, moments.exp_avg),
+        exp_avg_sq=part(name, moments.exp_avg_sq),
+        max_exp_avg_sq=None if largest is None else part(name, largest),
+    )
+
+
+def _read(path: Path, mapped: bool) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(
             f"{path} does not exist; the probe needs Adam's state (a Trainer leaves it out with save_only_model=True)"
         )
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         reason = first_line(error, 160)
         raise InputError(

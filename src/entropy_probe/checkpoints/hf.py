@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, validate_preconditioner
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
 from entropy_probe.checkpoints.trainer_state import read_trainer_state
+from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError, first_line
 from entropy_probe.files import read_json
 from entropy_probe.policy import input_limits
@@ -86,13 +87,29 @@ def load_checkpoint(
             f"{path} has no optimizer.pt; the probe needs Adam's state (a Trainer leaves it out with save_only_model=True)"
         )
     folder = load_model(path, base=base, dtype=dtype, device=device)
-    adam, mapping = load_adam_state(optimizer, folder.model)
+    return validated(folder, *load_adam_state(optimizer, folder.model), learning_rate=learning_rate, seed=seed)
+
+
+def validated(
+    folder: ModelFolder,
+    adam: AdamState,
+    mapping: OptimizerMapping,
+    *,
+    learning_rate: float | None,
+    seed: int,
+    sharding: Sharding = WHOLE,
+) -> Checkpoint:
+    """The checkpoint of a model and its Adam state, which fit each other; ``learning_rate`` replaces the stored one.
+
+    Raises:
+        InputError: a trainable parameter has no usable state, or the learning rate is out of range.
+    """
     stored = adam.learning_rates
     if learning_rate is not None:
         adam = adam.with_learning_rate(learning_rate)
     shapes = {name: p.shape for name, p in folder.model.named_parameters() if p.requires_grad}
-    test = validate_preconditioner(adam, shapes, seed=seed)
-    return Checkpoint(folder, adam, mapping, test, stored, read_trainer_state(path).global_step)
+    test = validate_preconditioner(adam, shapes, seed=seed, sharding=sharding)
+    return Checkpoint(folder, adam, mapping, test, stored, read_trainer_state(folder.path).global_step)
 
 
 def load_model(
@@ -108,43 +125,77 @@ def load_model(
     Raises:
         InputError: no such folder, no safetensors, damaged or incomplete weights, or an adapter without its base.
     """
+    base = base_of(path, base)
+    model = _load_full(path, dtype) if base is None else _load_adapter(path, _load_full(base, dtype), dtype, trainable)
+    for name, p in model.named_parameters():
+        refuse_damaged(path, name, p)
+    return folder_of(path, base, model.to(device))
+
+
+def base_of(path: Path, base: Path | None) -> Path | None:
+    """The base model's folder of an adapter, given or named in its configuration; None for full weights.
+
+    Raises:
+        InputError: no such folder, an adapter without its base, or a base without an adapter.
+    """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; expected a checkpoint folder such as checkpoint-100")
     if (path / "adapter_config.json").is_file():
-        base = _base_folder(path, base)
-        model = _load_adapter(path, _load_full(base, dtype), dtype, trainable)
-        kind = "lora"
-    elif base is not None:
+        return _base_folder(path, base)
+    if base is not None:
         raise InputError(f"{path} holds no adapter_config.json, so --base has nothing to be the base of; drop it")
-    else:
-        model = _load_full(path, dtype)
-        kind = "full"
-    for name, p in model.named_parameters():
-        if not bool(torch.isfinite(p).all()):
-            raise InputError(f"{path}: weight {name} holds NaN or an infinite value; the weights are damaged")
+    return None
+
+
+def folder_of(path: Path, base: Path | None, model: Any) -> ModelFolder:
+    """What the probe knows of a loaded model; ``base`` is an adapter's."""
     vocabulary, context_length = input_limits(model)
     return ModelFolder(
         path=path,
-        kind=kind,
+        kind="full" if base is None else "lora",
         base=base,
-        model=model.to(device),
+        model=model,
         architecture=str(model.config.get_text_config().model_type),
         vocabulary=vocabulary,
         context_length=context_length,
     )
 
 
-def _load_full(path: Path, dtype: torch.dtype) -> Any:
+def refuse_damaged(path: Path, name: str, weight: Tensor) -> None:
+    """Raises:
+    InputError: the weight holds NaN or an infinite value.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError(f"{path}: weight {name} holds NaN or an infinite value; the weights are damaged")
+
+
+def refuse_without_config(path: Path) -> None:
+    """Raises:
+    InputError: the folder has no config.json.
+    """
     if not (path / "config.json").is_file():
         raise InputError(f"{path} has no config.json; expected a Hugging Face checkpoint folder")
+
+
+def refuse_without_weights(path: Path) -> None:
+    """Raises:
+    InputError: the folder has no safetensors; pickles that it has instead are named.
+    """
     if not any(path.glob("*.safetensors")):
         pickles = sorted(file.name for file in path.glob("*.bin"))
         found = f"only {', '.join(pickles)}, which would have to be unpickled" if pickles else "no weights"
         raise InputError(f"{path} holds {found}; expected model.safetensors or its shards")
-    kernels = {}
-    if dtype is torch.float64 and int(transformers.__version__.split(".")[0]) >= 5:
-        # The fused expert kernels that version 5 chooses take no float64.
-        kernels["experts_implementation"] = "eager"
+
+
+def expert_kernels(dtype: torch.dtype) -> dict[str, str]:
+    """Keyword arguments for a model in ``dtype``: the fused expert kernels that transformers 5 chooses take no float64."""
+    old = int(transformers.__version__.split(".")[0]) < 5
+    return {} if old or dtype is not torch.float64 else {"experts_implementation": "eager"}
+
+
+def _load_full(path: Path, dtype: torch.dtype) -> Any:
+    refuse_without_config(path)
+    refuse_without_weights(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -157,7 +208,7 @@ def _load_full(path: Path, dtype: torch.dtype) -> Any:
             output_loading_info=True,
             # A tensor of another shape is then listed by name below instead of raised without it.
             ignore_mismatched_sizes=True,
-            **kernels,
+            **expert_kernels(dtype),
         )
     except Exception as error:  # configuration classes compute with what config.json says and raise anything
         raise InputError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error

@@ -1,0 +1,216 @@
+"""A checkpoint for FSDP2: every rank reads its own rows of weights and Adam state, and none ever holds the whole.
+
+The model is built with parameters on the meta device, cut by ``fully_shard`` (each decoder layer, then the rest), and the
+shards are filled from slices of the files. FSDP2 gives rank r of N the rows [r ⌈rows / N⌉, (r + 1) ⌈rows / N⌉) of every
+parameter, as :func:`entropy_probe.collectives.row_spans` counts them; Adam's moments are cut alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state, map_adam_state
+from entropy_probe.checkpoints.distributed_folders import (
+    MODEL_FOLDER,
+    OPTIMIZER_FOLDER,
+    DistributedWeights,
+    read_optimizer,
+)
+from entropy_probe.checkpoints.hf import (
+    Checkpoint,
+    base_of,
+    folder_of,
+    refuse_damaged,
+    refuse_without_config,
+    refuse_without_weights,
+    validated,
+)
+from entropy_probe.checkpoints.skeleton import (
+    ADVICE,
+    Origin,
+    Skeleton,
+    adapter_skeleton,
+    full_skeleton,
+    non_persistent_on_meta,
+    places,
+)
+from entropy_probe.checkpoints.weight_files import SafetensorsWeights, StoredWeights, own_rows
+from entropy_probe.collectives import Ranks, Sharding, row_spans
+from entropy_probe.errors import InputError, first_line
+
+
+def load_sharded_checkpoint(
+    path: Path,
+    ranks: Ranks,
+    *,
+    base: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    learning_rate: float | None = None,
+    seed: int = 0,
+) -> Checkpoint:
+    """Read this rank's shards of weights and Adam state; ``learning_rate`` replaces the stored one in every group.
+
+    Weights are safetensors, or accelerate's ``pytorch_model_fsdp_0/``; Adam's state is optimizer.pt, or ``optimizer_0/``.
+    The model's parameters are DTensors; every tensor of ``Checkpoint.adam`` is this rank's rows alone, possibly none. One
+    process will do as a group of one.
+
+    Raises:
+        InputError: anything missing, damaged or of another kind, in one line; also what only some ranks see.
+    """
+    group = ranks.group if ranks.group is not None else dist.group.WORLD
+    if group is None:
+        raise InputError("--sharding fsdp2 needs a process group; start with torchrun, or use --sharding replicated")
+    # The small file first: a missing optimizer should not cost the loading of a large model.
+    if path.is_dir() and not (path / "optimizer.pt").is_file() and not (path / OPTIMIZER_FOLDER).is_dir():
+        raise InputError(
+            f"{path} has neither optimizer.pt nor {OPTIMIZER_FOLDER}; the probe needs Adam's state "
+            "(a Trainer leaves it out with save_only_model=True)"
+        )
+    base = base_of(path, base)
+    skeleton = _skeleton(path, base, dtype)
+    shard_model(path, skeleton.model, DeviceMesh.from_group(group, torch.device(device).type))
+    try:
+        _materialise(path, skeleton, device)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
+    # Adam's state stays on the CPU, as in one process, wherever the model is.
+    adam, mapping = _adam_state(path, skeleton.model, DeviceMesh.from_group(group, "cpu"))
+    return validated(
+        folder_of(path, base, skeleton.model),
+        adam,
+        mapping,
+        learning_rate=learning_rate,
+        seed=seed,
+        sharding=sharding_of(skeleton.model, ranks),
+    )
+
+
+def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
+    """Whose rows of every trainable parameter are whose, as ``fully_shard`` cut them."""
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    return Sharding(ranks, row_spans(shapes, ranks.count), sharded=True)
+
+
+def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that transformers checkpoints or never splits, save those that share a weight with others."""
+    unsplit = {
+        name
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
+    shared = {id(place.parameter) for place in places(model) if len(place.holders) > 1}
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module in inside or not (isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in unsplit):
+            continue
+        inside.update(module.modules())
+        # FSDP2 gathers a tied weight with one group only, which must be the root's.
+        if not any(id(p) in shared for p in module.parameters()):
+            yield module
+
+
+def shard_model(path: Path, model: Any, mesh: DeviceMesh) -> None:
+    """Cut every decoder layer's parameters, then the rest's, by rows over ``mesh``, which has one dimension.
+
+    Raises:
+        InputError: a parameter without dimensions, or otherwise nothing for FSDP2.
+    """
+    for name, p in model.named_parameters():
+        if p.dim() == 0:
+            raise InputError(f"{path}: parameter {name} is a single number, which FSDP2 cannot cut; {ADVICE}")
+    try:
+        for layer in list(decoder_layers(model)):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{path}: FSDP2 cannot shard this model: {first_line(error)}; {ADVICE}") from error
+
+
+def _skeleton(path: Path, base: Path | None, dtype: torch.dtype) -> Skeleton:
+    own = path if base is None else base
+    refuse_without_config(own)
+    try:
+        skeleton = full_skeleton(own, _weights(own), dtype)
+        if base is not None:
+            skeleton = adapter_skeleton(path, skeleton, _adapter_weights(path), dtype)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
+    lost = non_persistent_on_meta(skeleton.model)
+    if lost:
+        raise InputError(f"{path}: buffer {lost[0]} has values only where weights have; {ADVICE}")
+    return skeleton
+
+
+def _weights(path: Path) -> StoredWeights:
+    if (path / MODEL_FOLDER).is_dir() and not any(path.glob("*.safetensors")):
+        return DistributedWeights.of_folder(path / MODEL_FOLDER)
+    refuse_without_weights(path)
+    return SafetensorsWeights.of_folder(path)
+
+
+def _adapter_weights(path: Path) -> StoredWeights:
+    weights = path / "adapter_model.safetensors"
+    if weights.is_file():
+        return SafetensorsWeights.of_files([weights])
+    if (path / MODEL_FOLDER).is_dir():
+        return DistributedWeights.of_folder(path / MODEL_FOLDER)
+    raise InputError(f"{path} has no adapter_model.safetensors; pickled adapters are not loaded")
+
+
+@torch.no_grad()
+def _materialise(path: Path, skeleton: Skeleton, device: torch.device | str) -> None:
+    """Memory for the shards, and what is stored in them."""
+    tensors: dict[str, Tensor] = dict(skeleton.model.named_buffers())
+    for place in places(skeleton.model):
+        shard = nn.Parameter(torch.empty_like(place.parameter, device=device), place.parameter.requires_grad)
+        place.put(shard)
+        tensors[place.name] = shard.detach()
+    _fill(path, {name: (tensors[name], origin) for name, origin in skeleton.origins.items()})
+    for name, p in skeleton.model.named_parameters():
+        refuse_damaged(path, name, p.to_local())
+
+
+def _fill(path: Path, targets: Mapping[str, tuple[Tensor, Origin]]) -> None:
+    for weights in {id(origin.weights): origin.weights for _, origin in targets.values()}.values():
+        mine = {name: target for name, target in targets.items() if target[1].weights is weights}
+        weights.fill({origin.keys[0]: tensor for tensor, origin in mine.values()})
+        for name, (tensor, origin) in mine.items():
+            for key in origin.keys[1:]:
+                again = torch.empty_like(tensor)
+                weights.fill({key: again})
+                if not torch.equal(_held(again), _held(tensor)):
+                    raise InputError(
+                        f"{path}: {name} is tied, but the file holds other values under {key} than under {origin.keys[0]}"
+                    )
+
+
+def _held(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _adam_state(path: Path, model: nn.Module, mesh: DeviceMesh) -> tuple[AdamState, OptimizerMapping]:
+    if not (path / "optimizer.pt").is_file():
+        folder = path / OPTIMIZER_FOLDER
+        return map_adam_state(read_optimizer(folder, mesh), model, folder, lambda name, moment: _held(moment))
+    rows = {name: own_rows(p) for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    return load_adam_state(
+        path / "optimizer.pt",
+        model,
+        # A copy: a view would keep the mapped file.
+        lambda name, moment: moment[rows[name]].clone(memory_format=torch.contiguous_format),
+    )
