@@ -196,16 +196,15 @@ def _normal_part(count: int, span: slice, generator: torch.Generator) -> Tensor:
     All are drawn, so that every rank's generator goes the same way. Fewer than 16 at the end would be drawn otherwise than
     within a longer vector, so the last piece takes them in.
     """
-    pieces = []
-    start = 0
+    own = torch.empty(span.stop - span.start, dtype=torch.float64)
+    start = filled = 0
     while start < count:
         length = count - start if count - start < 2 * DRAWN_AT_ONCE else DRAWN_AT_ONCE
         drawn = torch.randn(length, generator=generator, dtype=torch.float64)
-        own = drawn[max(span.start - start, 0) : max(span.stop - start, 0)]
-        # A copy where it is a part: a view would keep the rest.
-        pieces.append(own if len(own) == length else own.clone())
-        start += length
-    return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+        part = drawn[max(span.start - start, 0) : max(span.stop - start, 0)]
+        own[filled : filled + len(part)] = part
+        start, filled = start + length, filled + len(part)
+    return own
 
 
 def moments_problem(moments: AdamMoments | None, shape: torch.Size) -> str | None:

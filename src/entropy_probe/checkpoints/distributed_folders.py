@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -81,6 +81,13 @@ class SafeReader(FileSystemReader):
             or not isinstance(metadata.storage_data, dict)
         ):
             raise InputError(f"{file} holds no torch.distributed.checkpoint metadata; the file is damaged")
+        for key, stored in metadata.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata) and not (
+                isinstance(stored.size, torch.Size)
+                and isinstance(stored.properties, TensorProperties)
+                and isinstance(stored.properties.dtype, torch.dtype)
+            ):
+                raise InputError(f"{file} gives {key} no shape and type; the file is damaged")
         return metadata
 
 
@@ -177,11 +184,11 @@ class DistributedWeights:
         self.folder.read({self.keys[key]: target for key, target in targets.items()})
 
 
-def read_optimizer(path: Path, mesh: DeviceMesh) -> dict[str, Any]:
+def read_optimizer(path: Path, trainable: Collection[str], mesh: DeviceMesh) -> dict[str, Any]:
     """A folder's optimizer as ``optimizer.pt`` would hold it, with names as ``param_names`` and DTensors of ``mesh``.
 
     Raises:
-        InputError: not an optimizer's folder, or damaged.
+        InputError: not an optimizer's folder, damaged, or its parameters are not those of the model, ``trainable``.
     """
     folder = DistributedFolder.open(path)
     stored = folder.tensors()
@@ -197,6 +204,13 @@ def read_optimizer(path: Path, mesh: DeviceMesh) -> dict[str, Any]:
     if not groups or not all(isinstance(group.get("params"), list) for group in groups.values()):
         raise InputError(f"{path} holds no groups with their parameters' names; expected accelerate's optimizer folder")
     names = [str(name) for number in sorted(groups) for name in groups[number]["params"]]
+    # Names are known here: another order of the same shapes must not be guessed.
+    strangers = sorted(set(names) ^ set(trainable))
+    if strangers:
+        raise InputError(
+            f"{path} and the model do not train the same parameters: {', '.join(strangers[:3])}"
+            f"{f' and {len(strangers) - 3} more' if len(strangers) > 3 else ''}; is it the optimizer of another model?"
+        )
     index = {name: number for number, name in enumerate(names)}
     entries: dict[int, dict[str, Tensor]] = {}
     targets: dict[str, Tensor | None] = {}

@@ -206,7 +206,9 @@ def _held(tensor: Tensor) -> Tensor:
 def _adam_state(path: Path, model: nn.Module, mesh: DeviceMesh) -> tuple[AdamState, OptimizerMapping]:
     if not (path / "optimizer.pt").is_file():
         folder = path / OPTIMIZER_FOLDER
-        return map_adam_state(read_optimizer(folder, mesh), model, folder, lambda name, moment: _held(moment))
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        saved = read_optimizer(folder, trainable, mesh)
+        return map_adam_state(saved, model, folder, lambda name, moment: _held(moment))
     rows = {name: own_rows(p) for name, p in model.named_parameters() if isinstance(p, DTensor)}
     return load_adam_state(
         path / "optimizer.pt",
