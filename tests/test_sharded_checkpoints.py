@@ -1,0 +1,461 @@
+"""Checkpoints by rows on two ranks: what the ranks hold is, put together, what one process loads, bit for bit.
+
+The two ranks are started once and go through all cases; a test looks up what became of its case on each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from entropy_probe import adam_preconditioner
+from entropy_probe.checkpoints import Checkpoint, load_checkpoint, weight_files
+from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER, SafeReader
+from entropy_probe.checkpoints.sharded import decoder_layers, load_sharded_checkpoint, shard_model
+from entropy_probe.collectives import ALONE, Ranks
+from entropy_probe.errors import InputError
+from entropy_probe.policy import end_token_ids
+from spoiled import NORM, Malicious
+from support import (
+    hf_groups,
+    lora_model,
+    make_checkpoint,
+    save_checkpoint,
+    tiny_model,
+    trained_optimizer,
+)
+
+COUNT = 2
+LONGEST_SECONDS = 100
+FAMILIES = {"llama-tied": torch.float32, "llama-untied": torch.float64, "gpt2": torch.float32, "lora": torch.float64}
+
+
+def make_folders(root: Path) -> None:
+    make_checkpoint(root / "llama-tied", amsgrad=True)
+    untied = make_checkpoint(root / "llama-untied", "llama-untied")
+    # As shards with an index.
+    (untied / "model.safetensors").unlink()
+    tiny_model("llama-untied").save_pretrained(untied, max_shard_size="5KB")
+    assert (untied / weight_files.INDEX).is_file()
+    # As the hub has it: without the prefix of the model with a head, and with a mask that nobody reads any more.
+    gpt2 = make_checkpoint(root / "gpt2", "gpt2") / "model.safetensors"
+    stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(gpt2).items()}
+    save_file(stored | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, gpt2, metadata={"format": "pt"})
+    base = tiny_model()
+    base.save_pretrained(root / "base")
+    # One row in every lora_A: the second rank has none of it.
+    adapted = lora_model(base, rank=1)
+    save_checkpoint(adapted, trained_optimizer(adapted), root / "lora")
+
+
+def base_of(name: str, root: Path) -> Path | None:
+    return root / "base" if "lora" in name else None
+
+
+def write_distributed(name: str, root: Path) -> Path:
+    """The same checkpoint as accelerate writes it with FSDP2 and SHARDED_STATE_DICT, from its shards."""
+    folder, base = root / f"distributed-{name}", base_of(name, root)
+    loaded = load_sharded_checkpoint(root / name, Ranks.of_group(), base=base)
+    model: Any = loaded.model
+    optimizer = torch.optim.AdamW(hf_groups(model), lr=1e-3, amsgrad=name == "llama-tied")
+    for parameter_name, p in model.named_parameters():
+        if p.requires_grad:
+            m = loaded.adam.moments[parameter_name]
+            moments = {"exp_avg": m.exp_avg, "exp_avg_sq": m.exp_avg_sq, "max_exp_avg_sq": m.max_exp_avg_sq}
+            optimizer.state[p] = {"step": torch.tensor(float(m.step))} | {
+                key: DTensor.from_local(t, p.device_mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
+                for key, t in moments.items()
+                if t is not None
+            }
+    options = StateDictOptions(full_state_dict=False)
+    if base is None:
+        weights = get_model_state_dict(model, options=options)
+    else:
+        from peft import get_peft_model_state_dict
+
+        weights = get_peft_model_state_dict(model)
+    for what, state in (
+        (MODEL_FOLDER, {"model": weights}),
+        (OPTIMIZER_FOLDER, {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}),
+    ):
+        save(state, storage_writer=FileSystemWriter(folder / what))
+    for file in ("config.json", "generation_config.json", "adapter_config.json", "trainer_state.json"):
+        if dist.get_rank() == 0 and (root / name / file).is_file():
+            shutil.copy(root / name / file, folder)
+    dist.barrier()
+    return folder
+
+
+def shard_of(whole: Tensor, ranks: Ranks) -> Tensor:
+    """As torch cuts: a rank beyond the last chunk has no rows."""
+    chunks = whole.chunk(ranks.count)
+    return chunks[ranks.rank] if ranks.rank < len(chunks) else whole[:0]
+
+
+def assert_same(found: Checkpoint, expected: Checkpoint, ranks: Ranks) -> None:
+    parameters: dict[str, Any] = dict(found.model.named_parameters())
+    assert list(parameters) == [name for name, _ in expected.model.named_parameters()]
+    for name, whole in expected.model.named_parameters():
+        shard = parameters[name]
+        assert (shard.requires_grad, shard.dtype) == (whole.requires_grad, whole.dtype), name
+        assert torch.equal(shard.full_tensor(), whole), name
+        assert torch.equal(shard.to_local(), shard_of(whole, ranks)), name
+    buffers = dict(expected.model.named_buffers())
+    assert buffers.keys() == dict(found.model.named_buffers()).keys()
+    for name, buffer in found.model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, name
+        assert torch.equal(buffer, buffers[name]), name
+    assert found.adam.groups == expected.adam.groups
+    assert found.adam.moments.keys() == expected.adam.moments.keys()
+    for name, moments in expected.adam.moments.items():
+        assert found.adam.moments[name].step == moments.step
+        for field in adam_preconditioner.MOMENTS:
+            own, whole = getattr(found.adam.moments[name], field), getattr(moments, field)
+            assert (own is None) == (whole is None)
+            if own is None:
+                continue
+            assert type(own) is Tensor
+            assert torch.equal(own, shard_of(whole, ranks)), name
+            assert own.untyped_storage().nbytes() == own.numel() * own.element_size(), "a view of more than the shard"
+    for dot in ("plain_dot", "preconditioned_dot"):
+        assert getattr(found.preconditioner_test, dot) == pytest.approx(
+            getattr(expected.preconditioner_test, dot), rel=1e-9
+        )
+    for field in ("kind", "base", "architecture", "vocabulary", "context_length"):
+        assert getattr(found.folder, field) == getattr(expected.folder, field)
+    assert (found.stored_learning_rates, found.trainer_step) == (expected.stored_learning_rates, expected.trainer_step)
+    assert end_token_ids(found.model) == end_token_ids(expected.model)
+
+
+def loaded_alike(name: str, root: Path, ranks: Ranks) -> None:
+    """Names, weights, buffers, moments, groups, mapping and test dots; then the gradient of a forward through FSDP2."""
+    how: dict[str, Any] = {"base": base_of(name, root), "dtype": FAMILIES[name], "seed": 5}
+    found, expected = load_sharded_checkpoint(root / name, ranks, **how), load_checkpoint(root / name, **how)
+    assert_same(found, expected, ranks)
+    assert found.mapping == expected.mapping
+    assert len(list(decoder_layers(found.model))) == 2
+    ids = torch.arange(3, 13).view(1, 10)
+    gradients: list[dict[str, Tensor]] = []
+    for model in (found.model.eval(), expected.model.eval()):
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads: dict[str, Any] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients.append({n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()})
+    assert gradients[0].keys() == gradients[1].keys() == expected.adam.moments.keys()
+    for parameter, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][parameter], msg=parameter)
+
+
+def distributed_alike(name: str, root: Path, ranks: Ranks) -> None:
+    folder, base = write_distributed(name, root), base_of(name, root)
+    expected = load_checkpoint(root / name, base=base, learning_rate=2e-4)
+    assert_same(load_sharded_checkpoint(folder, ranks, base=base, learning_rate=2e-4), expected, ranks)
+
+
+def alone_alike(root: Path, ranks: Ranks) -> None:
+    """Every rank as a group of one, and the folders that two ranks wrote."""
+    groups = [dist.new_group([rank]) for rank in range(ranks.count)]
+    alone = Ranks.of_group(groups[ranks.rank])
+    expected = load_checkpoint(root / "llama-tied")
+    for folder in (root / "llama-tied", root / "distributed-llama-tied"):
+        assert_same(load_sharded_checkpoint(folder, alone), expected, alone)
+
+
+def no_more_than_a_shard_is_read(root: Path, ranks: Ranks) -> None:
+    """Counts the elements of every slice, and refuses tensors that are read whole."""
+    read: dict[str, int] = {}
+
+    class Slice:
+        def __init__(self, key: str, inner: Any) -> None:
+            self.key, self.inner = key, inner
+
+        def get_shape(self) -> list[int]:
+            return list(self.inner.get_shape())
+
+        def __getitem__(self, rows: slice) -> Tensor:
+            found: Tensor = self.inner[rows]
+            read[self.key] = read.get(self.key, 0) + found.numel()
+            return found
+
+    class File:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def keys(self) -> list[str]:
+            return list(self.inner.keys())
+
+        def get_slice(self, key: str) -> Slice:
+            return Slice(key, self.inner.get_slice(key))
+
+    @contextmanager
+    def watched(*arguments: Any, **options: Any) -> Iterator[File]:
+        with safe_open(*arguments, **options) as file:
+            yield File(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_files, "safe_open", watched)
+        model = load_sharded_checkpoint(root / "llama-untied", ranks).model
+    shards: dict[str, Any] = dict(model.named_parameters())
+    assert read == {name: p.to_local().numel() for name, p in shards.items() if p.to_local().numel()}
+    assert 2 * sum(read.values()) <= sum(p.numel() for p in shards.values()) + 23 * 16
+
+
+def damage_on_one_rank(root: Path, ranks: Ranks) -> None:
+    """NaN in the last rows: the rank that holds them raises, the other does not see it."""
+    folder = copied(root, "llama-tied", "nan", ranks)
+    if ranks.rank == 0:
+        edit(folder, lambda tensors: tensors[NORM][-1:].fill_(float("nan")))
+    dist.barrier()
+    if ranks.rank == 0:
+        load_sharded_checkpoint(folder, ranks)
+    else:
+        with pytest.raises(InputError, match=f"{NORM} holds NaN"):
+            load_sharded_checkpoint(folder, ranks)
+        # The other rank waits for this one's part of the test dots.
+        ranks.sum_numbers(torch.zeros(2).numpy())
+
+
+def copied(root: Path, name: str, new: str, ranks: Ranks) -> Path:
+    if ranks.rank == 0:
+        shutil.copytree(root / name, root / new)
+    dist.barrier()
+    return root / new
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(*files: Path) -> None:
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-40])
+
+
+def pickled_only(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def another_shape(folder: Path) -> None:
+    """15 rows in 16's place, of which the first rank has 8 all the same."""
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    saved["state"][1]["exp_avg"] = saved["state"][1]["exp_avg"][:-1].clone()
+    torch.save(saved, folder / "optimizer.pt")
+
+
+def write_optimizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """The optimizer folder anew, as one process writes it, changed."""
+    saved = torch.load(folder.parent / "llama-tied" / "optimizer.pt", weights_only=True)
+    model = tiny_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in hf_groups(model) for p in group["params"]]
+    groups = [group | {"params": [order[index] for index in group["params"]]} for group in saved["param_groups"]]
+    state = {"state": {order[index]: entry for index, entry in saved["state"].items()}, "param_groups": groups}
+    change(state)
+    shutil.rmtree(folder / OPTIMIZER_FOLDER)
+    save({"optimizer": state}, storage_writer=FileSystemWriter(folder / OPTIMIZER_FOLDER), no_dist=True)
+
+
+def malicious_settings(folder: Path) -> None:
+    """A pickle in the place of a learning rate, as torch writes any object."""
+    planted = Malicious(folder.parent / "planted-lr")
+    write_optimizer(folder, lambda state: state["param_groups"][0].update(lr=planted))
+
+
+def other_names(folder: Path) -> None:
+    """The same shapes in the same order under a name that the model does not have: nothing to guess from."""
+    other = NORM.replace("input", "other")
+
+    def rename(state: dict[str, Any]) -> None:
+        state["state"][other] = state["state"].pop(NORM)
+        for group in state["param_groups"]:
+            group["params"] = [other if name == NORM else name for name in group["params"]]
+
+    write_optimizer(folder, rename)
+
+
+REFUSALS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "truncated": ("llama-tied", lambda f: truncate(f / "model.safetensors"), "cannot be read"),
+    "missing": ("llama-tied", lambda f: edit(f, lambda tensors: tensors.pop(NORM)), f"missing keys: {NORM}"),
+    "unexpected": (
+        "llama-tied",
+        lambda f: edit(f, lambda tensors: tensors.update(intruder=torch.zeros(2))),
+        "unexpected keys: intruder",
+    ),
+    "mis-shaped": (
+        "llama-tied",
+        lambda f: edit(f, lambda tensors: tensors.update({NORM: torch.ones(15)})),
+        f"mismatched keys: {NORM}",
+    ),
+    "tied-to-other-values": (
+        "llama-tied",
+        lambda f: edit(f, lambda tensors: tensors.update({"lm_head.weight": torch.ones(23, 16)})),
+        "lm_head.weight",
+    ),
+    "pickled": ("llama-tied", pickled_only, "pytorch_model.bin"),
+    "renamed-by-transformers": ("mixtral", lambda f: None, "experts"),
+    "moment-mis-shaped": ("llama-tied", another_shape, r"exp_avg has shape (15, 16), the parameter (16, 16)"),
+    "adapter-missing-a-weight": (
+        "lora",
+        lambda f: save_file(
+            {
+                k: t
+                for k, t in load_file(f / "adapter_model.safetensors").items()
+                if "1.self_attn.q_proj.lora_B" not in k
+            },
+            f / "adapter_model.safetensors",
+        ),
+        "q_proj.lora_B.weight is missing",
+    ),
+    "malicious-metadata": (
+        "distributed-llama-tied",
+        lambda f: (f / MODEL_FOLDER / ".metadata").write_bytes(pickle.dumps(Malicious(f.parent / "planted"))),
+        "posix.mkdir",
+    ),
+    "malicious-settings": ("distributed-llama-tied", malicious_settings, OPTIMIZER_FOLDER),
+    "truncated-distributed": (
+        "distributed-llama-tied",
+        lambda f: truncate(*(f / MODEL_FOLDER).glob("*.distcp")),
+        MODEL_FOLDER,
+    ),
+    "no-metadata": ("distributed-llama-tied", lambda f: (f / OPTIMIZER_FOLDER / ".metadata").unlink(), ".metadata"),
+    "optimizer-of-other-names": ("distributed-llama-tied", other_names, "do not train the same parameters"),
+}
+
+
+def refused(name: str, root: Path, ranks: Ranks) -> None:
+    source, spoil, culprit = REFUSALS[name]
+    folder = copied(root, source, name, ranks)
+    try:
+        if ranks.rank == 0:
+            spoil(folder)
+    finally:
+        dist.barrier()
+    with pytest.raises(InputError) as refusal:
+        load_sharded_checkpoint(folder, ranks, base=base_of(source, root))
+    message = str(refusal.value)
+    assert culprit in message, message
+    assert "\n" not in message
+    assert str(folder) in message
+    if name == "renamed-by-transformers":
+        assert "--sharding replicated" in message
+    assert not list(root.glob("planted*")), "a pickle was executed"
+
+
+def single_number(root: Path, ranks: Ranks) -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.empty(4, device="meta"))
+    model.scale = nn.Parameter(torch.empty((), device="meta"))
+    assert ranks.group is not None
+    with pytest.raises(InputError, match="scale is a single number"):
+        shard_model(root, model, DeviceMesh.from_group(ranks.group, "cpu"))
+
+
+CASES: Mapping[str, Callable[[Path, Ranks], None]] = {
+    **{f"loaded-{name}": partial(loaded_alike, name) for name in FAMILIES},
+    **{f"distributed-{name}": partial(distributed_alike, name) for name in ("llama-tied", "lora")},
+    "alone": alone_alike,
+    "reads": no_more_than_a_shard_is_read,
+    "nan": damage_on_one_rank,
+    "single-number": single_number,
+    **{f"refused-{name}": partial(refused, name) for name in REFUSALS},
+}
+
+
+def rank_main(rank: int, port: int, root: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=COUNT, timeout=timedelta(seconds=20))
+    outcomes = {}
+    for name, case in CASES.items():
+        try:
+            case(root, Ranks.of_group())
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+        # What one rank has written another reads; and a case begins for both at once.
+        dist.barrier()
+    (root / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """By rank, the tracebacks of the cases that failed."""
+    root = tmp_path_factory.mktemp("ranks")
+    make_folders(root)
+    make_checkpoint(root / "mixtral", "mixtral")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = get_context("fork")
+    processes = [context.Process(target=rank_main, args=(rank, port, root)) for rank in range(COUNT)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + LONGEST_SECONDS
+    try:
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0))
+        assert [process.exitcode for process in processes] == [0] * COUNT, (
+            "the ranks ended early, or wait for each other"
+        )
+    finally:
+        for process in processes:
+            process.kill()
+    return [json.loads((root / f"outcomes-{rank}.json").read_text()) for rank in range(COUNT)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks(case: str, outcomes: list[dict[str, str]]) -> None:
+    for rank, failures in enumerate(outcomes):
+        assert case not in failures, f"rank {rank}:\n{failures[case]}"
+
+
+def test_without_a_process_group_sharding_is_refused(sound: Path) -> None:
+    with pytest.raises(InputError, match="torchrun"):
+        load_sharded_checkpoint(sound / "checkpoint-3", ALONE)
+
+
+def test_a_part_of_a_test_vector_is_that_part_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adam_preconditioner, "DRAWN_AT_ONCE", 32)
+    for count in (0, 5, 32, 63, 64, 70, 100, 129):
+        whole = torch.randn(count, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        for span in (slice(0, count), slice(count // 3, count // 2), slice(count // 2, count), slice(count, count)):
+            generator = torch.Generator().manual_seed(3)
+            assert torch.equal(adam_preconditioner._normal_part(count, span, generator), whole[span])
+
+
+def test_metadata_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    for content in (b"", b"garbage", pickle.dumps({"state_dict_metadata": {}}), pickle.dumps(torch.Size([1]))):
+        (tmp_path / ".metadata").write_bytes(content)
+        with pytest.raises(InputError, match=r"\.metadata"):
+            SafeReader(tmp_path).read_metadata()
