@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from entropy_probe import adam_preconditioner
@@ -59,7 +60,9 @@ FAMILIES = {"llama-tied": torch.float32, "llama-untied": torch.float64, "gpt2": 
 
 
 def make_folders(root: Path) -> None:
-    make_checkpoint(root / "llama-tied", amsgrad=True)
+    tied = make_checkpoint(root / "llama-tied", amsgrad=True)
+    generation = json.loads((tied / "generation_config.json").read_text())
+    (tied / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, 5]}))
     untied = make_checkpoint(root / "llama-untied", "llama-untied")
     # As shards with an index.
     (untied / "model.safetensors").unlink()
@@ -161,7 +164,7 @@ def loaded_alike(name: str, root: Path, ranks: Ranks) -> None:
     found, expected = load_sharded_checkpoint(root / name, ranks, **how), load_checkpoint(root / name, **how)
     assert_same(found, expected, ranks)
     assert found.mapping == expected.mapping
-    assert len(list(decoder_layers(found.model))) == 2
+    assert [isinstance(layer, FSDPModule) for layer in decoder_layers(found.model)] == [True, True]
     ids = torch.arange(3, 13).view(1, 10)
     gradients: list[dict[str, Tensor]] = []
     for model in (found.model.eval(), expected.model.eval()):
@@ -438,6 +441,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 def test_two_ranks(case: str, outcomes: list[dict[str, str]]) -> None:
     for rank, failures in enumerate(outcomes):
         assert case not in failures, f"rank {rank}:\n{failures[case]}"
+
+
+def test_a_layer_that_shares_a_weight_with_others_is_the_roots() -> None:
+    model = tiny_model()
+    first, second = model.model.layers
+    assert list(decoder_layers(model)) == [first, second]
+    second.mlp.up_proj.weight = model.lm_head.weight
+    assert list(decoder_layers(model)) == [first]
 
 
 def test_without_a_process_group_sharding_is_refused(sound: Path) -> None:

@@ -137,11 +137,9 @@ class DistributedFolder:
             InputError: a key, a file or part of one is missing or damaged.
         """
         planner = _SafePlanner()
-        # A rank without rows of a tensor has nothing to ask for.
-        wanted = {key: t for key, t in targets.items() if not isinstance(t, DTensor) or t.to_local().numel()}
         try:
             self.reader.set_up_storage_reader(self.metadata, True)
-            planner.set_up_planner(wanted, self.metadata, True)
+            planner.set_up_planner(dict(targets), self.metadata, True)
             (plan,) = planner.create_global_plan([self.reader.prepare_local_plan(planner.create_local_plan())])
             self.reader.read_data(planner.finish_plan(plan), planner).wait()
         except Exception as error:  # torch's planner and reader assert, look up and unpack

@@ -162,24 +162,30 @@ def folder_of(path: Path, base: Path | None, model: Any) -> ModelFolder:
 
 
 def refuse_damaged(path: Path, name: str, weight: Tensor) -> None:
-    """Raises:
-    InputError: the weight holds NaN or an infinite value.
+    """Refuse a weight that holds NaN or an infinite value.
+
+    Raises:
+        InputError: it does.
     """
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"{path}: weight {name} holds NaN or an infinite value; the weights are damaged")
 
 
 def refuse_without_config(path: Path) -> None:
-    """Raises:
-    InputError: the folder has no config.json.
+    """Refuse a folder that describes no model.
+
+    Raises:
+        InputError: it has no config.json.
     """
     if not (path / "config.json").is_file():
         raise InputError(f"{path} has no config.json; expected a Hugging Face checkpoint folder")
 
 
 def refuse_without_weights(path: Path) -> None:
-    """Raises:
-    InputError: the folder has no safetensors; pickles that it has instead are named.
+    """Refuse a folder whose weights, if any, are pickles.
+
+    Raises:
+        InputError: it has no safetensors; the pickles are named.
     """
     if not any(path.glob("*.safetensors")):
         pickles = sorted(file.name for file in path.glob("*.bin"))
