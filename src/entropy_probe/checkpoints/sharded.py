@@ -70,10 +70,13 @@ def load_sharded_checkpoint(
 
     Raises:
         InputError: anything missing, damaged or of another kind, in one line; also what only some ranks see.
+        ValueError: the process group is not that of ``ranks``.
     """
     group = ranks.group if ranks.group is not None else dist.group.WORLD
     if group is None:
         raise InputError("--sharding fsdp2 needs a process group; start with torchrun, or use --sharding replicated")
+    if dist.get_world_size(group) != ranks.count:
+        raise ValueError(f"{ranks.count} ranks over a process group of {dist.get_world_size(group)}")
     # The small file first: a missing optimizer should not cost the loading of a large model.
     if path.is_dir() and not (path / "optimizer.pt").is_file() and not (path / OPTIMIZER_FOLDER).is_dir():
         raise InputError(
