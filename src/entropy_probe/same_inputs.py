@@ -19,6 +19,8 @@ from entropy_probe.settings import Settings
 
 CHUNK = 1 << 22
 """Elements whose bits stand as int64 at a time."""
+SCATTER = 0x9E3779B97F4A7C15 - 2**64
+"""2⁶⁴ over the golden ratio, as a signed integer."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -77,19 +79,20 @@ def digest_of_adam(adam: AdamState) -> bytes:
     return _sha256(repr(adam.groups).encode(), *lines())
 
 
-def checksum(tensor: Tensor) -> tuple[int, int]:
-    """Σ bᵢ and Σ (i + 1) bᵢ modulo 2⁶⁴, bᵢ the bits of element i as an integer.
+def checksum(tensor: Tensor) -> int:
+    """Σ wᵢ bᵢ modulo 2⁶⁴: bᵢ the bits of element i as an integer, wᵢ odd and scattered, so that the order counts.
 
-    Sums of integers: no order of summation, of another number of threads or another device, changes them.
+    A sum of integers: no order of summation, of another number of threads or another device, changes it.
     """
     flat = tensor.detach().contiguous().flatten().view(BITS[tensor.element_size()])
-    plain = weighted = 0
+    total = 0
     for start in range(0, flat.numel(), CHUNK):
         bits = flat[start : start + CHUNK].to(torch.int64)
-        places = torch.arange(start + 1, start + 1 + bits.numel(), device=bits.device)
-        plain += int(bits.sum())
-        weighted += int((bits * places).sum())
-    return plain % 2**64, weighted % 2**64
+        # Integers wrap around. Multiples of i alone are linear in it, and a mirrored tensor may look the same.
+        weights = torch.arange(start + 1, start + 1 + bits.numel(), device=bits.device).mul_(SCATTER)
+        weights.bitwise_xor_(weights >> 32).mul_(SCATTER).bitwise_or_(1)
+        total += int((bits * weights).sum())
+    return total % 2**64
 
 
 def _line(name: str, tensor: Tensor) -> bytes:
