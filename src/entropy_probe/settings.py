@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 
@@ -11,6 +12,13 @@ from entropy_probe.importance_sampling import Weighting
 from entropy_probe.linearity import SweepRange
 from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
 from entropy_probe.units import Mode
+
+
+class ShardingChoice(StrEnum):
+    """What each of several ranks holds of the parameters and of Adam's state: all, or FSDP2's shard."""
+
+    REPLICATED = "replicated"
+    FSDP2 = "fsdp2"
 
 
 @dataclass(frozen=True)

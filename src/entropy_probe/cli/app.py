@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,11 @@ from transformers.utils import logging as transformers_logging
 from entropy_probe.checkpoints import load_model
 from entropy_probe.cli.bar import TerminalProgress
 from entropy_probe.cli.inspection import print_inspection
+from entropy_probe.cli.launch import Job
+from entropy_probe.cli.launch import run as run_on_ranks
 from entropy_probe.cli.options import Autocast, Device, DType, ExactDType
+from entropy_probe.cli.watch import INTERRUPTED
+from entropy_probe.collectives import Ranks
 from entropy_probe.demo import demo_files
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
@@ -23,6 +28,7 @@ from entropy_probe.importance_sampling import Weighting
 from entropy_probe.linearity import SweepRange
 from entropy_probe.policy import Policy
 from entropy_probe.probe import ProbeResult, probe_checkpoint
+from entropy_probe.progress import Progress, Silent
 from entropy_probe.replay import ReplaySettings
 from entropy_probe.replay import replay as replay_step
 from entropy_probe.report.files import check_report_folder, write_json, write_report_folder
@@ -38,7 +44,7 @@ from entropy_probe.sampling import (
     sample_rollouts,
 )
 from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
-from entropy_probe.settings import Settings
+from entropy_probe.settings import Settings, ShardingChoice
 from entropy_probe.units import Mode
 
 app = typer.Typer(
@@ -51,7 +57,7 @@ app = typer.Typer(
 
 # Newer versions of typer carry their own copy of click; this reaches the class of either one.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
-INTERRUPTED = 130
+ON_SEVERAL_RANKS = {"run"}
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Trainer or TRL checkpoint.")
@@ -63,6 +69,21 @@ JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=
 OutOption = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Write report.json, kernel.npy and plots there.")
 ]
+
+
+@app.callback()
+def check_ranks(context: typer.Context) -> None:
+    """Refuse, before a command begins, one that several ranks would each do whole.
+
+    Raises:
+        InputError: torchrun started more than one rank.
+    """
+    job: Job = context.obj
+    if job.count > 1 and context.invoked_subcommand not in ON_SEVERAL_RANKS:
+        raise InputError(
+            f"{context.invoked_subcommand} runs in one process, and torchrun started {job.count}; leave torchrun out, "
+            "or use run"
+        )
 
 
 @app.command()
@@ -89,6 +110,7 @@ def demo(json_file: JsonOption = None, out: OutOption = None, dtype: DTypeOption
 
 @app.command()
 def run(
+    context: typer.Context,
     checkpoint: CheckpointArgument,
     rollouts: Annotated[Path, typer.Option(metavar="FILE", help="Rollouts, .jsonl or .parquet, one row a response.")],
     mode: Annotated[Mode, typer.Option(help="exact: a prompt is a unit; block: a run of prompts; auto: by memory.")] = (
@@ -187,12 +209,18 @@ def run(
     ] = False,
     base: BaseOption = None,
     device: DeviceOption = Device.AUTO,
+    sharding: Annotated[
+        ShardingChoice, typer.Option(help="What torchrun's ranks hold: all parameters each, or FSDP2's shards.")
+    ] = ShardingChoice.REPLICATED,
     seed: Annotated[int, typer.Option(help="Of the preconditioner's test vectors, and of --resample.")] = 0,
     json_file: JsonOption = None,
     out: OutOption = None,
 ) -> None:
-    """Predict the entropy change of the next step from a checkpoint and rollouts, and realise it."""
-    _check_outputs(json_file, out)
+    """Predict the entropy change of the next step from a checkpoint and rollouts, and realise it.
+
+    On N ranks: torchrun --nproc-per-node N -m entropy_probe run ...
+    """
+    job: Job = context.obj
     settings = Settings(
         mode=mode,
         blocks=blocks,
@@ -221,17 +249,25 @@ def run(
         what_if_no_negatives=what_if_no_negatives,
         what_if_fall=what_if_fall,
     )
-    result = probe_checkpoint(
-        checkpoint,
-        rollouts,
-        settings,
-        evaluation_rollouts=evaluation_rollouts,
-        base=base,
-        temperature=temperature,
-        device=device.torch_device,
-        progress=TerminalProgress(),
-    )
-    _show(result, _console(), json_file, out)
+    own_device = job.device(device.torch_device)
+    with job.ranks(own_device) as ranks:
+        first = ranks.rank == 0
+        if first:
+            _check_outputs(json_file, out)
+        progress: Progress = TerminalProgress() if first else Silent()
+        result = probe_checkpoint(
+            checkpoint,
+            rollouts,
+            settings,
+            evaluation_rollouts=evaluation_rollouts,
+            base=base,
+            temperature=temperature,
+            device=own_device,
+            progress=progress,
+            **_across(ranks, sharding),
+        )
+        if first:
+            _show(result, _console(), json_file, out)
 
 
 @app.command()
@@ -377,6 +413,11 @@ def _show(result: ProbeResult, console: Console, json_file: Path | None, out: Pa
         console.print(f"report, kernel and plots written to {out}")
 
 
+def _across(ranks: Ranks, sharding: ShardingChoice) -> dict[str, Any]:
+    alone = ranks.count == 1 and sharding is ShardingChoice.REPLICATED
+    return {} if alone else {"ranks": ranks, "sharding": sharding}
+
+
 def main() -> NoReturn:
     """Run the command line: 0, or 2 with one line on stderr for bad input, 130 when interrupted."""
     transformers_logging.set_verbosity_error()
@@ -384,20 +425,17 @@ def main() -> NoReturn:
     if not sys.warnoptions:
         # Other libraries' warnings are not for the user of a command; `python -W` brings them back.
         warnings.filterwarnings("ignore", module=r"(?!entropy_probe)")
+    run_on_ranks(_command, os.environ)
+
+
+def _command(job: Job) -> int:
     try:
-        code = typer.main.get_command(app).main(args=sys.argv[1:] or ["--help"], standalone_mode=False)
-    except InputError as error:
-        _fail(str(error))
+        code = typer.main.get_command(app).main(args=sys.argv[1:] or ["--help"], standalone_mode=False, obj=job)
     except USAGE_ERROR as error:
         where = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
-        _fail(f"{error.format_message()}{where}")
-    except (typer.Abort, KeyboardInterrupt):
-        code = INTERRUPTED
-    if code == INTERRUPTED:
-        sys.stderr.write("interrupted; nothing half-written\n")
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str) -> NoReturn:
-    sys.stderr.write(f"entropy-probe: {' '.join(message.split())}\n")
-    sys.exit(2)
+        raise InputError(f"{error.format_message()}{where}") from error
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    if code == INTERRUPTED:  # so does typer tell of an interrupt
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
