@@ -9,15 +9,18 @@ runs in float32 or better.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from entropy_probe.collectives import WHOLE, Ranks, Sharding, deal
 from entropy_probe.errors import InputError, first_line
 from entropy_probe.float64_mode import Float64Mode
 from entropy_probe.language_head import (
@@ -136,7 +139,8 @@ class Policy:
 
     ``microbatch_size`` responses go through one forward; it changes memory and rounding, nothing else. ``autocast`` is the
     type of mixed-precision arithmetic over float32 weights, or None. ``head`` says where logits are computed
-    (:func:`choose_head`).
+    (:func:`choose_head`). ``sharding`` says who shares the work, and whether weights are sharded: a forward is then every
+    rank's, and all must run as many.
     """
 
     model: nn.Module
@@ -144,6 +148,7 @@ class Policy:
     microbatch_size: int = 32
     autocast: torch.dtype | None = None
     head: HeadMode = HeadMode.WHOLE
+    sharding: Sharding = WHOLE
 
     @property
     def device(self) -> torch.device:
@@ -239,10 +244,31 @@ class Policy:
     def measure(
         self, responses: Sequence[Rollout], progress: Progress | None = None, *, entropies: bool = True
     ) -> Measured:
-        """S of every response and, on request, H of every response token, without gradients, from the same forwards."""
+        """S of every response and, on request, H of every response token, without gradients, from the same forwards.
+
+        Ranks share the responses out by their tokens, and each gets the values of all: every rank must call it.
+        """
+        progress = progress if progress is not None else Silent()
+        ranks = self.sharding.ranks
+        shares = deal([response.length for response in responses], ranks.count)
+        own = responses[shares[ranks.rank].start : shares[ranks.rank].stop]
+        idle = 0
+        if self.sharding.sharded:
+            forwards = [len(list(self.microbatches(len(share)))) for share in shares]
+            idle = max(forwards) - forwards[ranks.rank]
+        here = self.measure_here(own, progress, entropies=entropies)
+        with torch.no_grad(), self.arithmetic():
+            for _ in range(idle):
+                self.forward_scores([idle_row(responses)])
+        return combine(here, responses, shares[ranks.rank], ranks)
+
+    def measure_here(
+        self, responses: Sequence[Rollout], progress: Progress | None = None, *, entropies: bool = True
+    ) -> Measured:
+        """:meth:`measure` on this rank alone."""
         progress = progress if progress is not None else Silent()
         parts = list(self.microbatches(len(responses)))
-        scores, found = [], []
+        scores, found = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
         with torch.no_grad(), self.arithmetic():
             for part in progress.track(parts, "log-probs", len(parts)):
                 batch = pad_right(responses[part], self.device)
@@ -251,6 +277,25 @@ class Policy:
                 if values.entropies is not None:
                     found.append(values.entropies.double().cpu())
         return Measured(torch.cat(scores), torch.cat(found) if entropies else None)
+
+
+def idle_row(responses: Sequence[Rollout]) -> Rollout:
+    """Two tokens for a rank that has no rows left while others, whose forwards need it, have."""
+    first = responses[0]
+    return replace(first, prompt_ids=first.prompt_ids[:1], response_ids=first.response_ids[:1])
+
+
+def combine(here: Measured, responses: Sequence[Rollout], rows: range, ranks: Ranks) -> Measured:
+    """What every rank has measured of its ``rows``, put together: all ``responses``' values."""
+    if ranks.count == 1:
+        return here
+    first = [0, *itertools.accumulate(len(response.response_ids) for response in responses)]
+    values = np.zeros(len(responses) + (0 if here.entropies is None else first[-1]))
+    values[rows.start : rows.stop] = here.scores.numpy()
+    if here.entropies is not None:
+        values[len(responses) :][first[rows.start] : first[rows.stop]] = here.entropies.numpy()
+    found = torch.from_numpy(ranks.sum_numbers(values))
+    return Measured(found[: len(responses)], None if here.entropies is None else found[len(responses) :])
 
 
 HEAD_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamState, Preconditioners, validate_preconditioner
 from entropy_probe.adam_step import StepsOfOthers, clip_factor, gradient_norm, gradient_weights
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
-from entropy_probe.checkpoints import load_checkpoint
+from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of
+from entropy_probe.collectives import ALONE, Ranks, Sharding
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
     Plan,
@@ -52,7 +54,7 @@ from entropy_probe.scores import (
     EntropyTarget,
     Estimator,
 )
-from entropy_probe.settings import Settings, dtype_name
+from entropy_probe.settings import Settings, ShardingChoice, dtype_name
 from entropy_probe.step_parts import Estimate, StepPrediction, predict_parts
 from entropy_probe.sweep import SweepCurve, sweep
 from entropy_probe.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
@@ -90,9 +92,13 @@ def probe_checkpoint(
     base: Path | None = None,
     temperature: float | None = None,
     device: str | torch.device = "cpu",
+    ranks: Ranks = ALONE,
+    sharding: ShardingChoice = ShardingChoice.REPLICATED,
     progress: Progress | None = None,
 ) -> ProbeResult:
     """Load a checkpoint folder and a rollouts file, and probe.
+
+    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments.
 
     Raises:
         InputError: anything that is wrong with either, in one line.
@@ -101,7 +107,10 @@ def probe_checkpoint(
     with clock.stage("load"):
         batch = read_batch(rollouts, temperature)
         evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
-        loaded = load_checkpoint(
+        load = (
+            load_checkpoint if sharding is ShardingChoice.REPLICATED else partial(load_sharded_checkpoint, ranks=ranks)
+        )
+        loaded = load(
             checkpoint,
             base=base,
             dtype=settings.dtype,
@@ -115,6 +124,7 @@ def probe_checkpoint(
     subject = _Subject(
         loaded.model,
         loaded.adam,
+        sharding_of(loaded.model, ranks),
         batch,
         evaluation,
         describe_checkpoint(loaded),
@@ -133,6 +143,7 @@ def probe(
     *,
     evaluation: RolloutBatch | None = None,
     preparation: Preparation | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> ProbeResult:
     """Probe a live model; it is left as it was, gradients, flags and random state included.
@@ -145,6 +156,8 @@ def probe(
         evaluation: other rollouts of the same policy, from which X is taken against this batch's update; one response a prompt
             will do for Rao-Blackwell (``group_rollouts(rows, least_responses=1)``).
         preparation: of an earlier probe of this very model (``result.preparation``); None finds it anew.
+        ranks: who share the work (``Ranks.of_group()``), every one of whom must call with the same batch; by default this
+            process does all of it, so that one rank of a job may probe by itself.
         progress: told of long work.
 
     Raises:
@@ -163,7 +176,9 @@ def probe(
         if rows is not None:
             check_fits(rows, *input_limits(model))
     settings = replace(settings, dtype=next(model.parameters()).dtype)
-    subject = _Subject(model, adam, batch, evaluation, describe_model(model, adam, test), (), None, None)
+    subject = _Subject(
+        model, adam, sharding_of(model, ranks), batch, evaluation, describe_model(model, adam, test), (), None, None
+    )
     return _probe(subject, settings, Clock(), progress or Silent(), preparation)
 
 
@@ -173,6 +188,7 @@ class _Subject:
 
     model: nn.Module
     adam: AdamState
+    sharding: Sharding
     batch: RolloutBatch
     evaluation: RolloutBatch | None
     facts: CheckpointSection
@@ -196,7 +212,7 @@ def _probe_as_marked(
         check_evaluation(evaluation, batch, settings)
     if settings.split is not None:
         check_split(len(batch.groups), settings.split)
-    policy = Policy(model, batch.temperature, autocast=settings.autocast)
+    policy = Policy(model, batch.temperature, autocast=settings.autocast, sharding=subject.sharding)
     trainable = policy.trainable()
     if not trainable:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
 from entropy_probe.checkpoints.hf import Checkpoint, ModelFolder, load_checkpoint, load_model
+from entropy_probe.checkpoints.sharded import load_sharded_checkpoint, sharding_of
 from entropy_probe.checkpoints.trainer_state import TrainerState, read_trainer_state
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "load_adam_state",
     "load_checkpoint",
     "load_model",
+    "load_sharded_checkpoint",
     "read_trainer_state",
+    "sharding_of",
 ]

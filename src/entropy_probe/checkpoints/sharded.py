@@ -48,7 +48,7 @@ from entropy_probe.checkpoints.skeleton import (
     places,
 )
 from entropy_probe.checkpoints.weight_files import SafetensorsWeights, StoredWeights, own_rows
-from entropy_probe.collectives import Ranks, Sharding, row_spans
+from entropy_probe.collectives import Ranks, Sharding, even_spans, row_spans
 from entropy_probe.errors import InputError, first_line
 
 
@@ -103,9 +103,12 @@ def load_sharded_checkpoint(
 
 
 def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
-    """Whose rows of every trainable parameter are whose, as ``fully_shard`` cut them."""
-    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    return Sharding(ranks, row_spans(shapes, ranks.count), sharded=True)
+    """Whose elements of every trainable parameter are whose: FSDP2's rows, or even parts of what every rank holds whole."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if any(isinstance(p, DTensor) for p in parameters.values()):
+        return Sharding(ranks, row_spans(shapes, ranks.count), sharded=True)
+    return Sharding(ranks, even_spans(shapes, ranks.count))
 
 
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:

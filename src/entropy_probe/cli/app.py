@@ -20,7 +20,6 @@ from entropy_probe.cli.launch import Job
 from entropy_probe.cli.launch import run as run_on_ranks
 from entropy_probe.cli.options import Autocast, Device, DType, ExactDType
 from entropy_probe.cli.watch import INTERRUPTED
-from entropy_probe.collectives import Ranks
 from entropy_probe.demo import demo_files
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
@@ -264,7 +263,8 @@ def run(
             temperature=temperature,
             device=own_device,
             progress=progress,
-            **_across(ranks, sharding),
+            ranks=ranks,
+            sharding=sharding,
         )
         if first:
             _show(result, _console(), json_file, out)
@@ -411,11 +411,6 @@ def _show(result: ProbeResult, console: Console, json_file: Path | None, out: Pa
     if out is not None:
         write_report_folder(result.report, result.kernel, out)
         console.print(f"report, kernel and plots written to {out}")
-
-
-def _across(ranks: Ranks, sharding: ShardingChoice) -> dict[str, Any]:
-    alone = ranks.count == 1 and sharding is ShardingChoice.REPLICATED
-    return {} if alone else {"ranks": ranks, "sharding": sharding}
 
 
 def main() -> NoReturn:
