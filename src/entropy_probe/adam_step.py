@@ -140,6 +140,7 @@ class StepsOfOthers:
         ascent: Ȳ by name.
         clip_factor: of the gradient.
         sizes: s_u, prompts of every unit.
+        count: of the numbers that :meth:`along` gives a unit.
     """
 
     parameters: Mapping[str, Tensor]
@@ -147,6 +148,7 @@ class StepsOfOthers:
     ascent: Mapping[str, Tensor]
     clip_factor: float
     sizes: Sequence[int]
+    count: int = 6
 
     def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
         """What elements ``part`` of one parameter laid flat add to XS_u · part: float64 [units, 6].

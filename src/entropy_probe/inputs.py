@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import platform
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import VECTOR_SHARE
 from entropy_probe.importance_sampling import Weighting
@@ -122,8 +126,13 @@ def resolve_length_weights(batch: RolloutBatch, settings: Settings) -> Tensor:
     )
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free where the vectors will live."""
+def free_memory(device: torch.device, ranks: Ranks = ALONE) -> float:
+    """Bytes free where the vectors will live: the least of all ranks, a machine's memory parted among its ranks."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)
+        free = float(torch.cuda.mem_get_info(device)[0])
+        neighbours = 1
+    else:
+        free = float(psutil.virtual_memory().available)
+        machine = zlib.crc32(platform.node().encode())
+        neighbours = int((ranks.gather_numbers(np.array([machine])) == machine).sum())
+    return float(ranks.gather_numbers(np.array([free / neighbours])).min())

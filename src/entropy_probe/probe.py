@@ -50,6 +50,13 @@ from entropy_probe.realized_rows import Realizer
 from entropy_probe.report import CheckpointSection, ConfigSection, Evidence, Report
 from entropy_probe.resampling import plan_resampling, resample
 from entropy_probe.rollouts import RolloutBatch, read_batch
+from entropy_probe.same_inputs import (
+    check_same_inputs,
+    digest_of_adam,
+    digest_of_batch,
+    digest_of_settings,
+    digest_of_tensors,
+)
 from entropy_probe.scores import (
     EntropyTarget,
     Estimator,
@@ -197,6 +204,21 @@ class _Subject:
     evaluation_rollouts: str | None
 
 
+def _digests(subject: _Subject, settings: Settings) -> dict[str, bytes]:
+    """What all ranks must have been given alike. Of shards every rank has others."""
+    if subject.sharding.ranks.count == 1:
+        return {}
+    found = {
+        "rollouts": digest_of_batch(subject.batch),
+        "evaluation rollouts": digest_of_batch(subject.evaluation),
+        "settings": digest_of_settings(settings),
+    }
+    if subject.sharding.replicated:
+        weights = {name: p.detach() for name, p in subject.model.named_parameters()}
+        found |= {"weights": digest_of_tensors(weights), "optimizer state": digest_of_adam(subject.adam)}
+    return found
+
+
 def _probe(
     subject: _Subject, settings: Settings, clock: Clock, progress: Progress, preparation: Preparation | None
 ) -> ProbeResult:
@@ -208,6 +230,8 @@ def _probe_as_marked(
     subject: _Subject, settings: Settings, clock: Clock, progress: Progress, preparation: Preparation | None
 ) -> ProbeResult:
     model, adam, batch, evaluation = subject.model, subject.adam, subject.batch, subject.evaluation
+    ranks = subject.sharding.ranks
+    check_same_inputs(ranks, _digests(subject, settings))
     if evaluation is not None:
         check_evaluation(evaluation, batch, settings)
     if settings.split is not None:
@@ -225,7 +249,7 @@ def _probe_as_marked(
     advantages, rule = resolve_advantages(batch, settings.advantage)
     y_coefficients = advantages * resolve_length_weights(batch, settings)
 
-    memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device)
+    memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
     vector_dtype = settings.vector_dtype or torch.promote_types(policy.dtype, torch.float32)
     plan = make_plan(
         settings.mode,
@@ -233,7 +257,7 @@ def _probe_as_marked(
         prompts=len(batch.groups),
         parameters=sum(parameter.numel() for parameter in trainable.values()),
         bytes_per_value=vector_dtype.itemsize,
-        memory_bytes=memory,
+        memory_bytes=memory * ranks.count,
     )
     with clock.stage("prepare"):
         # Planned for both batches: the evaluation's rows may be the longer ones.
@@ -270,7 +294,7 @@ def _probe_as_marked(
     statistics = cross_statistics(gradients.total)
     two_batches = None
     if evaluation is not None:
-        check_cross_memory(len(evaluation.groups) + len(batch.groups), trainable, vector_dtype, memory)
+        check_cross_memory(len(evaluation.groups) + len(batch.groups), trainable, vector_dtype, memory * ranks.count)
         with clock.stage("evaluation"):
             two_batches = against_evaluation(
                 policy,

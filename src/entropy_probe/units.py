@@ -39,6 +39,10 @@ class Units:
             unit for unit, prompts in enumerate(self.ranges) for prompt in prompts for _ in range(group_sizes[prompt])
         ]
 
+    def prompts(self, units: range) -> range:
+        """The prompts of consecutive units."""
+        return range(self.ranges[units.start].start, self.ranges[units.stop - 1].stop) if units else range(0)
+
 
 def exact_units(prompts: int) -> Units:
     """One unit a prompt."""

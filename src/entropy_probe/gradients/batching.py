@@ -25,7 +25,12 @@ class Microbatch:
 
 
 def microbatches(
-    group_sizes: Sequence[int], unit_of_row: Sequence[int], size: int, *, within_units: bool
+    group_sizes: Sequence[int],
+    unit_of_row: Sequence[int],
+    size: int,
+    prompts: range | None = None,
+    *,
+    within_units: bool,
 ) -> list[Microbatch]:
     """Consecutive rows, at most ``size`` at a time; a prompt with more responses than that is split.
 
@@ -33,11 +38,13 @@ def microbatches(
         group_sizes: G_n.
         unit_of_row: the unit of each response.
         size: responses at a time.
+        prompts: those whose rows are asked for; None for all.
         within_units: whether no microbatch may hold two units' rows.
     """
     found: list[Microbatch] = []
-    start = stop = 0
-    for group in group_sizes:
+    prompts = range(len(group_sizes)) if prompts is None else prompts
+    start = stop = sum(group_sizes[: prompts.start])
+    for group in group_sizes[prompts.start : prompts.stop]:
         crosses = within_units and stop > start and unit_of_row[stop] != unit_of_row[start]
         if stop > start and (stop - start + group > size or crosses):
             found.append(Microbatch(range(start, stop), whole=True))

@@ -12,9 +12,11 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.collectives import deal
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.batching import Microbatch, microbatches, strips
 from entropy_probe.gradients.capture import Capture, Sink, leaked
@@ -28,6 +30,7 @@ from entropy_probe.gradients.coefficients import (
     UpdateSide,
 )
 from entropy_probe.gradients.contractions import Contractions
+from entropy_probe.gradients.exchange import Shards, exchanged, reached_anywhere
 from entropy_probe.gradients.interface import Coverage, Look, Looked, Storage, UnitGradients
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import Treatment, fall_back_around, parameter_owners, treated
@@ -37,6 +40,7 @@ from entropy_probe.gradients.products import (
     cross_kernel,
     looked_along,
     looked_kernel,
+    own_sums,
     stored_dots,
     third_directions,
 )
@@ -49,6 +53,7 @@ from entropy_probe.policy import (
     Policy,
     TokenValues,
     check_finite,
+    combine,
     pad_right,
     sum_over_tokens,
 )
@@ -77,6 +82,8 @@ def unit_gradients(
 ) -> UnitGradients:
     """XS_u and YS_u for every unit, and their dots under P.
 
+    Of several ranks each does its share of the units, and all get all the dots.
+
     Args:
         policy: the model at θ; trainable parameters are those that require grad.
         batch: the rollouts, flat order as in ``batch.responses``.
@@ -98,10 +105,14 @@ def unit_gradients(
             rules are another model's.
     """
     progress = progress if progress is not None else Silent()
+    sharding = policy.sharding
     parameters = policy.trainable()
     rules = _proved(policy, batch, rules)
     shapes = {name: p.shape for name, p in parameters.items()}
     dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
+    positions = _tokens(batch)
+    costs = [sum(positions[n] for n in prompts) for prompts in units.ranges]
+    units_of_rank = deal(costs, sharding.ranks.count)
     run = _Run(
         policy,
         batch,
@@ -109,33 +120,47 @@ def unit_gradients(
         EntropyAndUpdate(batch, entropy, advantage_coefficients),
         dict(rules.treatments),
         rules.unproven,
+        [units.prompts(share) for share in units_of_rank],
     )
-    parts = run.parts()
+    every, own = range(len(units.ranges)), units_of_rank[sharding.ranks.rank]
     directions: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] | None = None
-    vectors = None
+    shards: Shards | None = None
     if storage is Storage.STORED:
-        vectors = UnitVectors(shapes, len(units.ranges), dtype, policy.device)
-        vectors.open(range(len(units.ranges)))
+        vectors = UnitVectors(shapes, len(own), dtype, policy.device)
+        vectors.open(own)
+        parts = run.parts()
         for part in progress.track(parts, "unit gradients", len(parts)):
             run.backward(part, vectors)
-        vectors.settle(range(len(units.ranges)))
-        dots, reached = stored_dots(vectors, units.sizes, preconditioners, learning_rates), vectors.reached
-        if thirds:
-            directions = third_directions(vectors, units.sizes, preconditioners, learning_rates)
+        vectors.settle(own)
+        vectors.reached = reached = reached_anywhere(vectors.reached, list(shapes), sharding.ranks)
+        y_sums = None
+        if sharding.replicated:
+            y_sums = own_sums(vectors, own, sharding)
+            if thirds:
+                directions = third_directions(vectors, own, units.sizes, preconditioners, learning_rates, sharding)
+        shards = exchanged(vectors, units_of_rank, sharding)
+        dots = stored_dots(shards, units.sizes, preconditioners, learning_rates, sharding.ranks)
+        if y_sums is None:
+            y_sums = dots.y_sums
+            if thirds:
+                directions = third_directions(shards, every, units.sizes, preconditioners, learning_rates, sharding)
     else:
-        dots, reached = _streamed(run, parts, units, shapes, dtype, preconditioners, learning_rates, progress)
+        dots, reached = _streamed(run, units, shapes, dtype, preconditioners, learning_rates, progress)
+        y_sums = dots.y_sums
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     prompts = len(batch.groups)
-    ascent = {name: dots.y_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in dots.y_sums}
+    ascent = {name: y_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in y_sums}
     looked = None
     if look is not None:
-        if vectors is not None:
-            every, asked = range(len(units.ranges)), look(ascent)
-            along = looked_along(vectors, every, ascent, asked).cpu().numpy()
-            looked = Looked(along, looked_kernel(vectors, every, ascent, asked).cpu().numpy())
+        if shards is not None:
+            asked = look(ascent)
+            along, kernel = looked_along(shards, every, ascent, asked), looked_kernel(shards, every, ascent, asked)
+            numbers = sharding.ranks.sum_numbers(torch.cat([along, kernel.to(along)], dim=1).cpu().numpy())
+            looked = Looked(numbers[:, : asked.count], numbers[:, asked.count :])
         else:
-            looked = Looked(_third_pass(run, parts, shapes, dtype, ascent, look(ascent), progress), None)
+            looked = Looked(_third_pass(run, len(every), shapes, dtype, ascent, look(ascent), progress), None)
+    run.share()
     return UnitGradients(
         dots=dots.dots,
         ascent=ascent,
@@ -151,7 +176,7 @@ def unit_gradients(
 
 def _third_pass(
     run: _Run,
-    parts: Sequence[Microbatch],
+    units: int,
     shapes: Mapping[str, torch.Size],
     dtype: torch.dtype,
     names: Collection[str],
@@ -159,22 +184,21 @@ def _third_pass(
     progress: Progress,
 ) -> FloatArray:
     """:func:`looked_along` from the vectors of a few units at a time."""
+    parts = run.parts()
     vectors = UnitVectors(shapes, run.most_open_units(parts), dtype, run.policy.device)
-    found: list[Tensor] = []
+    along = np.zeros((units, look.count))
     for part in progress.track(parts, "unit gradients, third pass", len(parts)):
         vectors.open(run.units_of(part))
         run.backward(part, vectors)
         if closed := run.closed_by(part):
             vectors.settle(closed)
-            found.append(looked_along(vectors, closed, names, look))
+            along[closed] = looked_along(vectors, closed, names, look).cpu().numpy()
             vectors.close(closed)
-    along: FloatArray = torch.cat(found).cpu().numpy()
-    return along
+    return run.ranks.sum_numbers(along)
 
 
 def _streamed(
     run: _Run,
-    parts: Sequence[Microbatch],
     units: Units,
     shapes: Mapping[str, torch.Size],
     dtype: torch.dtype,
@@ -183,8 +207,9 @@ def _streamed(
     progress: Progress,
 ) -> tuple[Dots, set[str]]:
     """Two passes: sums and diagonal from the vectors of a few units at a time, then every unit's dots with the sums."""
+    parts = run.parts()
     vectors = UnitVectors(shapes, run.most_open_units(parts), dtype, run.policy.device)
-    sums = StreamedSums(preconditioners, learning_rates, vectors.arithmetic)
+    sums = StreamedSums(preconditioners, learning_rates, vectors.arithmetic, len(units.ranges), run.policy.sharding)
     for part in progress.track(parts, "unit gradients, first pass", len(parts)):
         vectors.open(run.units_of(part))
         run.backward(part, vectors)
@@ -192,7 +217,8 @@ def _streamed(
             vectors.settle(closed)
             sums.add(vectors, closed)
             vectors.close(closed)
-    reached = vectors.reached
+    reached = reached_anywhere(vectors.reached, list(shapes), run.ranks)
+    sums.reduce(vectors)
     del vectors
     contractions = Contractions(sums.directions(), len(units.ranges), dtype, run.policy.device)
     for part in progress.track(parts, "unit gradients, second pass", len(parts)):
@@ -233,21 +259,29 @@ def cross_gradients(
     counts = (len(evaluation.groups), len(update.groups))
     dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
     shapes = {name: p.shape for name, p in parameters.items()}
-    vectors = UnitVectors(shapes, sum(counts), dtype, policy.device, channels=1)
-    vectors.open(range(sum(counts)))
-    treatments = dict(rules.treatments)
-    sides: list[tuple[RolloutBatch, Coefficients, int]] = [
-        (evaluation, EntropySide(evaluation, target), 0),
-        (update, UpdateSide(update, advantage_coefficients), counts[0]),
+    sharding = policy.sharding
+    shares = [deal(_tokens(part), sharding.ranks.count) for part in (evaluation, update)]
+    units_of_rank = [
+        [*of_evaluation, *(counts[0] + n for n in of_update)] for of_evaluation, of_update in zip(*shares, strict=True)
     ]
-    for batch, coefficients, first in sides:
+    own = units_of_rank[sharding.ranks.rank]
+    vectors = UnitVectors(shapes, len(own), dtype, policy.device, channels=1)
+    vectors.open(own)
+    treatments = dict(rules.treatments)
+    sides: list[tuple[RolloutBatch, Coefficients, int, list[range]]] = [
+        (evaluation, EntropySide(evaluation, target), 0, shares[0]),
+        (update, UpdateSide(update, advantage_coefficients), counts[0], shares[1]),
+    ]
+    for batch, coefficients, first, share in sides:
         units = [first + n for n, size in enumerate(batch.group_sizes) for _ in range(size)]
-        run = _Run(policy, batch, units, coefficients, treatments, rules.unproven)
+        run = _Run(policy, batch, units, coefficients, treatments, rules.unproven, share)
         parts = run.parts()
         for part in progress.track(parts, "gradients of two batches", len(parts)):
             run.backward(part, vectors)
-    vectors.settle(range(sum(counts)))
-    return cross_kernel(vectors, range(counts[0]), range(counts[0], sum(counts)), preconditioners, learning_rates)
+    vectors.settle(own)
+    shards = exchanged(vectors, units_of_rank, sharding)
+    rows, columns = range(counts[0]), range(counts[0], sum(counts))
+    return cross_kernel(shards, rows, columns, preconditioners, learning_rates, sharding.ranks)
 
 
 def response_dots(
@@ -337,14 +371,27 @@ def _contracted(
         name: torch.stack([v[name].flatten() if name in v else p.detach().flatten() * 0 for v in directions])
         for name, p in policy.trainable().items()
     }
-    run = _Run(policy, batch, rows, Combinations(batch, combinations, channels), dict(rules.treatments), rules.unproven)
+    run = _Run(
+        policy,
+        batch,
+        rows,
+        Combinations(batch, combinations, channels),
+        dict(rules.treatments),
+        rules.unproven,
+        deal(_tokens(batch), policy.sharding.ranks.count),
+    )
     contractions = Contractions(
         together, len(rows), policy.dtype, policy.device, -(-max(c.stop for c in channels) // len(directions))
     )
     parts = run.parts()
     for part in progress.track(parts, "dots with directions", len(parts)):
         run.backward(part, contractions)
-    return contractions.total.cpu()
+    return torch.from_numpy(run.ranks.sum_numbers(contractions.total.cpu().numpy()))
+
+
+def _tokens(batch: RolloutBatch) -> list[int]:
+    """Positions of every prompt's sequences: what its forwards cost."""
+    return [sum(response.length for response in group.responses) for group in batch.groups]
 
 
 def _proved(policy: Policy, batch: RolloutBatch, rules: Rules | None) -> Rules:
@@ -357,7 +404,10 @@ def _proved(policy: Policy, batch: RolloutBatch, rules: Rules | None) -> Rules:
 
 @dataclass
 class _Run:
-    """The rows, units and coefficients of one call, and what its forwards have found so far."""
+    """The rows, units and coefficients of one call, and what its forwards have found so far.
+
+    ``shares`` are the consecutive prompts whose rows are each rank's; rows and units keep their numbers in the whole batch.
+    """
 
     policy: Policy
     batch: RolloutBatch
@@ -365,6 +415,7 @@ class _Run:
     coefficients: Coefficients
     treatments: dict[str, Treatment]
     unproven: frozenset[str]
+    shares: Sequence[range]
     found: Found = field(init=False)
 
     def __post_init__(self) -> None:
@@ -377,12 +428,43 @@ class _Run:
         self.lengths = [response.length for response in self.responses]
         self.parameters = self.policy.trainable()
         self.owners = parameter_owners(self.policy.model, self.parameters)
+        self.ranks = self.policy.sharding.ranks
+        self.first_row = [0, *itertools.accumulate(self.batch.group_sizes)]
 
     def parts(self) -> list[Microbatch]:
-        """The microbatches of one pass."""
+        """The microbatches of one pass over this rank's rows."""
+        if self._rows_of_others():
+            # All ranks together, not each all of them.
+            self._score_ahead(range(len(self.responses)), self.policy.measure)
         return microbatches(
-            self.batch.group_sizes, self.unit_of_row, self.policy.microbatch_size, within_units=bool(self.fallback)
+            self.batch.group_sizes,
+            self.unit_of_row,
+            self.policy.microbatch_size,
+            self.shares[self.ranks.rank],
+            within_units=bool(self.fallback),
         )
+
+    def _rows_of_others(self) -> bool:
+        """Whether coefficients of some rank's rows need scores, not known so far, of rows that are another's."""
+        if self.ranks.count == 1 or not bool(self.found.scores.isnan().any()):
+            return False
+        rows = [range(self.first_row[share.start], self.first_row[share.stop]) for share in self.shares]
+        return any(row not in own for own in rows if own for row in self.coefficients.needed_rows(own))
+
+    def share(self) -> None:
+        """Every rank gets what the others' forwards have found, and how they treated parameters in the end."""
+        if self.ranks.count == 1:
+            return
+        fallback = self.ranks.sum_numbers(np.array([float(name in self.fallback) for name in self.parameters]))
+        self.treatments.update(
+            {name: Treatment.FALLBACK for name, ranks in zip(self.parameters, fallback, strict=True) if ranks}
+        )
+        share = self.shares[self.ranks.rank]
+        rows = range(self.first_row[share.start], self.first_row[share.stop])
+        tokens, entropies = slice(self.first_token[rows.start], self.first_token[rows.stop]), self.found.token_entropies
+        own = Measured(self.found.scores[rows.start : rows.stop], None if entropies is None else entropies[tokens])
+        every = combine(own, self.responses, rows, self.ranks)
+        self.found = Found(every.scores, every.entropies)
 
     @property
     def fallback(self) -> dict[str, nn.Parameter]:
@@ -391,7 +473,7 @@ class _Run:
 
     def most_open_units(self, parts: Sequence[Microbatch]) -> int:
         """Units whose vectors stand in memory together when streamed."""
-        return max(self.unit_of_row[part.rows[-1]] - self.unit_of_row[part.rows[0]] + 1 for part in parts)
+        return max((len(self.units_of(part)) for part in parts), default=0)
 
     def units_of(self, part: Microbatch) -> list[int]:
         """The units that rows of ``part`` belong to."""
@@ -414,7 +496,8 @@ class _Run:
         """Add every sequence's gradient of these rows to its unit."""
         missing = [row for row in self.coefficients.needed_rows(part.rows) if row not in part.rows]
         if any(bool(self.found.scores[row].isnan()) for row in missing):
-            self._score_ahead([row for row in (*part.rows, *missing) if bool(self.found.scores[row].isnan())])
+            unknown = [row for row in (*part.rows, *missing) if bool(self.found.scores[row].isnan())]
+            self._score_ahead(unknown, self.policy.measure_here)
         if (len(self.units_of(part)) > 1 and self.fallback) or not self._captured_backward(part, sink):
             # A parameter that the short rows did not show to be outside of the rules: from here on unit by unit.
             for _, rows in itertools.groupby(part.rows, key=self.unit_of_row.__getitem__):
@@ -460,14 +543,11 @@ class _Run:
         fall_back_around(self.owners, self.treatments, self.unproven)
         return single_unit and self._captured_backward(part, sink)
 
-    def _score_ahead(self, rows: Sequence[int]) -> None:
+    def _score_ahead(self, rows: Sequence[int], measure: Callable[..., Measured]) -> None:
         """Scores (and entropies) of rows whose coefficients depend on more than a microbatch holds."""
         responses = [self.responses[row] for row in rows]
-        if self.found.token_entropies is None:
-            self._note(rows, self.policy.scores(responses), None)
-        else:
-            measured = self.policy.measure(responses)
-            self._note(rows, measured.scores, measured.entropies)
+        measured = measure(responses, entropies=self.coefficients.needs_entropies)
+        self._note(rows, measured.scores, measured.entropies)
         check_finite(self.found.scores[list(rows)], responses)
 
     def _record_scores(self, part: Microbatch, forwards: Sequence[_Forward]) -> None:

@@ -38,6 +38,10 @@ class Coverage:
 class Look(Protocol):
     """What else to take dots with, once Ȳ is known, some elements of one parameter at a time."""
 
+    @property
+    def count(self) -> int:
+        """K, how many directions."""
+
     def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
         """XS_u · V_uk over these elements, where V may depend on YS_u: [units, K] from x and y [units, elements]."""
 

@@ -1,19 +1,25 @@
-"""Dots under P between units' vectors, in float64 and in chunks that stay in cache."""
+"""Dots under P between units' vectors, in float64 and in chunks that stay in cache.
+
+Of several ranks each has the elements of its own spans, or the sums of its own units; what it finds there is then summed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import Preconditioners
+from entropy_probe.collectives import ALONE, WHOLE, Ranks, Sharding
 from entropy_probe.gradients.contractions import Contractions
+from entropy_probe.gradients.exchange import Shards
 from entropy_probe.gradients.interface import Look
 from entropy_probe.gradients.unit_vectors import UnitVectors, uninitialised
 from entropy_probe.noise import THIRDS
-from entropy_probe.u_statistics import UnitDots
+from entropy_probe.u_statistics import FloatArray, UnitDots
 
 CHUNK = 1 << 19
 """Float64 elements, over all units, that a product is taken over at a time: 4 MiB."""
@@ -21,19 +27,20 @@ CHUNK = 1 << 19
 
 @dataclass(frozen=True)
 class Dots:
-    """Unit dots by learning rate, and Σ_u Y_u by parameter."""
+    """Unit dots by learning rate, and Σ_u Y_u by parameter, of the elements that are here."""
 
     dots: dict[float, UnitDots]
     y_sums: dict[str, Tensor]
 
 
 def stored_dots(
-    vectors: UnitVectors,
+    vectors: Shards,
     sizes: Sequence[int],
     preconditioners: Mapping[str, Tensor],
     learning_rates: Mapping[str, float],
+    ranks: Ranks = ALONE,
 ) -> Dots:
-    """K_uw = X_u · P · Y_w from all units' vectors; ΣX · P · ΣY is taken from the sums, apart from K."""
+    """K_uw = X_u · P · Y_w from all units' vectors; ΣX · P · ΣY is taken from the sums, apart from K. Summed over ranks."""
     units = range(len(sizes))
     device = next(iter(vectors.values.values())).device
     width = max(1, CHUNK // (2 * len(units)))
@@ -72,35 +79,71 @@ def stored_dots(
                 x, y = buffer[:, :, used : used + count]
                 x.copy_(values[:, 0, part])
                 y.copy_(values[:, 1, part])
-                weights[used : used + count] = _p_chunk(preconditioners, name, part).to(device)
+                weights[used : used + count] = _p_chunk(preconditioners, name, _moved(part, vectors.first(name))).to(
+                    device
+                )
                 pieces.append((name, part))
                 used += count
         if pieces:
             multiply(rate, pieces, used)
-    dots = {rate: UnitDots.from_kernel(k.cpu().numpy(), sizes, float(sum_dots[rate])) for rate, k in kernels.items()}
+    found = [torch.cat([kernel.flatten(), sum_dots[rate][None]]).cpu().numpy() for rate, kernel in kernels.items()]
+    together = ranks.sum_numbers(np.stack(found))
+    dots = {
+        rate: UnitDots.from_kernel(numbers[:-1].reshape((len(units),) * 2), sizes, float(numbers[-1]))
+        for rate, numbers in zip(kernels, together, strict=True)
+    }
     return Dots(dots, {name: y for name, y in y_sums.items() if name in vectors.reached})
 
 
+def own_sums(vectors: UnitVectors, units: Sequence[int], sharding: Sharding) -> dict[str, Tensor]:
+    """Σ_u Y_u by parameter, float64, from every rank's own units: parameter-length sums over ranks."""
+    found = {}
+    for name in sorted(vectors.reached):
+        values = vectors.of(name, units)
+        found[name] = uninitialised((values.shape[-1],), torch.float64, values.device)
+        for part in _chunks(values.shape[-1], max(1, CHUNK // max(1, len(units)))):
+            torch.sum(values[:, 1, part], 0, dtype=torch.float64, out=found[name][part])
+    sharding.ranks.sum_vectors(list(found.values()))
+    return found
+
+
 def third_directions(
-    vectors: UnitVectors,
+    vectors: Shards,
+    units: Sequence[int],
     sizes: Sequence[int],
     preconditioners: Mapping[str, Tensor],
     learning_rates: Mapping[str, float],
+    sharding: Sharding = WHOLE,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """η P Ȳᵈ and η P X̄ᵈ, the means over the prompts of each third d of the units (:mod:`~entropy_probe.noise`), laid flat.
 
     In the dtype of the vectors' arithmetic.
+
+    Args:
+        vectors: of all units; or, of replicated ranks, of this rank's, whole.
+        units: that are there, in order and without gaps.
+        sizes: of all units.
+        preconditioners: P.
+        learning_rates: η.
+        sharding: who has the others.
     """
-    units = range(len(sizes))
     prompts = [sum(sizes[third::THIRDS]) for third in range(THIRDS)]
-    x_directions, y_directions = ([dict[str, Tensor]() for _ in range(THIRDS)] for _ in range(2))
+    first = units[0] if units else 0
+    sums = {}
     for name in sorted(vectors.reached):
         values = vectors.of(name, units)
-        found = uninitialised((THIRDS, 2, values.shape[-1]), vectors.arithmetic, values.device)
-        for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
+        sums[name] = uninitialised((THIRDS, 2, values.shape[-1]), vectors.arithmetic, values.device)
+        for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * max(1, len(units))))):
+            for third in range(THIRDS):
+                own = values[(third - first) % THIRDS :: THIRDS, :, part]
+                torch.sum(own, 0, dtype=vectors.arithmetic, out=sums[name][third, :, part])
+    if sharding.replicated:
+        sharding.ranks.sum_vectors(list(sums.values()))
+    x_directions, y_directions = ([dict[str, Tensor]() for _ in range(THIRDS)] for _ in range(2))
+    for name, found in sums.items():
+        for part in _chunks(found.shape[-1], CHUNK):
             p = learning_rates[name] * _p_chunk(preconditioners, name, part).to(found)
             for third in range(THIRDS):
-                torch.sum(values[third::THIRDS, :, part], 0, dtype=vectors.arithmetic, out=found[third, :, part])
                 found[third, :, part] *= p / prompts[third]
         for third in range(THIRDS):
             y_directions[third][name], x_directions[third][name] = found[third]
@@ -108,11 +151,12 @@ def third_directions(
 
 
 def cross_kernel(
-    vectors: UnitVectors,
+    vectors: Shards,
     rows: Sequence[int],
     columns: Sequence[int],
     preconditioners: Mapping[str, Tensor],
     learning_rates: Mapping[str, float],
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """V_u · η P V_w for units u of ``rows`` and w of ``columns``, from their first channels: float64 [rows, columns]."""
     device = next(iter(vectors.values.values())).device
@@ -120,35 +164,47 @@ def cross_kernel(
     for name in vectors.values:
         left, right = vectors.of(name, rows)[:, 0], vectors.of(name, columns)[:, 0]
         for part in _chunks(left.shape[-1], max(1, CHUNK // (len(rows) + len(columns)))):
-            w = learning_rates[name] * _p_chunk(preconditioners, name, part).to(device, torch.float64)
-            kernel.addmm_(left[:, part].double() * w, right[:, part].double().T)
-    return kernel.cpu()
+            p = _p_chunk(preconditioners, name, _moved(part, vectors.first(name)))
+            kernel.addmm_(left[:, part].double() * (learning_rates[name] * p.to(kernel)), right[:, part].double().T)
+    return torch.from_numpy(ranks.sum_numbers(kernel.cpu().numpy()))
 
 
-def looked_along(vectors: UnitVectors, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
-    """:meth:`Look.along` summed over the parameters ``names``: float64 [units, K]."""
-    return _total(
-        look.along(name, part, x, y, units) for name in names for part, x, y in _wide_chunks(vectors, units, name)
-    )
-
-
-def looked_kernel(vectors: UnitVectors, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
-    """XS_u · J YS_w over the parameters ``names``: float64 [units, units]."""
-    return _total(
-        ((x * look.response(name, part).to(x)) @ y.T).double()
+def looked_along(vectors: Shards, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
+    """:meth:`Look.along` summed over the parameters ``names``, of the elements that are here: float64 [units, K]."""
+    found = (
+        look.along(name, _moved(part, vectors.first(name)), x, y, units)
         for name in names
         for part, x, y in _wide_chunks(vectors, units, name)
     )
+    return _total(found, (len(units), look.count))
 
 
-def _total(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
+def looked_kernel(vectors: Shards, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
+    """XS_u · J YS_w over the parameters ``names``, of the elements that are here: float64 [units, units]."""
+    found = (
+        ((x * look.response(name, _moved(part, vectors.first(name))).to(x)) @ y.T).double()
+        for name in names
+        for part, x, y in _wide_chunks(vectors, units, name)
+    )
+    return _total(found, (len(units), len(units)))
+
+
+def _total(parts: Iterator[Tensor], shape: tuple[int, int]) -> Tensor:
+    """Σ; zeros where there is none."""
+    first = next(parts, None)
+    if first is None:
+        return torch.zeros(shape, dtype=torch.float64)
+    total = first
     for part in parts:
         total = total + part
     return total
 
 
-def _wide_chunks(vectors: UnitVectors, units: Sequence[int], name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _moved(part: slice, by: int) -> slice:
+    return slice(part.start + by, part.stop + by)
+
+
+def _wide_chunks(vectors: Shards, units: Sequence[int], name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """X_u and Y_u of some elements at a time, in the arithmetic's type."""
     values = vectors.of(name, units)
     for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
@@ -163,16 +219,26 @@ def _p_chunk(preconditioners: Mapping[str, Tensor], name: str, part: slice) -> T
 
 @dataclass
 class StreamedSums:
-    """ΣX, ΣY and the diagonal, from the vectors of some units at a time; then the directions of the second pass."""
+    """ΣX, ΣY and the diagonal, from the vectors of some units at a time; then the directions of the second pass.
+
+    Attributes:
+        preconditioners: P.
+        learning_rates: η.
+        arithmetic: of the second pass.
+        units: of all ranks, how many.
+        sharding: replicated ranks add their own units' whole vectors, others all units' elements of their spans.
+    """
 
     preconditioners: Mapping[str, Tensor]
     learning_rates: Mapping[str, float]
     arithmetic: torch.dtype
+    units: int
+    sharding: Sharding = WHOLE
     x_sums: dict[str, Tensor] = field(default_factory=dict)
     y_sums: dict[str, Tensor] = field(default_factory=dict)
-    _diagonal: dict[float, dict[int, float]] = field(default_factory=dict)
+    _diagonal: dict[float, FloatArray] = field(default_factory=dict)
 
-    def add(self, vectors: UnitVectors, units: Sequence[int]) -> None:
+    def add(self, vectors: Shards, units: Sequence[int]) -> None:
         """ΣX += X_u, ΣY += Y_u, and X_u · P · Y_u for these units."""
         for name in vectors.values:
             values = vectors.of(name, units)
@@ -182,7 +248,7 @@ class StreamedSums:
                     uninitialised((values.shape[-1],), torch.float64, values.device) for _ in range(2)
                 )
             diagonal = torch.zeros(len(units), dtype=torch.float64, device=values.device)
-            for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
+            for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * max(1, len(units))))):
                 x, y = values[:, 0, part].double(), values[:, 1, part].double()
                 if fresh:
                     torch.sum(x, 0, out=self.x_sums[name][part])
@@ -192,9 +258,18 @@ class StreamedSums:
                     self.y_sums[name][part] += y.sum(0)
                 p = _p_chunk(self.preconditioners, name, part).to(values.device, torch.float64)
                 diagonal += x.mul_(y).mv(p)
-            by_unit = self._diagonal.setdefault(self.learning_rates[name], {})
-            for unit, value in zip(units, diagonal.tolist(), strict=True):
-                by_unit[unit] = by_unit.get(unit, 0.0) + value
+            rate = self.learning_rates[name]
+            self._diagonal.setdefault(rate, np.zeros(self.units))[list(units)] += diagonal.cpu().numpy()
+
+    def reduce(self, vectors: Shards) -> None:
+        """Over ranks: ΣX and ΣY once each, and the diagonals."""
+        if not self.x_sums:
+            self.add(vectors, ())  # zeros of a rank without units
+        ranks = self.sharding.ranks
+        if self.sharding.replicated:
+            ranks.sum_vectors([*self.x_sums.values(), *self.y_sums.values()])
+        summed = ranks.sum_numbers(np.stack(list(self._diagonal.values())))
+        self._diagonal = dict(zip(self._diagonal, summed, strict=True))
 
     def directions(self) -> dict[str, Tensor]:
         """P ΣY, which X_u is contracted with, and P ΣX, which Y_u is: [2, elements] by parameter, float32 or float64."""
@@ -210,25 +285,25 @@ class StreamedSums:
 
     def finish(self, contractions: Contractions, sizes: Sequence[int], reached: Collection[str]) -> Dots:
         """After the second pass: D_u0 = X_u · P ΣY and D_u1 = Y_u · P ΣX by parameter."""
+        ranks = self.sharding.ranks
+        names = {rate: [name for name in self.x_sums if self.learning_rates[name] == rate] for rate in self._diagonal}
+        totals = [torch.stack([contractions.values[name] for name in names[rate]]).sum(0) for rate in names]
+        summed = ranks.sum_numbers(torch.stack(totals).cpu().numpy())
+        sum_dots = ranks.sum_numbers(np.array([sum(self._sum_dot(name) for name in names[rate]) for rate in names]))
         dots = {}
-        for rate, diagonal in self._diagonal.items():
-            names = [name for name in self.x_sums if self.learning_rates[name] == rate]
-            totals = torch.stack([contractions.values[name] for name in names]).sum(0).cpu()
-            dots[rate] = UnitDots.streamed(
-                sizes,
-                totals[:, 0].tolist(),
-                totals[:, 1].tolist(),
-                [diagonal[unit] for unit in range(len(sizes))],
-                sum(self._sum_dot(name) for name in names),
-            )
+        for rate, total, sum_dot in zip(names, summed, sum_dots, strict=True):
+            along_y, along_x = total.T.tolist()
+            dots[rate] = UnitDots.streamed(sizes, along_y, along_x, self._diagonal[rate].tolist(), float(sum_dot))
         return Dots(dots, {name: y for name, y in self.y_sums.items() if name in reached})
 
     def _sum_dot(self, name: str) -> float:
-        x_sum = self.x_sums[name]
+        """ΣX · P ΣY, of this rank's span."""
+        x_sum, y_sum = self.x_sums[name], self.y_sums[name]
+        span = self.sharding.own(name) if self.sharding.replicated else slice(0, len(x_sum))
         total = torch.zeros((), dtype=torch.float64, device=x_sum.device)
-        for part in _chunks(len(x_sum), CHUNK):
+        for part in (_moved(part, span.start) for part in _chunks(span.stop - span.start, CHUNK)):
             p = _p_chunk(self.preconditioners, name, part).to(x_sum.device, torch.float64)
-            total += torch.dot(x_sum[part] * p, self.y_sums[name][part])
+            total += torch.dot(x_sum[part] * p, y_sum[part])
         return float(total)
 
 

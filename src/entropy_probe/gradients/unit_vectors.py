@@ -33,6 +33,7 @@ class UnitVectors:
         self.values = {
             name: uninitialised((slots, channels, shape.numel()), dtype, device) for name, shape in shapes.items()
         }
+        self.layout = (dtype, device, channels)
         self.arithmetic = torch.promote_types(dtype, torch.float32)
         self._outer = OuterProducts(self.arithmetic, device)
         self._shapes = dict(shapes)
@@ -66,9 +67,19 @@ class UnitVectors:
     def of(self, name: str, units: Sequence[int]) -> Tensor:
         """[units, 2, elements], a view where the slots lie in order."""
         slots = [self._slot_of[unit] for unit in units]
+        if not slots:
+            return self.values[name][:0]
         if slots == list(range(slots[0], slots[0] + len(slots))):
             return self.values[name][slots[0] : slots[0] + len(slots)]
         return self.values[name][slots]
+
+    def first(self, name: str) -> int:
+        """0: parameters are here from their first element on."""
+        return 0
+
+    def give_up(self, name: str) -> None:
+        """Free one parameter's values for good."""
+        del self.values[name]
 
     def add_outer(self, name: str, left: Tensor, right: Tensor, strip: Strip) -> None:
         """g_i = left_iᵀ right_i: left [n, T, p], right [n, T, q], the parameter [p, q]."""
