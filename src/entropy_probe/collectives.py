@@ -188,6 +188,13 @@ class Sharding:
         """Where this rank's span begins in what it holds of θ and of Adam's state laid flat."""
         return 0 if self.sharded or self.ranks.count == 1 else self.own(name).start
 
+    def held(self, name: str, shape: torch.Size) -> torch.Size:
+        """The shape of what this rank holds of a parameter of this whole shape, of its θ, Adam's state, Ȳ and steps."""
+        if not self.sharded:
+            return shape
+        own, row = self.own(name), max(math.prod(shape[1:]), 1)
+        return torch.Size([(own.stop - own.start) // row, *shape[1:]])
+
     def total(self, value: float) -> float:
         """Σ over all elements, from the sum over those that this rank holds."""
         return float(self.ranks.sum_numbers(np.array([value]))[0]) if self.sharded else value

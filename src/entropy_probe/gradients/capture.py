@@ -11,7 +11,7 @@ where :func:`leaked` finds it: nothing is skipped unseen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -33,6 +33,12 @@ class Sink(Protocol):
     """Where the sequences' gradients of a backward go; ``arithmetic`` is the type in which sums over positions are taken."""
 
     arithmetic: torch.dtype
+
+    def begin_backward(self, channels: slice, units_of_rank: Sequence[Sequence[int]]) -> None:
+        """A backward for these channels begins, of these units by rank."""
+
+    def end_backward(self) -> None:
+        """It is over."""
 
     def add_outer(self, name: str, left: Tensor, right: Tensor, strip: Strip) -> None:
         """g_i = left_iᵀ right_i: left [n, T, p], right [n, T, q], the parameter [p, q]."""

@@ -57,6 +57,10 @@ class Coefficients(Protocol):
     needs_entropies: bool
     """Whether H_t of every response token is needed."""
 
+    @property
+    def channels(self) -> Sequence[slice]:
+        """Of every backward in turn: the same for all rows, unless coefficients are to stand apart."""
+
     def needed_rows(self, rows: range) -> Sequence[int]:
         """Rows whose scores (and entropies) must be known before the backwards of ``rows``."""
 
@@ -92,10 +96,15 @@ class EntropySide:
         self.needs_entropies = isinstance(self.entropy, EntropyTarget) and self.entropy.needs_token_entropies
         self._ratio: EntropyRatio | None = None
         # Of the whole batch: in rows of one token each the two could not be told apart.
-        self._per_token = self.needs_entropies
+        self.per_token = self.needs_entropies
         if isinstance(self.entropy, Tensor):
-            self._per_token = len(self.entropy) != len(self._lengths)
+            self.per_token = len(self.entropy) != len(self._lengths)
             assert len(self.entropy) in (len(self._lengths), self._first_token[-1])
+
+    @property
+    def channels(self) -> Sequence[slice]:
+        """One backward."""
+        return (slice(0, 1),)
 
     def needed_rows(self, rows: range) -> Sequence[int]:
         """None for given coefficients, the whole batch for a ratio, else all responses to the rows' prompts."""
@@ -110,7 +119,7 @@ class EntropySide:
     def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
         """One backward; its coefficients stand in the weights where they are one a response."""
         x = self.of_rows(rows, found)
-        if not self._per_token:
+        if not self.per_token:
             return [_weighted(x.log_probs, [self._lengths[row] for row in rows], 0, apart=apart)]
         return [
             Backward(x.log_probs.double(), x.entropies, torch.ones((1, len(rows)), dtype=torch.float64), slice(0, 1))
@@ -120,7 +129,7 @@ class EntropySide:
         """X's coefficients of these rows, one a response or one a token."""
         if isinstance(self.entropy, Tensor):
             return EntropyCoefficients(
-                _of_rows(self.entropy, rows, self._first_token) if self._per_token else self.entropy[list(rows)]
+                _of_rows(self.entropy, rows, self._first_token) if self.per_token else self.entropy[list(rows)]
             )
         # Of the rows' prompts alone: over the whole batch anew for every strip would be quadratic in it.
         groups = sorted({self._group_of_row[row] for row in rows})
@@ -162,6 +171,11 @@ class UpdateSide:
     channel: int = 0
     needs_entropies: bool = False
 
+    @property
+    def channels(self) -> Sequence[slice]:
+        """One backward."""
+        return (slice(self.channel, self.channel + 1),)
+
     def needed_rows(self, rows: range) -> Sequence[int]:
         """None: coefficients are given."""
         return ()
@@ -180,6 +194,11 @@ class EntropyAndUpdate:
         self._x, self._y = EntropySide(batch, entropy), UpdateSide(batch, advantage, channel=1)
         self.needs_entropies = self._x.needs_entropies
 
+    @property
+    def channels(self) -> Sequence[slice]:
+        """Both in one backward where X's coefficients, as Y's, are one a response."""
+        return (slice(0, 1), slice(1, 2)) if self._x.per_token else (slice(0, 2),)
+
     def needed_rows(self, rows: range) -> Sequence[int]:
         """As X needs them."""
         return self._x.needed_rows(rows)
@@ -187,7 +206,7 @@ class EntropyAndUpdate:
     def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
         """One backward where both coefficients are one a response, else one for X and one for Y."""
         (x,), (y,) = (side.backwards(rows, found, apart=apart) for side in (self._x, self._y))
-        if x.entropies is None and not apart and torch.equal(x.log_probs, y.log_probs):
+        if len(self.channels) == 1 and not apart:
             return [Backward(x.log_probs, None, torch.cat([x.weights, y.weights]), slice(0, 2))]
         return [x, y]
 

@@ -6,13 +6,15 @@ is in cache. With V = Δθ these are the first-order changes of the scores, dS_i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from entropy_probe.collectives import WHOLE, Sharding
+from entropy_probe.gradients.backward_order import BackwardOrder
 from entropy_probe.gradients.outer_products import MOST_ROWS, SHORT, OuterProducts
-from entropy_probe.gradients.sequences import Strip, row_chunks
+from entropy_probe.gradients.sequences import IDLE, Strip, row_chunks
 
 
 class Contractions:
@@ -22,6 +24,8 @@ class Contractions:
         directions: V by parameter name, [K, elements].
         units: u.
         combinations: as many times K channels there are.
+        sharding: where ranks have their spans of V alone, a layer's are gathered while a backward is at it.
+        layers: parameter names by layer, the model's last one first.
         dtype: of products; sums over chunks are float64.
         device: where gradients are.
 
@@ -35,21 +39,63 @@ class Contractions:
         dtype: torch.dtype,
         device: torch.device,
         combinations: int = 1,
+        sharding: Sharding = WHOLE,
+        layers: Sequence[Sequence[str]] = (),
     ) -> None:
         """See the class."""
         self.arithmetic = torch.promote_types(dtype, torch.float32)
         self.reached: set[str] = set()
-        self._directions = {name: v.to(device, self.arithmetic) for name, v in directions.items()}
+        self._own = {name: v.to(device, self.arithmetic) for name, v in directions.items()}
         self.values = {
             name: torch.zeros((units, combinations * len(v)), dtype=torch.float64, device=device)
-            for name, v in self._directions.items()
+            for name, v in self._own.items()
         }
+        self._sharding, self._layers = sharding, layers
+        self._directions = {} if sharding.sharded else self._own
+        self._order = BackwardOrder(layers, self._gather_layer, self._drop_layer)
+        inside = {name for names in layers for name in names}
+        self._rest = [name for name in directions if name not in inside]
         self._outer = OuterProducts(self.arithmetic, device)
 
     @property
     def total(self) -> Tensor:
         """D over all parameters, [units, channels]."""
         return torch.stack([*self.values.values()]).sum(0)
+
+    def begin_backward(self, channels: slice, units_of_rank: Sequence[Sequence[int]]) -> None:
+        """All ranks run a backward."""
+        if self._sharding.sharded:
+            self._gather(self._rest)
+            self._order.begin()
+
+    def end_backward(self) -> None:
+        """It is over."""
+        if self._sharding.sharded:
+            self._order.end()
+            self._directions.clear()
+
+    def _gather_layer(self, layer: int) -> None:
+        self._gather(self._layers[layer])
+
+    def _drop_layer(self, layer: int) -> None:
+        for name in self._layers[layer]:
+            del self._directions[name]
+
+    def _gather(self, names: Sequence[str]) -> None:
+        """Whole directions of some parameters, from every rank's spans."""
+        if not names:
+            return
+        counts = [len(self._own[name]) for name in names]
+        of_name = [self._sharding.spans[name] for name in names]
+        lengths = [
+            [count * (spans[rank].stop - spans[rank].start) for spans, count in zip(of_name, counts, strict=True)]
+            for rank in range(self._sharding.ranks.count)
+        ]
+        own = torch.cat([self._own[name].flatten() for name in names])
+        every = self._sharding.ranks.gather_directions(own, [sum(of_rank) for of_rank in lengths])
+        apart = [torch.split(flat, of_rank) for flat, of_rank in zip(every, lengths, strict=True)]
+        for number, (name, count) in enumerate(zip(names, counts, strict=True)):
+            self._directions[name] = torch.cat([parts[number].view(count, -1) for parts in apart], dim=1)
 
     def add_outer(self, name: str, left: Tensor, right: Tensor, strip: Strip) -> None:
         """g_i = left_iᵀ right_i: left [n, T, p], right [n, T, q], the parameter [p, q]."""
@@ -82,12 +128,16 @@ class Contractions:
     def _used(self, name: str, strip: Strip) -> Tensor:
         (mixing,) = strip.mixing
         self.reached.add(name)
+        if self._sharding.sharded:
+            self._order.reach(name)
         directions = self._directions[name]
         first = mixing.channels.start % len(directions)
         return directions[first : first + mixing.channels.stop - mixing.channels.start]
 
     def _into(self, name: str, dots: Tensor, strip: Strip) -> None:
         """Add [n, channels] to the units' sums."""
+        if strip.units == IDLE:
+            return
         (mixing,) = strip.mixing
         units = torch.tensor(strip.units, device=dots.device)
         self.values[name][:, mixing.channels].index_add_(0, units, mixing.weights.T.double() * dots.double())

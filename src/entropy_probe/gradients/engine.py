@@ -9,7 +9,7 @@ gradients from autograd, unit by unit, in two backwards. Compared in float64 wit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from entropy_probe.collectives import deal
 from entropy_probe.errors import InputError
+from entropy_probe.gradients.backward_order import sharded_layers
 from entropy_probe.gradients.batching import Microbatch, microbatches, strips
 from entropy_probe.gradients.capture import Capture, Sink, leaked
 from entropy_probe.gradients.checkpointing import checkpointing
 from entropy_probe.gradients.coefficients import (
+    Backward,
     Coefficients,
     Combinations,
     EntropyAndUpdate,
@@ -44,7 +46,8 @@ from entropy_probe.gradients.products import (
     stored_dots,
     third_directions,
 )
-from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
+from entropy_probe.gradients.sequences import IDLE, Mixing, Strip, padded_length
+from entropy_probe.gradients.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import (
@@ -54,6 +57,7 @@ from entropy_probe.policy import (
     TokenValues,
     check_finite,
     combine,
+    idle_row,
     pad_right,
     sum_over_tokens,
 )
@@ -125,22 +129,27 @@ def unit_gradients(
     every, own = range(len(units.ranges)), units_of_rank[sharding.ranks.rank]
     directions: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] | None = None
     shards: Shards | None = None
+    y_sums: dict[str, Tensor] = {}
     if storage is Storage.STORED:
-        vectors = UnitVectors(shapes, len(own), dtype, policy.device)
-        vectors.open(own)
-        parts = run.parts()
-        for part in progress.track(parts, "unit gradients", len(parts)):
-            run.backward(part, vectors)
-        vectors.settle(own)
-        vectors.reached = reached = reached_anywhere(vectors.reached, list(shapes), sharding.ranks)
-        y_sums = None
-        if sharding.replicated:
-            y_sums = own_sums(vectors, own, sharding)
-            if thirds:
-                directions = third_directions(vectors, own, units.sizes, preconditioners, learning_rates, sharding)
-        shards = exchanged(vectors, units_of_rank, sharding)
+        held = every if sharding.sharded else own
+        vectors = run.vectors(shapes, len(held), dtype)
+        vectors.open(held)
+        rounds = run.rounds()
+        for turn in progress.track(rounds, "unit gradients", len(rounds)):
+            run.backward(turn, vectors)
+        vectors.settle(held)
+        reached = reached_anywhere(vectors.reached, list(shapes), sharding.ranks)
+        vectors.reached = reached
+        if isinstance(vectors, UnitVectors):
+            if sharding.replicated:
+                y_sums = own_sums(vectors, own, sharding)
+                if thirds:
+                    directions = third_directions(vectors, own, units.sizes, preconditioners, learning_rates, sharding)
+            shards = exchanged(vectors, units_of_rank, sharding)
+        else:
+            shards = vectors
         dots = stored_dots(shards, units.sizes, preconditioners, learning_rates, sharding.ranks)
-        if y_sums is None:
+        if not sharding.replicated:
             y_sums = dots.y_sums
             if thirds:
                 directions = third_directions(shards, every, units.sizes, preconditioners, learning_rates, sharding)
@@ -150,7 +159,9 @@ def unit_gradients(
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     prompts = len(batch.groups)
-    ascent = {name: y_sums[name].div_(prompts).view(shapes[name]) for name in shapes if name in y_sums}
+    ascent = {
+        name: y_sums[name].div_(prompts).view(sharding.held(name, shapes[name])) for name in shapes if name in y_sums
+    }
     looked = None
     if look is not None:
         if shards is not None:
@@ -184,16 +195,16 @@ def _third_pass(
     progress: Progress,
 ) -> FloatArray:
     """:func:`looked_along` from the vectors of a few units at a time."""
-    parts = run.parts()
-    vectors = UnitVectors(shapes, run.most_open_units(parts), dtype, run.policy.device)
+    rounds = run.rounds()
+    vectors = run.vectors(shapes, most_open_units(rounds), dtype)
     along = np.zeros((units, look.count))
-    for part in progress.track(parts, "unit gradients, third pass", len(parts)):
-        vectors.open(run.units_of(part))
-        run.backward(part, vectors)
-        if closed := run.closed_by(part):
-            vectors.settle(closed)
-            along[closed] = looked_along(vectors, closed, names, look).cpu().numpy()
-            vectors.close(closed)
+    for turn in progress.track(rounds, "unit gradients, third pass", len(rounds)):
+        vectors.open(turn.open)
+        run.backward(turn, vectors)
+        if turn.closed:
+            vectors.settle(turn.closed)
+            along[turn.closed] = looked_along(vectors, turn.closed, names, look).cpu().numpy()
+            vectors.close(turn.closed)
     return run.ranks.sum_numbers(along)
 
 
@@ -207,22 +218,22 @@ def _streamed(
     progress: Progress,
 ) -> tuple[Dots, set[str]]:
     """Two passes: sums and diagonal from the vectors of a few units at a time, then every unit's dots with the sums."""
-    parts = run.parts()
-    vectors = UnitVectors(shapes, run.most_open_units(parts), dtype, run.policy.device)
+    rounds = run.rounds()
+    vectors = run.vectors(shapes, most_open_units(rounds), dtype)
     sums = StreamedSums(preconditioners, learning_rates, vectors.arithmetic, len(units.ranges), run.policy.sharding)
-    for part in progress.track(parts, "unit gradients, first pass", len(parts)):
-        vectors.open(run.units_of(part))
-        run.backward(part, vectors)
-        if closed := run.closed_by(part):
-            vectors.settle(closed)
-            sums.add(vectors, closed)
-            vectors.close(closed)
+    for turn in progress.track(rounds, "unit gradients, first pass", len(rounds)):
+        vectors.open(turn.open)
+        run.backward(turn, vectors)
+        if turn.closed:
+            vectors.settle(turn.closed)
+            sums.add(vectors, turn.closed)
+            vectors.close(turn.closed)
     reached = reached_anywhere(vectors.reached, list(shapes), run.ranks)
     sums.reduce(vectors)
     del vectors
-    contractions = Contractions(sums.directions(), len(units.ranges), dtype, run.policy.device)
-    for part in progress.track(parts, "unit gradients, second pass", len(parts)):
-        run.backward(part, contractions)
+    contractions = run.contractions(sums.directions(), len(units.ranges), dtype)
+    for turn in progress.track(rounds, "unit gradients, second pass", len(rounds)):
+        run.backward(turn, contractions)
     return sums.finish(contractions, units.sizes, reached), reached
 
 
@@ -264,22 +275,32 @@ def cross_gradients(
     units_of_rank = [
         [*of_evaluation, *(counts[0] + n for n in of_update)] for of_evaluation, of_update in zip(*shares, strict=True)
     ]
-    own = units_of_rank[sharding.ranks.rank]
-    vectors = UnitVectors(shapes, len(own), dtype, policy.device, channels=1)
-    vectors.open(own)
     treatments = dict(rules.treatments)
     sides: list[tuple[RolloutBatch, Coefficients, int, list[range]]] = [
         (evaluation, EntropySide(evaluation, target), 0, shares[0]),
         (update, UpdateSide(update, advantage_coefficients), counts[0], shares[1]),
     ]
-    for batch, coefficients, first, share in sides:
-        units = [first + n for n, size in enumerate(batch.group_sizes) for _ in range(size)]
-        run = _Run(policy, batch, units, coefficients, treatments, rules.unproven, share)
-        parts = run.parts()
-        for part in progress.track(parts, "gradients of two batches", len(parts)):
-            run.backward(part, vectors)
-    vectors.settle(own)
-    shards = exchanged(vectors, units_of_rank, sharding)
+    runs = [
+        _Run(
+            policy,
+            batch,
+            [first + n for n, size in enumerate(batch.group_sizes) for _ in range(size)],
+            coefficients,
+            treatments,
+            rules.unproven,
+            share,
+        )
+        for batch, coefficients, first, share in sides
+    ]
+    held = range(sum(counts)) if sharding.sharded else units_of_rank[sharding.ranks.rank]
+    vectors = runs[0].vectors(shapes, len(held), dtype, channels=1)
+    vectors.open(held)
+    for run in runs:
+        rounds = run.rounds()
+        for turn in progress.track(rounds, "gradients of two batches", len(rounds)):
+            run.backward(turn, vectors)
+    vectors.settle(held)
+    shards = exchanged(vectors, units_of_rank, sharding) if isinstance(vectors, UnitVectors) else vectors
     rows, columns = range(counts[0]), range(counts[0], sum(counts))
     return cross_kernel(shards, rows, columns, preconditioners, learning_rates, sharding.ranks)
 
@@ -367,9 +388,15 @@ def _contracted(
     progress = progress if progress is not None else Silent()
     rules = _proved(policy, batch, rules)
     rows = list(range(len(batch.responses)))
+    like = {name: policy.sharding.held(name, p.shape).numel() for name, p in policy.trainable().items()}
     together = {
-        name: torch.stack([v[name].flatten() if name in v else p.detach().flatten() * 0 for v in directions])
-        for name, p in policy.trainable().items()
+        name: torch.stack(
+            [
+                v[name].flatten() if name in v else torch.zeros(count, dtype=policy.dtype, device=policy.device)
+                for v in directions
+            ]
+        )
+        for name, count in like.items()
     }
     run = _Run(
         policy,
@@ -380,12 +407,11 @@ def _contracted(
         rules.unproven,
         deal(_tokens(batch), policy.sharding.ranks.count),
     )
-    contractions = Contractions(
-        together, len(rows), policy.dtype, policy.device, -(-max(c.stop for c in channels) // len(directions))
-    )
-    parts = run.parts()
-    for part in progress.track(parts, "dots with directions", len(parts)):
-        run.backward(part, contractions)
+    combined = -(-max(c.stop for c in channels) // len(directions))
+    contractions = run.contractions(together, len(rows), policy.dtype, combined)
+    rounds = run.rounds()
+    for turn in progress.track(rounds, "dots with directions", len(rounds)):
+        run.backward(turn, contractions)
     return torch.from_numpy(run.ranks.sum_numbers(contractions.total.cpu().numpy()))
 
 
@@ -431,23 +457,62 @@ class _Run:
         self.ranks = self.policy.sharding.ranks
         self.first_row = [0, *itertools.accumulate(self.batch.group_sizes)]
 
-    def parts(self) -> list[Microbatch]:
-        """The microbatches of one pass over this rank's rows."""
+    def rounds(self) -> list[Round]:
+        """The microbatches of one pass over this rank's rows; where weights are sharded, as many on every rank."""
         if self._rows_of_others():
             # All ranks together, not each all of them.
             self._score_ahead(range(len(self.responses)), self.policy.measure)
+        rank = self.ranks.rank
+        parts = [self._parts(share) for share in self.shares]
+        if not self.policy.sharding.sharded:
+            return [
+                Round(part, units, self._closed_by(part), [units])
+                for part in parts[rank]
+                for units in [self._units_of(part)]
+            ]
+        found = []
+        for of_rank in itertools.zip_longest(*parts, fillvalue=Microbatch(range(0), whole=True)):
+            units = [self._units_of(part) for part in of_rank]
+            closed = [unit for part in of_rank for unit in self._closed_by(part)]
+            found.append(Round(of_rank[rank], list(itertools.chain(*units)), closed, units))
+        return found
+
+    def _parts(self, share: range) -> list[Microbatch]:
         return microbatches(
             self.batch.group_sizes,
             self.unit_of_row,
             self.policy.microbatch_size,
-            self.shares[self.ranks.rank],
+            share,
             within_units=bool(self.fallback),
         )
 
+    def vectors(
+        self, shapes: Mapping[str, torch.Size], slots: int, dtype: torch.dtype, channels: int = 2
+    ) -> UnitVectors | ShardedVectors:
+        """Room for unit vectors: of this rank's units, or where weights are sharded, of all units' elements of its spans."""
+        sharding, device = self.policy.sharding, self.policy.device
+        if sharding.sharded:
+            return ShardedVectors(shapes, slots, dtype, device, sharding, self.layers(), channels)
+        return UnitVectors(shapes, slots, dtype, device, channels)
+
+    def contractions(
+        self, directions: Mapping[str, Tensor], units: int, dtype: torch.dtype, combinations: int = 1
+    ) -> Contractions:
+        """Dots with directions, of which sharded ranks have their spans."""
+        sharding = self.policy.sharding
+        layers = self.layers() if sharding.sharded else []
+        return Contractions(directions, units, dtype, self.policy.device, combinations, sharding, layers)
+
+    def layers(self) -> list[list[str]]:
+        """See :func:`sharded_layers`."""
+        return sharded_layers(self.policy.model, self.treatments)
+
     def _rows_of_others(self) -> bool:
         """Whether coefficients of some rank's rows need scores, not known so far, of rows that are another's."""
-        if self.ranks.count == 1 or not bool(self.found.scores.isnan().any()):
+        if not bool(self.found.scores.isnan().any()):
             return False
+        if self.policy.sharding.sharded and max(self.batch.group_sizes) > self.policy.microbatch_size:
+            return True  # a forward that one rank needs for the rest of a prompt is a forward of all
         rows = [range(self.first_row[share.start], self.first_row[share.stop]) for share in self.shares]
         return any(row not in own for own in rows if own for row in self.coefficients.needed_rows(own))
 
@@ -471,17 +536,13 @@ class _Run:
         """The parameters that autograd serves unit by unit."""
         return {name: p for name, p in self.parameters.items() if self.treatments[name] is Treatment.FALLBACK}
 
-    def most_open_units(self, parts: Sequence[Microbatch]) -> int:
-        """Units whose vectors stand in memory together when streamed."""
-        return max((len(self.units_of(part)) for part in parts), default=0)
-
-    def units_of(self, part: Microbatch) -> list[int]:
+    def _units_of(self, part: Microbatch) -> list[int]:
         """The units that rows of ``part`` belong to."""
         return sorted({self.unit_of_row[row] for row in part.rows})
 
-    def closed_by(self, part: Microbatch) -> list[int]:
+    def _closed_by(self, part: Microbatch) -> list[int]:
         """The units whose last row ``part`` held."""
-        return [unit for unit in self.units_of(part) if self.last_row[unit] in part.rows]
+        return [unit for unit in self._units_of(part) if self.last_row[unit] in part.rows]
 
     def coverage(self) -> Coverage:
         """How the parameters were treated in the end."""
@@ -492,22 +553,25 @@ class _Run:
             fallback_share=sum(p.numel() for p in self.fallback.values()) / total,
         )
 
-    def backward(self, part: Microbatch, sink: Sink) -> None:
+    def backward(self, turn: Round, sink: Sink) -> None:
         """Add every sequence's gradient of these rows to its unit."""
-        missing = [row for row in self.coefficients.needed_rows(part.rows) if row not in part.rows]
+        part, units = turn.part, turn.units_of_rank
+        missing = [row for row in self.coefficients.needed_rows(part.rows) if row not in part.rows] if part.rows else []
         if any(bool(self.found.scores[row].isnan()) for row in missing):
             unknown = [row for row in (*part.rows, *missing) if bool(self.found.scores[row].isnan())]
             self._score_ahead(unknown, self.policy.measure_here)
-        if (len(self.units_of(part)) > 1 and self.fallback) or not self._captured_backward(part, sink):
+        several = len(self._units_of(part)) > 1
+        if (several and self.fallback) or not self._captured_backward(part, units, sink):
             # A parameter that the short rows did not show to be outside of the rules: from here on unit by unit.
             for _, rows in itertools.groupby(part.rows, key=self.unit_of_row.__getitem__):
                 of_unit = list(rows)
-                self._captured_backward(Microbatch(range(of_unit[0], of_unit[-1] + 1), part.whole), sink)
+                one = Microbatch(range(of_unit[0], of_unit[-1] + 1), part.whole)
+                self._captured_backward(one, units, sink)
 
-    def _captured_backward(self, part: Microbatch, sink: Sink) -> bool:
+    def _captured_backward(self, part: Microbatch, units_of_rank: Sequence[Sequence[int]], sink: Sink) -> bool:
         """False, with nothing added, where a parameter turned out to need the fallback and the rows are of several units."""
         policy, fallback = self.policy, self.fallback
-        single_unit = len(self.units_of(part)) == 1
+        single_unit = len(self._units_of(part)) == 1
         assert single_unit or not fallback
         with policy.arithmetic(), torch.enable_grad():
             captured = {name: p for name, p in self.parameters.items() if name not in fallback}
@@ -520,10 +584,7 @@ class _Run:
                 treated(capture, self.owners, self.treatments),
                 checkpointing(policy.model, capture.modes),
             ):
-                for rows in strips(part.rows, self.lengths, self.unit_of_row):
-                    lengths = [self.lengths[row] for row in rows]
-                    strip = Strip(tuple(self.unit_of_row[row] for row in rows), padded_length(lengths))
-                    padded = pad_right([self.responses[row] for row in rows], policy.device, strip.length)
+                for rows, strip, padded in self._strips(part):
                     with capture.over(strip):
                         values = policy.token_values(padded, entropies=self.coefficients.needs_entropies)
                         forwards.append(_Forward(rows, strip, padded, values))
@@ -534,14 +595,32 @@ class _Run:
                     if not any(root.requires_grad for forward in forwards for root in forward.roots):
                         return True
                     with torch.autocast(policy.device.type, enabled=False), capture.into(sink):
-                        self._differentiate(forwards, capture, sink, fallback)
+                        self._differentiate(forwards, capture, units_of_rank, sink, fallback)
         if not escaped:
             return True
+        if policy.sharding.sharded:
+            raise InputError(
+                f"parameter {min(escaped)} is used in a way that no rule follows, and the fallback needs whole weights: use "
+                "--sharding replicated"
+            )
         # Only now, with this capture and its activations gone, may the rows be tried again.
         del forwards, capture
         self.treatments.update(dict.fromkeys(escaped, Treatment.FALLBACK))
         fall_back_around(self.owners, self.treatments, self.unproven)
-        return single_unit and self._captured_backward(part, sink)
+        return single_unit and self._captured_backward(part, units_of_rank, sink)
+
+    def _strips(self, part: Microbatch) -> Iterator[tuple[tuple[int, ...], Strip, PaddedResponses]]:
+        """The rows of every forward; where weights are sharded, of the one that every rank runs."""
+        if not part.rows:
+            row = idle_row(self.responses)
+            padded = pad_right([row], self.policy.device, padded_length([row.length]))
+            yield (), Strip(IDLE, padded.input_ids.shape[1]), padded
+            return
+        every = strips(part.rows, self.lengths, self.unit_of_row)
+        for rows in [tuple(part.rows)] if self.policy.sharding.sharded else every:
+            lengths = [self.lengths[row] for row in rows]
+            strip = Strip(tuple(self.unit_of_row[row] for row in rows), padded_length(lengths))
+            yield rows, strip, pad_right([self.responses[row] for row in rows], self.policy.device, strip.length)
 
     def _score_ahead(self, rows: Sequence[int], measure: Callable[..., Measured]) -> None:
         """Scores (and entropies) of rows whose coefficients depend on more than a microbatch holds."""
@@ -552,6 +631,8 @@ class _Run:
 
     def _record_scores(self, part: Microbatch, forwards: Sequence[_Forward]) -> None:
         for forward in forwards:
+            if not forward.rows:
+                continue
             scores = sum_over_tokens(forward.values.log_probs.detach(), forward.padded).cpu()
             entropies = forward.values.entropies
             self._note(forward.rows, scores, None if entropies is None else entropies.detach().double().cpu())
@@ -573,13 +654,21 @@ class _Run:
             start = stop
 
     def _differentiate(
-        self, forwards: Sequence[_Forward], capture: Capture, sink: Sink, fallback: Mapping[str, nn.Parameter]
+        self,
+        forwards: Sequence[_Forward],
+        capture: Capture,
+        units_of_rank: Sequence[Sequence[int]],
+        sink: Sink,
+        fallback: Mapping[str, nn.Parameter],
     ) -> None:
         leaves = capture.take_leaves()
         wanted = [capture.anchor, *[leaf for _, leaf, _ in leaves], *fallback.values()]
         device, dtype = self.policy.device, sink.arithmetic
         # Every strip needs the same backwards; each is run over all strips at once.
-        by_strip = [self.coefficients.backwards(f.rows, self.found, apart=bool(fallback)) for f in forwards]
+        by_strip = [
+            self.coefficients.backwards(f.rows, self.found, apart=bool(fallback)) if f.rows else self._idle_backwards()
+            for f in forwards
+        ]
         remaining = list(zip(*by_strip, strict=True))
         for number, backwards in enumerate(remaining):
             roots: list[Tensor] = []
@@ -590,6 +679,7 @@ class _Run:
                     if start is not None:
                         roots.append(root)
                         starts.append(start.to(root))
+            sink.begin_backward(backwards[0].channels, units_of_rank)
             found = torch.autograd.grad(
                 roots, wanted, starts, retain_graph=number + 1 < len(remaining), allow_unused=True
             )
@@ -603,6 +693,38 @@ class _Run:
             for name in fallback:
                 if (gradient := next(arrived)) is not None:
                     sink.add(name, gradient[None], together)
+            sink.end_backward()
+
+    def _idle_backwards(self) -> list[Backward]:
+        """As many as other ranks' rows have, of one row of one token, with nothing to add."""
+        none = torch.zeros(1, dtype=torch.float64)
+        entropies = none if self.coefficients.needs_entropies else None
+        return [
+            Backward(none, entropies, torch.zeros((len(range(c.start, c.stop)), 1), dtype=torch.float64), c)
+            for c in self.coefficients.channels
+        ]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One microbatch of a pass.
+
+    Attributes:
+        part: this rank's rows; none where other ranks have some left.
+        open: units whose vectors are built: of this rank, or of all where weights are sharded.
+        closed: those of them whose last row this was.
+        units_of_rank: units of the ranks that run it together.
+    """
+
+    part: Microbatch
+    open: list[int]
+    closed: list[int]
+    units_of_rank: list[list[int]]
+
+
+def most_open_units(rounds: Sequence[Round]) -> int:
+    """Units whose vectors stand in memory together when streamed."""
+    return max((len(turn.open) for turn in rounds), default=0)
 
 
 @dataclass(frozen=True)

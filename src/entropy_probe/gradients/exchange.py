@@ -7,7 +7,7 @@ sum. A rank hands over 2 n U / N elements, and no vector is whole anywhere. Sour
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,31 +76,73 @@ def exchanged(vectors: UnitVectors, units_of_rank: Sequence[Sequence[int]], shar
     if ranks.count == 1:
         return vectors
     own, counts = units_of_rank[ranks.rank], [len(units) for units in units_of_rank]
+    starts = [0, *itertools.accumulate(counts)]
     dtype, device, channels = vectors.layout
     found: dict[str, Tensor] = {}
-    # The largest count, so that every rank cuts alike.
-    most = max(1, BUCKET // (max(counts) * channels * dtype.itemsize))
-    for pieces in _buckets(sharding, list(vectors.values), most):
-        sent = [
-            torch.cat([vectors.of(name, own)[:, :, _part(sharding, name, to, part)].flatten() for name, part in pieces])
-            for to in range(ranks.count)
-        ]
-        lengths = [_length(sharding, name, ranks.rank, part) for name, part in pieces]
-        received = ranks.exchange(sent, [count * channels * sum(lengths) for count in counts])
-        starts = [0, *itertools.accumulate(counts)]
-        for start, count, flat in zip(starts, counts, received, strict=False):
-            of_pieces = torch.split(flat, [count * channels * length for length in lengths])
-            for (name, part), length, values in zip(pieces, lengths, of_pieces, strict=True):
-                if name not in found:
-                    span = sharding.own(name)
-                    found[name] = uninitialised((sum(counts), channels, span.stop - span.start), dtype, device)
-                target = found[name][start : start + count, :, part.start : part.start + length]
-                target.copy_(values.view(count, channels, length))
-        for name, part in pieces:
-            if part.stop >= _longest(sharding, name):
-                vectors.give_up(name)
+    for piece in swapped(lambda name: vectors.of(name, own), list(vectors.values), counts, channels, dtype, sharding):
+        name, part = piece.name, piece.part
+        if name not in found:
+            found[name] = uninitialised((sum(counts), channels, _count(sharding.own(name))), dtype, device)
+        for start, values in zip(starts, piece.of_rank, strict=False):
+            found[name][start : start + len(values), :, part.start : part.start + values.shape[-1]] = values
+        if piece.last:
+            vectors.give_up(name)
     places = {unit: place for place, unit in enumerate(itertools.chain.from_iterable(units_of_rank))}
     return ExchangedVectors(found, vectors.arithmetic, vectors.reached, places, sharding)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of one parameter that have come.
+
+    Attributes:
+        name: the parameter.
+        part: which of this rank's span; a shorter span ends before it.
+        of_rank: by rank, what it had: [its units, channels, elements].
+        last: whether this was the end of the parameter, on all ranks.
+    """
+
+    name: str
+    part: slice
+    of_rank: list[Tensor]
+    last: bool
+
+
+def swapped(
+    whole: Callable[[str], Tensor],
+    names: Sequence[str],
+    counts: Sequence[int],
+    channels: int,
+    dtype: torch.dtype,
+    sharding: Sharding,
+) -> Iterator[Piece]:
+    """Every rank's vectors of this rank's spans, some at a time.
+
+    Args:
+        whole: this rank's vectors of a parameter, [its units, channels, elements].
+        names: of the parameters; the same on all ranks.
+        counts: units of every rank.
+        channels: C.
+        dtype: of the values.
+        sharding: whose elements are whose.
+    """
+    ranks = sharding.ranks
+    # From the largest count, so that every rank cuts alike.
+    most = max(1, BUCKET // max(1, max(counts) * channels * dtype.itemsize))
+    for pieces in _buckets(sharding, names, most):
+        sent = [
+            torch.cat([whole(name)[:, :, _part(sharding, name, to, part)].flatten() for name, part in pieces])
+            for to in range(ranks.count)
+        ]
+        lengths = [_count(_part(sharding, name, ranks.rank, part)) for name, part in pieces]
+        received = ranks.exchange(sent, [count * channels * sum(lengths) for count in counts])
+        apart = [
+            torch.split(flat, [n * channels * length for length in lengths])
+            for n, flat in zip(counts, received, strict=True)
+        ]
+        for number, ((name, part), length) in enumerate(zip(pieces, lengths, strict=True)):
+            of_rank = [flat[number].view(n, channels, length) for n, flat in zip(counts, apart, strict=True)]
+            yield Piece(name, part, of_rank, part.stop >= _longest(sharding, name))
 
 
 def reached_anywhere(reached: set[str], names: Sequence[str], ranks: Ranks) -> set[str]:
@@ -132,10 +174,6 @@ def _longest(sharding: Sharding, name: str) -> int:
 def _part(sharding: Sharding, name: str, rank: int, part: slice) -> slice:
     span = sharding.spans[name][rank]
     return slice(min(span.start + part.start, span.stop), min(span.start + part.stop, span.stop))
-
-
-def _length(sharding: Sharding, name: str, rank: int, part: slice) -> int:
-    return _count(_part(sharding, name, rank, part))
 
 
 def _count(span: slice) -> int:

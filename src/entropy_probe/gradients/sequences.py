@@ -8,6 +8,9 @@ from functools import cached_property
 
 from torch import Tensor
 
+IDLE = (-1,)
+"""The units of a strip that is run for the sake of other ranks alone; no unit has this number."""
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -143,6 +143,20 @@ class UnitVectors:
             target = self._target(name, segment.unit, mixing)
             _mix(target, mixing.weights[:, segment.rows], flat[segment.rows], fresh)
 
+    def add_part(self, name: str, unit: int, channels: slice, part: slice, values: Tensor) -> None:
+        """What another rank has found of some elements: values [channels, elements], of these ``channels``."""
+        mixing = Mixing(values, channels)
+        target = self._target(name, unit, mixing)
+        if self._first_touch(name, unit, mixing):
+            target.zero_()
+        target[:, part] += values
+
+    def begin_backward(self, channels: slice, units_of_rank: Sequence[Sequence[int]]) -> None:
+        """Nothing: units are this rank's own."""
+
+    def end_backward(self) -> None:
+        """Nothing."""
+
     def _segments(self, strip: Strip) -> list[Segment]:
         """The strip's rows by unit; units that are not open receive nothing."""
         return [segment for segment in strip.segments if segment.unit in self._slot_of]
