@@ -3,11 +3,16 @@
 generate's defaults (top_k = 50, a checkpoint's generation_config, its processors) would make S the wrong log-prob, so a
 generation config of our own replaces the checkpoint's while sampling. Prompts of one length are batched together, so that
 nothing is padded on the left.
+
+Each call of generate, a job, draws from a seed of its own, so that it does not matter which rank makes it: ranks share the jobs
+out, and every rank gets what one process would. Where weights are sharded (FSDP2) a forward is every rank's: calls are kept in
+step, and ranks without a job left make idle ones.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from transformers import AutoTokenizer, GenerationConfig
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
 
+from entropy_probe.collectives import Ranks, Sharding, deal
 from entropy_probe.errors import InputError
 from entropy_probe.policy import Policy, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
@@ -26,6 +35,12 @@ from entropy_probe.rollouts import PromptId, Rollout, read_rows
 
 Reward = Callable[[str, str, dict[str, Any]], float]
 """``f(prompt, response, row) -> float``: texts without special tokens, and the prompt's row with all its columns."""
+
+Sample = tuple[tuple[int, ...], tuple[float, ...]]
+"""A response's ids and their log-probs."""
+
+TOKENS_TOGETHER = 1 << 19
+"""Response tokens in one sum over ranks: 8 MiB."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,9 @@ class SamplingSettings:
     """How to sample: G responses a prompt at temperature τ, at most ``max_new_tokens`` each.
 
     ``eos_ids`` end a response. ``batch_size`` responses are generated at a time; it changes which random numbers go to which
-    response, so the same seed gives the same rollouts only at the same batch size.
+    response, so the same seed gives the same rollouts only at the same batch size. Batch j, counted from 0 over all ranks, is
+    drawn after ``torch.manual_seed`` of ``numpy.random.SeedSequence(seed, spawn_key=(j,)).generate_state(1, numpy.uint64)``:
+    on any number of ranks the rollouts are the same.
     """
 
     responses: int
@@ -77,25 +94,43 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """G responses to every prompt, prompt by prompt, with the sampler's log-probs and rewards.
 
+    The ranks of ``policy.sharding`` share the generation out, then the rewards: ``reward`` is called once a response, on one
+    rank, so a slow one is divided and a random one gives all ranks the same number. Each rank gets all rollouts: every rank
+    must call it.
+
     The global random state is put back afterwards. ``tokenizer`` only decodes text for the reward and for people; without
-    one, texts are empty.
+    one, texts are empty. ``progress`` is told of this rank's calls of generate.
 
     Raises:
         InputError: the model cannot hold a prompt (:func:`check_prompts`), or the reward raises or returns no finite number.
+        ValueError: weights are sharded over some of the process group alone.
     """
     progress = progress if progress is not None else Silent()
+    ranks = policy.sharding.ranks
     check_prompts(prompts, settings, *input_limits(policy.model))
-    jobs = list(_jobs(prompts, settings))
-    drawn: dict[int, list[tuple[tuple[int, ...], tuple[float, ...]]]] = {index: [] for index in range(len(prompts))}
-    with torch.random.fork_rng(), torch.no_grad(), policy.arithmetic(), _own_generation_config(policy.model, settings):
-        torch.manual_seed(settings.seed)
-        for indices, copies in progress.track(jobs, "sampling", len(jobs)):
-            for position, sample in enumerate(_generate(policy, [prompts[i] for i in indices], copies, settings)):
-                drawn[indices[position // copies]].append(sample)
+    own = _draw(policy, prompts, settings, progress)
+    samples = put_together(own, len(prompts) * settings.responses, ranks)
+    asked = [prompt for prompt in prompts for _ in range(settings.responses)]
+    texts = ["" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in samples]
+    rewards = np.zeros(len(samples))
+    for row in deal([1] * len(samples), ranks.count)[ranks.rank]:
+        rewards[row] = _reward(reward, asked[row], texts[row])
+    rewards = ranks.sum_numbers(rewards)
     return [
-        _rollout(prompt, ids, logprobs, settings, reward, tokenizer)
-        for index, prompt in enumerate(prompts)
-        for ids, logprobs in drawn[index]
+        Rollout(
+            prompt_id=prompt.prompt_id,
+            prompt_ids=prompt.prompt_ids,
+            response_ids=ids,
+            reward=value,
+            logprobs=logprobs,
+            temperature=settings.temperature,
+            top_k=0,
+            top_p=1.0,
+            cut=ids[-1] not in settings.eos_ids,
+            prompt=prompt.text or None,
+            response=text or None,
+        )
+        for prompt, (ids, logprobs), text, value in zip(asked, samples, texts, rewards.tolist(), strict=True)
     ]
 
 
@@ -218,19 +253,140 @@ def load_reward(spec: str) -> Reward:
     return reward
 
 
-def _jobs(prompts: Sequence[Prompt], settings: SamplingSettings) -> Iterator[tuple[list[int], int]]:
+@dataclass(frozen=True)
+class Job:
+    """One call of generate: ``copies`` responses, from the ``first`` on, to each of some prompts of one length.
+
+    ``number`` counts the jobs of all ranks, ``prompts`` are indices.
+    """
+
+    number: int
+    prompts: tuple[int, ...]
+    first: int
+    copies: int
+
+    def rows(self, responses: int) -> list[int]:
+        """The places of what it draws, in the order of its sequences, among ``responses`` to every prompt."""
+        return [index * responses + self.first + copy for index in self.prompts for copy in range(self.copies)]
+
+    def seed(self, seed: int) -> int:
+        """Its own, of the settings' one: as :class:`SamplingSettings` says."""
+        return int(np.random.SeedSequence(seed, spawn_key=(self.number,)).generate_state(1, np.uint64)[0])
+
+
+def make_jobs(prompts: Sequence[Prompt], settings: SamplingSettings) -> list[Job]:
     """Batches of prompts of one length with a number of responses each, ``batch_size`` sequences at most."""
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt.prompt_ids), []).append(index)
     together = max(1, settings.batch_size // settings.responses)
+    found: list[Job] = []
     for indices in by_length.values():
         for start in range(0, len(indices), together):
-            remaining = settings.responses
-            while remaining:
-                copies = min(remaining, settings.batch_size)
-                yield indices[start : start + together], copies
-                remaining -= copies
+            for first in range(0, settings.responses, settings.batch_size):
+                copies = min(settings.responses - first, settings.batch_size)
+                found.append(Job(len(found), tuple(indices[start : start + together]), first, copies))
+    return found
+
+
+def deal_jobs(
+    jobs: Sequence[Job], prompts: Sequence[Prompt], settings: SamplingSettings, sharding: Sharding
+) -> list[range]:
+    """Consecutive jobs for every rank, level in tokens: sequences times the longest that one can get.
+
+    Where weights are sharded, level in number: all ranks then wait for each other at every call, and one that has fewer runs as
+    many.
+    """
+    tokens = [
+        len(job.prompts) * job.copies * (len(prompts[job.prompts[0]].prompt_ids) + settings.max_new_tokens)
+        for job in jobs
+    ]
+    return deal([1] * len(jobs) if sharding.sharded else tokens, sharding.ranks.count)
+
+
+def put_together(own: Mapping[int, Sample], count: int, ranks: Ranks) -> list[Sample]:
+    """All ``count`` samples, of which each rank has drawn ``own``, by row; no row is two ranks'.
+
+    What others drew a rank adds as zeros: log-probs and ids come through bit for bit, ids below 2^53.
+    """
+    lengths = np.zeros(count)
+    for row, (ids, _) in own.items():
+        lengths[row] = len(ids)
+    lengths = ranks.sum_numbers(lengths)
+    found: list[Sample] = []
+    for rows in _pieces([int(length) for length in lengths]):
+        ends = np.cumsum(lengths[rows.start : rows.stop]).astype(int)
+        values = np.zeros((2, ends[-1]))
+        for row, end in zip(rows, ends, strict=True):
+            if row in own:
+                values[:, end - len(own[row][0]) : end] = own[row]
+        values = ranks.sum_numbers(values)
+        for start, end in itertools.pairwise([0, *ends]):
+            found.append((tuple(int(token) for token in values[0, start:end]), tuple(values[1, start:end].tolist())))
+    return found
+
+
+def _pieces(lengths: Sequence[int]) -> list[range]:
+    """Consecutive rows of at most ``TOKENS_TOGETHER`` tokens, or one row."""
+    found: list[range] = []
+    held = 0
+    for row, length in enumerate(lengths):
+        if not found or held + length > TOKENS_TOGETHER:
+            found.append(range(row, row))
+            held = 0
+        found[-1] = range(found[-1].start, row + 1)
+        held += length
+    return found
+
+
+def _draw(
+    policy: Policy, prompts: Sequence[Prompt], settings: SamplingSettings, progress: Progress
+) -> dict[int, Sample]:
+    """What this rank draws, by row: its jobs, and idle calls of generate where others have more and need its forwards."""
+    ranks, model = policy.sharding.ranks, policy.model
+    synced = policy.sharding.sharded and ranks.count > 1
+    if synced and dist.get_world_size() != ranks.count:
+        # generate asks the whole group whether all have finished.
+        raise ValueError(f"sampling over {ranks.count} sharded ranks needs a process group of as many")
+    jobs = make_jobs(prompts, settings)
+    shares = deal_jobs(jobs, prompts, settings, policy.sharding)
+    own = [jobs[number] for number in shares[ranks.rank]]
+    found: dict[int, Sample] = {}
+    with (
+        # Named, since a process that sees several GPUs is warned otherwise.
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        torch.no_grad(),
+        policy.arithmetic(),
+        _own_generation_config(model, settings),
+        _weights_of_the_root(model),
+    ):
+        for job in progress.track(own, "sampling", len(own)):
+            torch.manual_seed(job.seed(settings.seed))
+            ids = [prompts[index].prompt_ids for index in job.prompts for _ in range(job.copies)]
+            drawn = _generate(policy, torch.tensor(ids, device=policy.device), settings, synced=synced)
+            found.update(zip(job.rows(settings.responses), drawn, strict=True))
+        for _ in range(max(map(len, shares)) - len(own) if synced else 0):
+            one_token = torch.tensor([prompts[0].prompt_ids[:1]], device=policy.device)
+            # Done at once, and not in the way: its further forwards are as many as another rank's tokens.
+            _generate(policy, one_token, settings, synced=True, max_new_tokens=1)
+    return found
+
+
+@contextmanager
+def _weights_of_the_root(model: nn.Module) -> Iterator[None]:
+    """Let FSDP2 gather the root's own weights where generate does not go through the root's forward, as a PeftModel's does."""
+    if not isinstance(model, FSDPModule) or isinstance(model, GenerationMixin):
+        yield
+        return
+    own = vars(model).get("generate")
+    register_fsdp_forward_method(model, "generate")
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(model)["generate"]
+        else:
+            vars(model)["generate"] = own
 
 
 @contextmanager
@@ -260,17 +416,25 @@ def _own_generation_config(model: nn.Module, settings: SamplingSettings) -> Iter
 
 
 def _generate(
-    policy: Policy, prompts: Sequence[Prompt], copies: int, settings: SamplingSettings
-) -> Iterator[tuple[tuple[int, ...], tuple[float, ...]]]:
-    """(response ids, their log-probs) for ``copies`` responses to each prompt, all of one length."""
-    input_ids = torch.tensor([prompt.prompt_ids for prompt in prompts], device=policy.device)
-    input_ids = input_ids.repeat_interleave(copies, dim=0)
+    policy: Policy, input_ids: Tensor, settings: SamplingSettings, *, synced: bool, **limits: int
+) -> list[Sample]:
+    """A response to each prompt of ``input_ids``, all of one length.
+
+    Args:
+        policy: its generation config is ours.
+        input_ids: [n, T].
+        settings: what ends a response.
+        synced: whether forwards go on until every rank of the process group has finished.
+        limits: what is different from the generation config.
+    """
     model: Any = policy.model
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         return_dict_in_generate=True,
         output_scores=True,
+        synced_gpus=synced,
+        **limits,
     )
     responses = output.sequences[:, input_ids.shape[1] :]
     # Scores are what was sampled from, after every processor: the sampler's own log-probs.
@@ -283,20 +447,14 @@ def _generate(
         ],
         dim=1,
     )[..., 0]
+    found = []
     for ids, values in zip(responses.tolist(), logprobs.tolist(), strict=True):
         length = next((t + 1 for t, token in enumerate(ids) if token in settings.eos_ids), len(ids))
-        yield tuple(ids[:length]), tuple(values[:length])
+        found.append((tuple(ids[:length]), tuple(values[:length])))
+    return found
 
 
-def _rollout(
-    prompt: Prompt,
-    ids: tuple[int, ...],
-    logprobs: tuple[float, ...],
-    settings: SamplingSettings,
-    reward: Reward,
-    tokenizer: Any,
-) -> Rollout:
-    text = "" if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
+def _reward(reward: Reward, prompt: Prompt, text: str) -> float:
     try:
         value = reward(prompt.text, text, dict(prompt.row))
     except Exception as error:  # the function is the user's
@@ -309,16 +467,4 @@ def _rollout(
         raise InputError(f"the reward of prompt_id {prompt.prompt_id!r} is {value!r}; expected a number") from error
     if number != number or abs(number) == float("inf"):
         raise InputError(f"the reward of prompt_id {prompt.prompt_id!r} is {number}; expected a finite number")
-    return Rollout(
-        prompt_id=prompt.prompt_id,
-        prompt_ids=prompt.prompt_ids,
-        response_ids=ids,
-        reward=number,
-        logprobs=logprobs,
-        temperature=settings.temperature,
-        top_k=0,
-        top_p=1.0,
-        cut=ids[-1] not in settings.eos_ids,
-        prompt=prompt.text or None,
-        response=text or None,
-    )
+    return number
