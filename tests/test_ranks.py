@@ -1,0 +1,180 @@
+"""N ranks report what one process does, to rounding in float64: the whole report, number by number, and the kernel.
+
+The oracle is one process. A group of N gloo ranks is started once and goes through all its cases; a test looks up what became
+of its case.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from entropy_probe.collectives import ALONE, Kind, Payload, Ranks
+from entropy_probe.probe import ProbeResult, probe_checkpoint
+from entropy_probe.report import Report
+from entropy_probe.rollouts import write_rollouts
+from entropy_probe.scores import EntropyUnit, Estimator
+from entropy_probe.settings import Settings, ShardingChoice
+from entropy_probe.units import Mode
+from ranks import on_ranks
+from support import lora_model, make_checkpoint, random_rollouts, save_checkpoint, tiny_model, trained_optimizer
+
+TOLERANCE = 1e-9
+NOT_COMPARED = ("timing", "versions", "config", "engine", "ranks")
+NOISE = ("noise_floor", "self_test_residual")
+"""Fields that are rounding, or say how it was computed."""
+
+STREAMED = 2e5
+"""Bytes over all ranks in which no vectors of the tiny models fit."""
+
+EXACT = Settings(dtype=torch.float64, learning_rate=1e-3, microbatch_size=4)
+PLAIN = replace(EXACT, noise=False)
+SETTINGS = {
+    "exact": EXACT,
+    "exact-streamed": replace(PLAIN, memory_bytes=STREAMED),
+    "exact-score": replace(PLAIN, estimator=Estimator.SCORE, what_if_no_negatives=True, microbatch_size=2),
+    "block": replace(PLAIN, mode=Mode.BLOCK, blocks=3, entropy=EntropyUnit.PER_TOKEN),
+    "block-streamed-score": replace(
+        PLAIN,
+        mode=Mode.BLOCK,
+        blocks=3,
+        memory_bytes=STREAMED,
+        estimator=Estimator.SCORE,
+        entropy=EntropyUnit.PER_TOKEN,
+    ),
+    "folds": replace(PLAIN, split=3, max_grad_norm=0.1),
+    "evaluation": replace(PLAIN, gradient_checkpointing=True),
+    "resample": replace(PLAIN, resample=True, max_completion_length=8),
+}
+EVERYWHERE = ("full/exact", "full/exact-streamed", "lora/block", "lora/block-streamed-score")
+CASES: Mapping[tuple[int, ShardingChoice], Sequence[str]] = {
+    (1, ShardingChoice.FSDP2): ("full/exact",),
+    (2, ShardingChoice.REPLICATED): (*EVERYWHERE, "full/exact-score", "full/folds", "full/evaluation", "full/resample"),
+    (2, ShardingChoice.FSDP2): (*EVERYWHERE, "full/exact-score", "full/folds", "full/evaluation", "full/resample"),
+    (3, ShardingChoice.REPLICATED): ("full/exact", "lora/block-streamed-score"),
+    (4, ShardingChoice.REPLICATED): EVERYWHERE,
+    (4, ShardingChoice.FSDP2): EVERYWHERE,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one rank has of a case: the report and the kernel, and what crossed."""
+
+    report: Report
+    kernel: np.ndarray[Any, np.dtype[np.float64]] | None
+    sent: dict[Kind, Payload]
+    collectives: list[Payload]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ranks")
+    make_checkpoint(root / "full")
+    base = tiny_model("llama-untied")
+    base.save_pretrained(root / "base")
+    adapted = lora_model(base)
+    save_checkpoint(adapted, trained_optimizer(adapted), root / "lora")
+    # Seven prompts, of which one has no advantage.
+    rows = random_rollouts(7, [3, 2, 4, 3, 3, 2, 3])
+    rows = [replace(row, reward=1.0) if row.prompt_id == "p3" else row for row in rows]
+    write_rollouts(rows, root / "rollouts.jsonl")
+    write_rollouts(random_rollouts(3, 2, seed=5), root / "evaluation.jsonl")
+    return root
+
+
+def probed(
+    root: Path, case: str, ranks: Ranks = ALONE, sharding: ShardingChoice = ShardingChoice.REPLICATED
+) -> ProbeResult:
+    model, name = case.split("/")
+    settings = SETTINGS[name]
+    if settings.memory_bytes is not None:
+        settings = replace(settings, memory_bytes=settings.memory_bytes / ranks.count)
+    return probe_checkpoint(
+        root / model,
+        root / "rollouts.jsonl",
+        settings,
+        evaluation_rollouts=root / "evaluation.jsonl" if name == "evaluation" else None,
+        base=root / "base" if model == "lora" else None,
+        ranks=ranks,
+        sharding=sharding,
+    )
+
+
+@functools.cache
+def alone(root: Path, case: str) -> ProbeResult:
+    return probed(root, case)
+
+
+@functools.cache
+def together(root: Path, count: int, sharding: ShardingChoice) -> list[dict[str, Found]]:
+    """By rank, every case of the group."""
+
+    def work(ranks: Ranks) -> dict[str, Found]:
+        found = {}
+        for case in CASES[count, sharding]:
+            ranks.sent.clear()
+            result = probed(root, case, ranks, sharding)
+            found[case] = Found(result.report, result.kernel, ranks.sent_by_kind(), list(ranks.sent))
+        return found
+
+    return on_ranks(count, work)
+
+
+def numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of the report by its path."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not (path == "" and key in NOT_COMPARED) and key not in NOISE:
+                yield from numbers(inner, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from numbers(inner, f"{path}[{place}]")
+    else:
+        yield path, value
+
+
+def differences(found: Report, expected: Report) -> list[str]:
+    mine, theirs = dict(numbers(asdict(found))), dict(numbers(asdict(expected)))
+    if mine.keys() != theirs.keys():
+        return sorted(mine.keys() ^ theirs.keys())
+    return [
+        f"{path}: {mine[path]} for {value}"
+        for path, value in theirs.items()
+        if (
+            mine[path] != pytest.approx(value, rel=TOLERANCE, abs=1e-14)
+            if isinstance(value, float)
+            else mine[path] != value
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "sharding", "case"),
+    [(count, sharding, case) for (count, sharding), cases in CASES.items() for case in cases],
+)
+def test_every_rank_reports_what_one_process_does(
+    folder: Path, count: int, sharding: ShardingChoice, case: str
+) -> None:
+    expected = alone(folder, case)
+    for of_rank in together(folder, count, sharding):
+        found = of_rank[case]
+        assert differences(found.report, expected.report) == []
+        if expected.kernel is None:
+            assert found.kernel is None
+        else:
+            scale = np.abs(expected.kernel).max()
+            np.testing.assert_allclose(found.kernel, expected.kernel, rtol=0, atol=TOLERANCE * scale)
+
+
+def test_a_number_that_is_off_is_a_difference(folder: Path) -> None:
+    report = alone(folder, "full/exact").report
+    spoiled = replace(report.first_order, u_cross=report.first_order.u_cross * (1 + 1e-8))
+    assert differences(replace(report, first_order=spoiled), report) != []
