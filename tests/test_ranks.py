@@ -7,7 +7,9 @@ of its case.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from entropy_probe.collectives import ALONE, Kind, Payload, Ranks
 from entropy_probe.probe import ProbeResult, probe_checkpoint
@@ -34,7 +37,7 @@ NOISE = ("noise_floor", "self_test_residual")
 STREAMED = 2e5
 """Bytes over all ranks in which no vectors of the tiny models fit."""
 
-EXACT = Settings(dtype=torch.float64, learning_rate=1e-3, microbatch_size=4)
+EXACT = Settings(dtype=torch.float64, learning_rate=1e-3, microbatch_size=8)
 PLAIN = replace(EXACT, noise=False)
 SETTINGS = {
     "exact": EXACT,
@@ -53,6 +56,23 @@ SETTINGS = {
     "evaluation": replace(PLAIN, gradient_checkpointing=True),
     "resample": replace(PLAIN, resample=True, max_completion_length=8),
 }
+COLLECTIVES = {
+    "all_reduce": 0,
+    "all_gather": 1,
+    "all_gather_into_tensor": 1,
+    "all_to_all_single": 1,
+    "all_to_all": 1,
+    "gather": 0,
+    "reduce_scatter": 1,
+    "reduce_scatter_tensor": 1,
+    "reduce": 0,
+    "broadcast": 0,
+    "scatter": 0,
+    "all_gather_object": 1,
+    "broadcast_object_list": 0,
+}
+"""Which argument is what a rank hands over."""
+
 EVERYWHERE = ("full/exact", "full/exact-streamed", "lora/block", "lora/block-streamed-score")
 CASES: Mapping[tuple[int, ShardingChoice], Sequence[str]] = {
     (1, ShardingChoice.FSDP2): ("full/exact",),
@@ -66,12 +86,16 @@ CASES: Mapping[tuple[int, ShardingChoice], Sequence[str]] = {
 
 @dataclass(frozen=True)
 class Found:
-    """What one rank has of a case: the report and the kernel, and what crossed."""
+    """What one rank has of a case: report and kernel, what it counted as handed over, and what torch was called with."""
 
     report: Report
     kernel: np.ndarray[Any, np.dtype[np.float64]] | None
-    sent: dict[Kind, Payload]
-    collectives: list[Payload]
+    sent: list[Payload]
+    called: list[tuple[str, int]]
+
+    def elements(self, kind: Kind) -> int:
+        """Handed over in all."""
+        return sum(payload.elements for payload in self.sent if payload.kind is kind)
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +145,39 @@ def together(root: Path, count: int, sharding: ShardingChoice) -> list[dict[str,
         found = {}
         for case in CASES[count, sharding]:
             ranks.sent.clear()
-            result = probed(root, case, ranks, sharding)
-            found[case] = Found(result.report, result.kernel, ranks.sent_by_kind(), list(ranks.sent))
+            with collectives_called() as called:
+                result = probed(root, case, ranks, sharding)
+            found[case] = Found(result.report, result.kernel, list(ranks.sent), called)
         return found
 
     return on_ranks(count, work)
+
+
+@contextmanager
+def collectives_called() -> Iterator[list[tuple[str, int]]]:
+    """Name and elements handed over of every collective that Python code calls; FSDP2's own are not among them."""
+    found: list[tuple[str, int]] = []
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            given = arguments[COLLECTIVES[name]]
+            inside = sys._getframe(1).f_globals["__name__"].startswith("entropy_probe")
+            if inside:
+                found.append(
+                    (name, sum(t.numel() * t.element_size() for t in ([given] if torch.is_tensor(given) else given)))
+                )
+            return originals[name](*arguments, **named)
+
+        return call
+
+    try:
+        for name in COLLECTIVES:
+            setattr(dist, name, counting(name))
+        yield found
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -178,3 +230,88 @@ def test_a_number_that_is_off_is_a_difference(folder: Path) -> None:
     report = alone(folder, "full/exact").report
     spoiled = replace(report.first_order, u_cross=report.first_order.u_cross * (1 + 1e-8))
     assert differences(replace(report, first_order=spoiled), report) != []
+
+
+ALLOWED = {
+    ShardingChoice.REPLICATED: {"all_reduce", "all_to_all_single"},
+    ShardingChoice.FSDP2: {"all_reduce", "all_to_all_single", "all_gather"},
+}
+
+
+def trained_elements(folder: Path, case: str) -> int:
+    return alone(folder, case).report.checkpoint.parameters
+
+
+def gathers_of_parameter_length(found: Found, sharding: ShardingChoice) -> list[tuple[str, int]]:
+    """What torch was called with beside the collectives that are to be, or beyond what was counted."""
+    unknown = [call for call in found.called if call[0] not in ALLOWED[sharding]]
+    counted = sum(payload.bytes for payload in found.sent)
+    called = sum(size for name, size in found.called if name != "all_to_all_single")
+    shards = [payload.bytes for payload in found.sent if payload.kind is Kind.SHARDS]
+    exchanged = [size for name, size in found.called if name == "all_to_all_single"]
+    if len(shards) != len(exchanged) or any(own > size for own, size in zip(shards, exchanged, strict=True)):
+        unknown.append(("all_to_all_single", sum(exchanged)))
+    if called > counted - sum(shards) + PADDING:
+        unknown.append(("not counted", called))
+    return unknown
+
+
+MOST_UNITS = {2: 4, 3: 3, 4: 3}
+"""Of the seven, a rank's."""
+
+PADDING = 1 << 16
+"""Bytes by which gathers of uneven spans are filled up."""
+
+
+@pytest.mark.parametrize(
+    ("count", "sharding", "case"),
+    [(count, sharding, case) for (count, sharding), cases in CASES.items() for case in cases],
+)
+def test_no_gradient_is_gathered(folder: Path, count: int, sharding: ShardingChoice, case: str) -> None:
+    for of_rank in together(folder, count, sharding):
+        assert gathers_of_parameter_length(of_rank[case], sharding) == []
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_replicated_ranks_hand_over_shards_and_one_sum(folder: Path, count: int) -> None:
+    n = trained_elements(folder, "full/exact")
+    for of_rank in together(folder, count, ShardingChoice.REPLICATED):
+        found = of_rank["full/exact"]
+        # 2 n for every unit of this rank, its own span apart; ΣY once, and for the noise's thirds six sums more.
+        assert found.elements(Kind.SHARDS) <= 2 * n * MOST_UNITS[count] * (count - 1) / count + count
+        assert found.elements(Kind.SUMS) == 7 * n
+        assert found.elements(Kind.DIRECTIONS) == 0
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_streamed_replicated_ranks_hand_over_two_sums(folder: Path, count: int) -> None:
+    n = trained_elements(folder, "full/exact-streamed")
+    for of_rank in together(folder, count, ShardingChoice.REPLICATED):
+        found = of_rank["full/exact-streamed"]
+        assert found.elements(Kind.SUMS) == 2 * n
+        assert found.elements(Kind.SHARDS) == found.elements(Kind.DIRECTIONS) == 0
+
+
+PLANTED = """
+def gather(vector, count):
+    dist.all_gather([torch.empty_like(vector) for _ in range(count)], vector)
+"""
+
+
+def test_a_gather_of_a_gradient_is_seen() -> None:
+    """The planted bug: a vector of every rank's goes to all, as guide E forbids."""
+    planted: dict[str, Any] = {"__name__": "entropy_probe.planted", "dist": dist, "torch": torch}
+    exec(PLANTED, planted)
+
+    def work(ranks: Ranks) -> list[tuple[str, int]]:
+        with collectives_called() as called:
+            planted["gather"](torch.zeros(PADDING), ranks.count)
+            ranks.sum_vectors([torch.zeros(4)])
+        return called
+
+    for called in on_ranks(2, work):
+        sums = [Payload(Kind.SUMS, 4, 16)]
+        found = functools.partial(Found, None, None, sums)  # type: ignore[arg-type]
+        assert gathers_of_parameter_length(found(called), ShardingChoice.REPLICATED) != []
+        assert gathers_of_parameter_length(found(called), ShardingChoice.FSDP2) != []
+        assert gathers_of_parameter_length(found(called[1:]), ShardingChoice.REPLICATED) == []
