@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError
-from entropy_probe.wrappers import unwrap
+from entropy_probe.wrappers import held_part, unwrap
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -275,8 +275,14 @@ def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ad
 
 
 def moments_from_entry(entry: Mapping[str, Any]) -> AdamMoments:
-    """One parameter's entry of ``optimizer.state``; its step may be an int or a tensor."""
-    return AdamMoments(int(entry["step"]), entry["exp_avg"], entry["exp_avg_sq"], entry.get("max_exp_avg_sq"))
+    """One parameter's entry of ``optimizer.state``; its step may be an int or a tensor. Where FSDP2 cut them, its rows."""
+    largest = entry.get("max_exp_avg_sq")
+    return AdamMoments(
+        int(entry["step"]),
+        held_part(entry["exp_avg"]),
+        held_part(entry["exp_avg_sq"]),
+        None if largest is None else held_part(largest),
+    )
 
 
 def group_from_settings(group: Mapping[str, Any], names: Sequence[str]) -> AdamGroup:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, preconditioner
+from entropy_probe.collectives import WHOLE, Sharding
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,9 @@ def adamw_step(
     )
 
 
-def gradient_norm(ascent: Mapping[str, Tensor]) -> float:
-    """‖Ȳ‖, L2 over all parameters that have a gradient."""
-    return math.sqrt(sum(float((y.double() ** 2).sum()) for y in ascent.values()))
+def gradient_norm(ascent: Mapping[str, Tensor], sharding: Sharding = WHOLE) -> float:
+    """‖Ȳ‖, L2 over all parameters that have a gradient; of shards, over those of all ranks."""
+    return math.sqrt(sharding.total(sum(float((y.double() ** 2).sum()) for y in ascent.values())))
 
 
 def clip_factor(norm: float, max_grad_norm: float | None) -> float:
@@ -117,9 +118,10 @@ def adamw_deltas(
     ascent: Mapping[str, Tensor],
     *,
     max_grad_norm: float | None = None,
+    sharding: Sharding = WHOLE,
 ) -> dict[str, Tensor]:
-    """Δθ of :func:`adamw_step` alone: its parts stand in memory for one parameter at a time."""
-    factor = clip_factor(gradient_norm(ascent), max_grad_norm)
+    """Δθ of :func:`adamw_step` alone: its parts stand in memory for one parameter at a time. Of shards, this rank's."""
+    factor = clip_factor(gradient_norm(ascent, sharding), max_grad_norm)
     found = {}
     for name, group in state.group_of().items():
         if name in ascent and name in parameters:

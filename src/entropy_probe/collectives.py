@@ -199,6 +199,10 @@ class Sharding:
         """Σ over all elements, from the sum over those that this rank holds."""
         return float(self.ranks.sum_numbers(np.array([value]))[0]) if self.sharded else value
 
+    def norm(self, norm: float) -> float:
+        """L2 over all elements, from that over those that this rank holds."""
+        return math.sqrt(self.total(norm**2)) if self.sharded else norm
+
 
 WHOLE = Sharding()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.realized import RealizedChange
@@ -225,7 +227,11 @@ def coverage_warnings(coverage: Coverage) -> list[Evidence]:
 
 
 def parameter_warnings(
-    untouched: Sequence[str], ascent: Mapping[str, Tensor], state: AdamState, rivals: Sequence[str]
+    untouched: Sequence[str],
+    ascent: Mapping[str, Tensor],
+    state: AdamState,
+    rivals: Sequence[str],
+    sharding: Sharding = WHOLE,
 ) -> list[Evidence]:
     """Parameters out of reach, elements whose v is exactly zero, and a mapping that shapes alone could not settle."""
     found = []
@@ -237,9 +243,11 @@ def parameter_warnings(
                 "They count as zero; if they should train, look for a frozen or unused module",
             )
         )
-    fresh = {
-        name: int(((state.moments[name].exp_avg_sq == 0).to(y.device) & (y != 0)).sum()) for name, y in ascent.items()
-    }
+    counts = [
+        float(((state.moments[name].exp_avg_sq == 0).to(y.device) & (y != 0)).sum()) for name, y in ascent.items()
+    ]
+    every = sharding.ranks.sum_numbers(np.array(counts)) if sharding.sharded else counts
+    fresh = {name: int(count) for name, count in zip(ascent, every, strict=True)}
     total = sum(fresh.values())
     if total:
         names = [name for name, count in fresh.items() if count]

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from entropy_probe.collectives import WHOLE, Ranks, Sharding, deal
@@ -33,7 +35,7 @@ from entropy_probe.language_head import (
 )
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.wrappers import without_accelerate_autocast
+from entropy_probe.wrappers import held_part, without_accelerate_autocast
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,29 @@ class Policy:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, tied ones once, in the order of ``named_parameters``."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def held(self) -> dict[str, Tensor]:
+        """What this rank holds of each trainable parameter, without gradient: all of it, or its rows."""
+        return {name: held_part(p.detach()) for name, p in self.trainable().items()}
+
+    def in_forwards(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name as the model's code sees them: the same, or what FSDP2 gathers them into.
+
+        FSDP2 keeps those objects and frees their memory in between: whole gradients can be asked for by them, values not read.
+        To get hold of them each layer is gathered once, so that every rank must call this.
+        """
+        if not self.sharding.sharded:
+            return self.trainable()
+        found: dict[str, nn.Parameter] = {}
+        for path, module in self.model.named_modules():
+            if not isinstance(module, FSDPModule):
+                continue
+            module.unshard()
+            gathered: nn.Module = module  # type: ignore[assignment]  # to mypy FSDPModule is no module
+            own = gathered.named_parameters(path)
+            found.update({name: p for name, p in own if p.requires_grad and not isinstance(p, DTensor)})
+            module.reshard()
+        return {name: found[name] for name in self.trainable()}
 
     def microbatches(self, count: int) -> Iterator[slice]:
         """Consecutive slices of at most ``microbatch_size`` out of ``count``."""

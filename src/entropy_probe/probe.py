@@ -177,15 +177,14 @@ def probe(
     model = unwrap(model)
     if settings.learning_rate is not None:
         adam = adam.with_learning_rate(settings.learning_rate)
+    sharding = sharding_of(model, ranks)
     shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    test = validate_preconditioner(adam, shapes, seed=settings.seed)
+    test = validate_preconditioner(adam, shapes, seed=settings.seed, sharding=sharding)
     for rows in (batch, evaluation):
         if rows is not None:
             check_fits(rows, *input_limits(model))
     settings = replace(settings, dtype=next(model.parameters()).dtype)
-    subject = _Subject(
-        model, adam, sharding_of(model, ranks), batch, evaluation, describe_model(model, adam, test), (), None, None
-    )
+    subject = _Subject(model, adam, sharding, batch, evaluation, describe_model(model, adam, test), (), None, None)
     return _probe(subject, settings, Clock(), progress or Silent(), preparation)
 
 
@@ -236,6 +235,11 @@ def _probe_as_marked(
         check_evaluation(evaluation, batch, settings)
     if settings.split is not None:
         check_split(len(batch.groups), settings.split)
+    if subject.sharding.sharded and below_float32(model):
+        raise InputError(
+            f"sharded weights are {dtype_name(below_float32(model)[0].dtype)}, in which a small step would vanish, and FSDP2's "
+            "cannot be probed as float32 copies; use --dtype float32 --autocast bfloat16, or --sharding replicated"
+        )
     policy = Policy(model, batch.temperature, autocast=settings.autocast, sharding=subject.sharding)
     trainable = policy.trainable()
     if not trainable:
@@ -271,8 +275,8 @@ def _probe_as_marked(
         resampling = plan_resampling(policy, batch, settings.max_completion_length, settings.seed)
 
     def steps_of_others(ascent: Mapping[str, Tensor]) -> StepsOfOthers:
-        factor = clip_factor(gradient_norm(ascent), settings.max_grad_norm)
-        return StepsOfOthers(trainable, adam, ascent, factor, plan.units.sizes)
+        factor = clip_factor(gradient_norm(ascent, policy.sharding), settings.max_grad_norm)
+        return StepsOfOthers(policy.held(), adam, ascent, factor, plan.units.sizes)
 
     with clock.stage("gradients"):
         gradients = unit_gradients(
@@ -369,7 +373,7 @@ def _probe_as_marked(
                 progress=progress,
             )
             noise = noise_of(step_statistics, of_x.numpy(), of_y.numpy(), batch.group_sizes, plan.units)
-    norm = gradient_norm(gradients.ascent)
+    norm = gradient_norm(gradients.ascent, policy.sharding)
     weights = gradient_weights(adam, gradients.ascent, clip_factor(norm, settings.max_grad_norm))
     gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
     assert gradients.looked is not None
@@ -391,7 +395,7 @@ def _probe_as_marked(
         *diagnostics.on_policy_warnings(batch, scores),
         *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, settings.length_weight),
         *diagnostics.end_token_warnings(batch, end_token_ids(model)),
-        *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals),
+        *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals, policy.sharding),
         *diagnostics.coverage_warnings(gradients.coverage),
         *diagnostics.realized_warnings(realized),
         *diagnostics.sweep_warnings(curves),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_probe.adam_step import gradient_norm
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import (
     EntropyChange,
@@ -159,12 +160,13 @@ def realize(
     entropies = any(p.measure.target.needs_token_entropies for p in predictions)
     after = measure_after(policy, batch, step, entropies=entropies)
     floors = [0.0 for _ in predictions]
-    generator = torch.Generator().manual_seed(0)
+    sharding = policy.sharding
+    generator = torch.Generator().manual_seed(sharding.ranks.rank if sharding.sharded else 0)
     for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step.name} step", len(FLOOR_FACTORS)):
         tiny = measure_after(policy, batch, step, scale=factor, rounding=generator, entropies=entropies)
         gaps = [abs(p.measure.change(batch, before, tiny).delta_h - factor * p.linear) for p in predictions]
         floors = [max(floor, gap) for floor, gap in zip(floors, gaps, strict=True)]
-    norm = float(torch.sqrt(sum((delta.double() ** 2).sum() for delta in step.deltas.values()) + torch.tensor(0.0)))
+    norm = gradient_norm(step.deltas, sharding)
     return [
         RealizedChange(
             step.name, step.method, batch_name, p.measure, p.measure.change(batch, before, after), p.linear, floor, norm
@@ -197,7 +199,7 @@ def measure_after(
     """
     moves = step.deltas
     if rounding is not None:
-        theta = policy.trainable()
+        theta = policy.held()
         moves = {name: scale * delta + rounding_noise(theta[name], rounding) for name, delta in moves.items()}
     with virtual_step(policy.model, moves, scale if rounding is None else 1.0):
         found = policy.measure(batch.responses, entropies=entropies)

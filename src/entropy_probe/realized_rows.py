@@ -60,7 +60,9 @@ class Realizer:
 
     def steps(self, ascent: Mapping[str, Tensor]) -> list[Step]:
         """The preconditioned step and the optimizer's own, from Ȳ."""
-        adamw = adamw_deltas(self.policy.trainable(), self.adam, ascent, max_grad_norm=self.max_grad_norm)
+        adamw = adamw_deltas(
+            self.policy.held(), self.adam, ascent, max_grad_norm=self.max_grad_norm, sharding=self.policy.sharding
+        )
         return [
             Step("preconditioned", "virtual", preconditioned_step(ascent, self.preconditioners, self.learning_rates)),
             Step("adamw", "virtual", adamw),

@@ -7,17 +7,21 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from entropy_probe.wrappers import held_part
 
 
 @contextmanager
 def virtual_step(model: nn.Module, deltas: Mapping[str, Tensor], scale: float = 1.0) -> Iterator[None]:
     """Within the block the parameters hold θ + scale Δθ; afterwards θ bit for bit, exceptions included.
 
-    The original storage is never written to: each parameter points to a new tensor and then back.
+    The original storage is never written to: each parameter points to a new tensor and then back. But of parameters that FSDP2
+    shards, which it gathers from where they lie: there the rank's rows are written over, and back from a copy.
 
     Args:
         model: its parameters must be in float32 or better (see :func:`at_least_float32`).
-        deltas: Δθ by parameter name; parameters not named stay.
+        deltas: Δθ by parameter name, of what this rank holds; parameters not named stay.
         scale: factor of the step.
 
     Raises:
@@ -27,16 +31,28 @@ def virtual_step(model: nn.Module, deltas: Mapping[str, Tensor], scale: float = 
     unknown = sorted(set(deltas) - set(parameters))
     if unknown:
         raise ValueError(f"the step names parameters that the model does not have: {', '.join(unknown[:3])}")
-    originals = {name: parameters[name].data for name in deltas}
+    originals = {name: _kept(parameters[name]) for name in deltas}
     try:
         for name, delta in deltas.items():
             theta = originals[name]
             # The sum is formed in float64 and rounded once.
-            parameters[name].data = (theta.double() + scale * delta.to(theta.device, torch.float64)).to(theta.dtype)
+            _put(parameters[name], (theta.double() + scale * delta.to(theta.device, torch.float64)).to(theta.dtype))
         yield
     finally:
         for name, original in originals.items():
-            parameters[name].data = original
+            _put(parameters[name], original)
+
+
+def _kept(parameter: nn.Parameter) -> Tensor:
+    return held_part(parameter.detach()).clone() if isinstance(parameter, DTensor) else parameter.data
+
+
+def _put(parameter: nn.Parameter, values: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        rows = held_part(parameter.detach())
+        rows.copy_(values.view(rows.shape))
+    else:
+        parameter.data = values
 
 
 @contextmanager

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
@@ -23,6 +24,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def held_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its rows, if FSDP2 has cut it, in the memory where they lie; else the tensor."""
+    if isinstance(tensor, DTensor):
+        rows: Tensor = tensor.to_local()
+        return rows
+    return tensor
 
 
 @contextmanager

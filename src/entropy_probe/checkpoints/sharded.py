@@ -50,6 +50,7 @@ from entropy_probe.checkpoints.skeleton import (
 from entropy_probe.checkpoints.weight_files import SafetensorsWeights, StoredWeights, own_rows
 from entropy_probe.collectives import Ranks, Sharding, even_spans, row_spans
 from entropy_probe.errors import InputError, first_line
+from entropy_probe.wrappers import held_part
 
 
 def load_sharded_checkpoint(
@@ -199,14 +200,10 @@ def _fill(path: Path, targets: Mapping[str, tuple[Tensor, Origin]]) -> None:
             for key in origin.keys[1:]:
                 again = torch.empty_like(tensor)
                 weights.fill({key: again})
-                if not torch.equal(_held(again), _held(tensor)):
+                if not torch.equal(held_part(again), held_part(tensor)):
                     raise InputError(
                         f"{path}: {name} is tied, but the file holds other values under {key} than under {origin.keys[0]}"
                     )
-
-
-def _held(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _adam_state(path: Path, model: nn.Module, mesh: DeviceMesh) -> tuple[AdamState, OptimizerMapping]:
@@ -214,7 +211,7 @@ def _adam_state(path: Path, model: nn.Module, mesh: DeviceMesh) -> tuple[AdamSta
         folder = path / OPTIMIZER_FOLDER
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         saved = read_optimizer(folder, trainable, mesh)
-        return map_adam_state(saved, model, folder, lambda name, moment: _held(moment))
+        return map_adam_state(saved, model, folder, lambda name, moment: held_part(moment))
     rows = {name: own_rows(p) for name, p in model.named_parameters() if isinstance(p, DTensor)}
     return load_adam_state(
         path / "optimizer.pt",

@@ -452,8 +452,8 @@ class _Run:
         self.found = Found(unknown[0], unknown[1] if self.coefficients.needs_entropies else None)
         self.last_row = {unit: row for row, unit in enumerate(self.unit_of_row)}
         self.lengths = [response.length for response in self.responses]
-        self.parameters = self.policy.trainable()
-        self.owners = parameter_owners(self.policy.model, self.parameters)
+        self.parameters = self.policy.in_forwards()
+        self.owners = parameter_owners(self.policy.model, self.policy.trainable())
         self.ranks = self.policy.sharding.ranks
         self.first_row = [0, *itertools.accumulate(self.batch.group_sizes)]
 

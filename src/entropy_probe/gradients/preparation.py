@@ -114,7 +114,9 @@ def prepare(
         positions = min(total, microbatch_size * longest)
     vocabulary, _ = input_limits(policy.model)
     logits = 0.0 if vocabulary is None else float(LOGIT_BYTES * vocabulary * max(positions, longest))
-    chunked = logits > LOGIT_SHARE * memory_bytes
+    wanted = logits > LOGIT_SHARE * memory_bytes
+    # A chunked head is one that FSDP2 does not see run, and for which it gathers nothing.
+    chunked = wanted and not policy.sharding.sharded
     if earlier is not None:
         earlier.rules.check(earlier.applied(policy))
     if earlier is not None and earlier.chunked is chunked and not chunked and longest <= earlier.longest:
@@ -138,8 +140,9 @@ def prepare(
         if size < max(batch.group_sizes) <= fit:
             size, why = max(batch.group_sizes), "the responses to one prompt"
     reason = f"{size} responses in a forward ({why}), head {found.head}"
-    if found.head_reason is not None:
-        reason += f" ({found.head_reason})"
+    told = "not in chunks: weights are sharded" if wanted and not chunked else found.head_reason
+    if told is not None:
+        reason += f" ({told})"
     return replace(found, microbatch_size=size, reason=reason)
 
 
@@ -168,16 +171,20 @@ def measure_activations(policy: Policy, batch: RolloutBatch) -> Activations:
 def _bytes_kept(policy: Policy, row: Rollout) -> float:
     """What autograd keeps of one row, parameters apart."""
     padded = pad_right([row], policy.device)
-    owned = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    kept: dict[int, int] = {}
+    sharded = policy.sharding.sharded
+    owned = set() if sharded else {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad(), keeping:
-        policy.token_log_probs(padded)
-    return float(sum(kept.values()))
+        held = policy.token_log_probs(padded)
+    # FSDP2 has freed the weights that it gathered, and their storages hold nothing by now.
+    total = float(sum(storage.nbytes() for storage in kept.values()))
+    del held
+    return total

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import InputError, first_line
+from entropy_probe.gradients.backward_order import sharded_layers
 from entropy_probe.gradients.capture import Capture, leaked
 from entropy_probe.gradients.checkpointing import checkpointed_layers, checkpointing
+from entropy_probe.gradients.fsdp_backward import gradient_rows
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import (
     Treatment,
@@ -28,6 +30,7 @@ from entropy_probe.gradients.modules import (
     treated,
 )
 from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
+from entropy_probe.gradients.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import Policy, check_finite, pad_right, sum_over_tokens
 from entropy_probe.rollouts import Rollout, RolloutBatch
@@ -84,8 +87,8 @@ def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
         InputError: a sequence's score depends on the other sequences in its batch, or is not finite.
     """
     rows = short_rows(batch)
-    parameters = policy.trainable()
-    owners = parameter_owners(policy.model, parameters)
+    parameters = policy.in_forwards()
+    owners = parameter_owners(policy.model, policy.trainable())
     treatments = {
         name: first_treatment(module, parameters[name]) for module, names in owners.items() for name in names.values()
     }
@@ -117,9 +120,20 @@ def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
             if not wrong:
                 unproven = frozenset(name for name, gradient in alone.items() if gradient is None)
                 fall_back_around(owners, treatments, unproven)
+                _refuse_fallback(policy, treatments)
                 return Rules(treatments, unproven, _description(policy))
             for name in wrong:
                 treatments[name] = next_treatment(treatments[name])
+
+
+def _refuse_fallback(policy: Policy, treatments: Mapping[str, Treatment]) -> None:
+    """Autograd's own gradient of a unit is whole, and so would be the vectors that it is kept in."""
+    left = [name for name, treatment in treatments.items() if treatment is Treatment.FALLBACK]
+    if left and policy.sharding.sharded:
+        raise InputError(
+            f"parameter {left[0]} ({len(left)} in all) is used in a way that no rule follows, and the exact fallback needs "
+            "whole weights; use --sharding replicated, or freeze it"
+        )
 
 
 def short_rows(batch: RolloutBatch) -> tuple[Rollout, Rollout]:
@@ -166,6 +180,8 @@ def _alone(
     score = sum_over_tokens(policy.token_log_probs(padded), padded)[0]
     if not score.requires_grad:
         return score, dict.fromkeys(parameters)
+    if policy.sharding.sharded:
+        return score.detach(), gradient_rows(policy, score)  # all ranks take the same
     gradients = torch.autograd.grad(score, list(parameters.values()), allow_unused=True)
     return score.detach(), dict(zip(parameters, gradients, strict=True))
 
@@ -204,24 +220,29 @@ def _wrong(
         if escaped:
             return escaped
         dtype = torch.promote_types(policy.dtype, torch.float32)
-        vectors = UnitVectors({n: p.shape for n, p in parameters.items()}, 1, dtype, policy.device, channels=1)
+        shapes = {n: p.shape for n, p in parameters.items()}
+        vectors: UnitVectors | ShardedVectors = UnitVectors(shapes, 1, dtype, policy.device, channels=1)
+        # Of sharded ranks, which all run these rows, the first gives its gradient away.
+        units_of_rank = [[1], *([] for _ in range(policy.sharding.ranks.count - 1))]
+        if policy.sharding.sharded:
+            layers = sharded_layers(policy.model, treatments)
+            vectors = ShardedVectors(shapes, 1, dtype, policy.device, policy.sharding, layers, channels=1)
         vectors.open([1])
         strip.mix(Mixing(torch.ones((1, 2), device=policy.device, dtype=dtype), slice(0, 1)))
         leaves = capture.take_leaves()
         with torch.autocast(policy.device.type, enabled=False), capture.into(vectors):
             wanted = [capture.anchor, *[leaf for _, leaf, _ in leaves]]
+            vectors.begin_backward(slice(0, 1), units_of_rank)
             found = torch.autograd.grad([log_probs], wanted, [torch.ones_like(log_probs)], allow_unused=True)
             for (name, _, of), gradient in zip(leaves, found[1:], strict=True):
                 if gradient is not None:
                     vectors.add(name, gradient, of)
+            vectors.end_backward()
     vectors.settle([1])
-    norms = {name: 0.0 if g is None else float(g.norm()) for name, g in alone.items()}
+    norms = {name: policy.sharding.norm(0.0 if g is None else float(g.norm())) for name, g in alone.items()}
     whole = sum(norm**2 for norm in norms.values()) ** 0.5
-    return [
-        name
-        for name in parameters
-        if not _distance(vectors.of(name, [1])[0, 0], alone[name]) <= tolerance * max(norms[name], NEGLIGIBLE * whole)
-    ]
+    distances = {name: policy.sharding.norm(_distance(vectors.of(name, [1])[0, 0], alone[name])) for name in parameters}
+    return [name for name in parameters if not distances[name] <= tolerance * max(norms[name], NEGLIGIBLE * whole)]
 
 
 def _distance(found: Tensor, expected: Tensor | None) -> float:
