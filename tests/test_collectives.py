@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from typing import Any
 
-from entropy_probe.collectives import ALONE, deal, even_spans, row_spans
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entropy_probe.collectives import ALONE, Kind, Payload, Ranks, deal, even_spans, row_spans
 
 SHAPES = {"table": torch.Size([7, 3]), "bias": torch.Size([2])}
 
@@ -33,3 +38,23 @@ def test_over_one_rank_nothing_crosses() -> None:
     assert ALONE.sum_numbers(np.array([2.0]))[0] == 2.0
     assert torch.equal(ALONE.exchange([vector], [3])[0], vector)
     assert ALONE.sent == []
+    assert ALONE.backend is None
+    assert ALONE.most_sent() == {}
+
+
+def test_the_most_that_any_rank_sent_is_by_kind_and_leaves_its_own_gather_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(rank=0, count=2)
+    sent = [Payload(Kind.SHARDS, 5, 40), Payload(Kind.SHARDS, 2, 16), Payload(Kind.NUMBERS, 1, 8)]
+    ranks.sent.extend(sent)
+
+    def as_the_other_adds(total: Tensor, **_: Any) -> None:
+        total[1] += torch.tensor([[4.0, 32.0], [6.0, 24.0], [3.0, 12.0], [0.0, 0.0]], dtype=torch.float64)
+
+    monkeypatch.setattr(dist, "all_reduce", as_the_other_adds)
+    assert ranks.most_sent() == {
+        Kind.NUMBERS: Payload(Kind.NUMBERS, 4, 32),
+        Kind.SUMS: Payload(Kind.SUMS, 6, 24),
+        Kind.SHARDS: Payload(Kind.SHARDS, 7, 56),
+        Kind.DIRECTIONS: Payload(Kind.DIRECTIONS, 0, 0),
+    }
+    assert ranks.sent == sent

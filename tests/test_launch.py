@@ -146,6 +146,7 @@ def test_two_ranks_that_succeed_print_and_write_once(pair: Pair, agent: bool) ->
     def work(ranks: Ranks) -> None:
         time.sleep(0.4 * ranks.rank)  # rank 0 is ahead
         assert ranks.sum_numbers(np.ones(1)) == 2.0
+        assert ranks.backend == "gloo"
 
     leave = dist.destroy_process_group
 

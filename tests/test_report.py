@@ -30,6 +30,7 @@ CONTRACT = {
         "self_test_residual",
     },
     "units": {"mode", "count", "sizes", "responses", "tokens"},
+    "ranks": {"count", "sharding", "backend", "prompts", "tokens", "sent"},
     "realized": {
         "step", "batch", "delta_h", "se", "entropy_before", "entropy_after", "ess", "ess_fraction", "pareto_k", "noise_floor",
         "predicted", "method", "estimator",
@@ -47,9 +48,10 @@ def result() -> ProbeResult:
 def test_schema_1_holds_every_field_of_the_contract(result: ProbeResult) -> None:
     content = json.loads(json.dumps(result.report.to_dict(), allow_nan=False))
     assert content["schema"] == 1
-    assert {"config", "checkpoint", "timing", "versions", "first_order", "units", "realized"} <= set(content)
+    assert {"config", "checkpoint", "timing", "versions", "first_order", "units", "ranks", "realized"} <= set(content)
     assert set(content["first_order"]) >= CONTRACT["first_order"]
     assert set(content["units"]) >= CONTRACT["units"]
+    assert set(content["ranks"]) >= CONTRACT["ranks"]
     assert [(row["step"], row["batch"], row["method"]) for row in content["realized"]] == [
         ("preconditioned", "same", "virtual"),
         ("adamw", "same", "virtual"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from rich.console import Console
 
 import support
 from entropy_probe import ProbeResult, Settings, probe, state_of_optimizer
-from entropy_probe.assemble import assemble_report
+from entropy_probe.assemble import assemble_report, describe_ranks
+from entropy_probe.collectives import Kind, Payload, Ranks, Sharding
 from entropy_probe.report import Report, plots
 from entropy_probe.report.text import print_report
 from entropy_probe.scores import Estimator
@@ -73,6 +75,60 @@ def test_every_line_of_the_terminal_report_shows_the_number_of_its_name(
         "no warnings",
     ):
         assert line in lines, line
+    assert not any(line.startswith("ranks") for line in lines)
+
+
+class Group(Ranks):
+    """Ranks with a backend and no group."""
+
+    @property
+    def backend(self) -> str:
+        return "gloo"
+
+
+SENT = {
+    Kind.NUMBERS: Payload(Kind.NUMBERS, 500, 4000),
+    Kind.SUMS: Payload(Kind.SUMS, 0, 0),
+    Kind.SHARDS: Payload(Kind.SHARDS, 275_000, 1_100_000),
+    Kind.DIRECTIONS: Payload(Kind.DIRECTIONS, 9, 36),
+}
+
+
+def test_who_shared_the_work_is_in_the_report(result: ProbeResult) -> None:
+    batch = support.random_batch(12, 4)
+    content = result.report.to_dict()["ranks"]
+    assert content == {
+        "count": 1, "sharding": None, "backend": None, "prompts": [12], "tokens": [batch.tokens], "sent": {},
+    }  # fmt: skip
+    for sharded, named in ((False, "replicated"), (True, "fsdp2")):
+        ranks = describe_ranks(Sharding(Group(1, 4), sharded=sharded), [2, 2, 2, 1], [9, 8, 7, 6], SENT)
+        content = json.loads(json.dumps(dataclasses.replace(result.report, ranks=ranks).to_dict()))["ranks"]
+        assert content == {
+            "count": 4, "sharding": named, "backend": "gloo", "prompts": [2, 2, 2, 1], "tokens": [9, 8, 7, 6],
+            "sent": {
+                "numbers": {"elements": 500, "bytes": 4000}, "sums": {"elements": 0, "bytes": 0},
+                "shards": {"elements": 275_000, "bytes": 1_100_000}, "directions": {"elements": 9, "bytes": 36},
+            },
+        }  # fmt: skip
+    # A group of one shares nothing out, whatever holds its weights.
+    assert describe_ranks(Sharding(Group(0, 1), sharded=True), [3], [9], {}).sharding is None
+
+
+@pytest.mark.parametrize(
+    ("count", "sent", "said"),
+    [
+        (4, SENT, "2, 2, 2, 1 prompts; a rank handed over at most 1.1 MB (shards 1.1 MB, numbers 4 kB, directions 36 bytes)"),
+        (9, {}, "1 to 2 prompts each; a rank handed over at most 0 bytes"),
+    ],
+)  # fmt: skip
+def test_several_ranks_have_a_line_with_their_prompts_and_what_crossed(
+    result: ProbeResult, capsys: pytest.CaptureFixture[str], count: int, sent: dict[Kind, Payload], said: str
+) -> None:
+    prompts = [2] * (count - 1) + [1]
+    ranks = describe_ranks(Sharding(Group(0, count)), prompts, prompts, sent)
+    print_report(dataclasses.replace(result.report, ranks=ranks), Console(width=240))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"ranks {count} gloo, replicated: {said}" in lines
 
 
 def figure_of(monkeypatch: pytest.MonkeyPatch, plot: Any, report: Report) -> Any:

@@ -456,15 +456,6 @@ def test_without_a_process_group_sharding_is_refused(sound: Path) -> None:
         load_sharded_checkpoint(sound / "checkpoint-3", ALONE)
 
 
-def test_a_part_of_a_test_vector_is_that_part_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adam_preconditioner, "DRAWN_AT_ONCE", 32)
-    for count in (0, 5, 32, 63, 64, 70, 100, 129):
-        whole = torch.randn(count, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        for span in (slice(0, count), slice(count // 3, count // 2), slice(count // 2, count), slice(count, count)):
-            generator = torch.Generator().manual_seed(3)
-            assert torch.equal(adam_preconditioner._normal_part(count, span, generator), whole[span])
-
-
 def test_metadata_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     for content in (b"", b"garbage", pickle.dumps({"state_dict_metadata": {}}), pickle.dumps(torch.Size([1]))):
         (tmp_path / ".metadata").write_bytes(content)

@@ -158,19 +158,22 @@ def validate_preconditioner(
         InputError: names the first parameter whose state is missing, mis-shaped, NaN, infinite or negative, or at t = 0.
     """
     groups = state.group_of()
-    generator = torch.Generator().manual_seed(seed)
+    preconditioners = Preconditioners(state)
     plain = weighted = 0.0
-    for name, shape in shapes.items():
+    for number, (name, shape) in enumerate(shapes.items()):
         span = sharding.own(name) if sharding.sharded else slice(0, math.prod(shape))
         held = rows_of(shape, span) if sharding.sharded else shape
         problem = moments_problem(state.moments.get(name) if name in groups else None, held)
         if problem is not None:
             raise InputError(f"parameter {name}: {problem}")
-        p = preconditioner(state.moments[name], groups[name]).cpu().flatten()
-        left = _normal_part(math.prod(shape), span, generator)
-        right = _normal_part(math.prod(shape), span, generator)
-        plain += float((left * right).sum())
-        dot = float((left * p * right).sum())
+        dot = 0.0
+        for chunk, part in _chunks(span):
+            skipped, count = part.start - chunk * CHUNK, part.stop - chunk * CHUNK
+            left, right = (normal_chunk(seed, number, vector, chunk, count)[skipped:] for vector in (0, 1))
+            product = left * right
+            p = preconditioners.chunk(name, slice(part.start - span.start, part.stop - span.start)).cpu()
+            plain += float(product.sum())
+            dot += float(product @ p)
         if not math.isfinite(dot):
             raise InputError(
                 f"parameter {name}: a dot product through 1/(√v̂ + ε) is {dot}; v holds zeros and ε is {groups[name].eps}"
@@ -186,25 +189,31 @@ def rows_of(shape: torch.Size, span: slice) -> torch.Size:
     return torch.Size([(span.stop - span.start) // max(math.prod(shape[1:]), 1), *shape[1:]])
 
 
-DRAWN_AT_ONCE = 1 << 22
-"""Normal numbers of a test vector in memory beyond a rank's own; a multiple of 16, in which torch draws them."""
+CHUNK = 1 << 20
+"""Elements of a test vector that come from one generator: part of what the vectors are, so not to be tuned."""
 
 
-def _normal_part(count: int, span: slice, generator: torch.Generator) -> Tensor:
-    """Elements ``span`` of ``torch.randn(count)`` in float64, without the rest in memory.
+def normal_chunk(seed: int, parameter: int, vector: int, chunk: int, count: int) -> Tensor:
+    """The first ``count`` standard normal numbers, float64, of one chunk of a test vector.
 
-    All are drawn, so that every rank's generator goes the same way. Fewer than 16 at the end would be drawn otherwise than
-    within a longer vector, so the last piece takes them in.
+    Args:
+        seed: of all test vectors.
+        parameter: its number in the mapping.
+        vector: 0 for the left one, 1 for the right one.
+        chunk: elements from ``chunk`` · ``CHUNK`` on.
+        count: how many, up to ``CHUNK``.
     """
-    own = torch.empty(span.stop - span.start, dtype=torch.float64)
-    start = filled = 0
-    while start < count:
-        length = count - start if count - start < 2 * DRAWN_AT_ONCE else DRAWN_AT_ONCE
-        drawn = torch.randn(length, generator=generator, dtype=torch.float64)
-        part = drawn[max(span.start - start, 0) : max(span.stop - start, 0)]
-        own[filled : filled + len(part)] = part
-        start, filled = start + length, filled + len(part)
-    return own
+    # A counter of four words, the lowest first, of which drawing moves the lower two: no two chunks share a number.
+    generator = np.random.Generator(np.random.Philox(key=[seed, parameter], counter=[0, 0, vector, chunk]))
+    return torch.from_numpy(generator.standard_normal(count))
+
+
+def _chunks(span: slice) -> Iterator[tuple[int, slice]]:
+    """Every chunk that a span overlaps, by its number, with the flat elements that both hold."""
+    for chunk in range(span.start // CHUNK, -(-span.stop // CHUNK)):
+        part = slice(max(span.start, chunk * CHUNK), min(span.stop, (chunk + 1) * CHUNK))
+        if part.start < part.stop:
+            yield chunk, part
 
 
 def moments_problem(moments: AdamMoments | None, shape: torch.Size) -> str | None:

@@ -16,6 +16,7 @@ from torch import nn
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest
 from entropy_probe.adam_step import clip_factor, gradient_factors
 from entropy_probe.checkpoints import Checkpoint
+from entropy_probe.collectives import Kind, Payload, Sharding
 from entropy_probe.gradients import Coverage, Plan, Preparation
 from entropy_probe.importance_sampling import entropy_estimate
 from entropy_probe.intervals import needed_units
@@ -36,8 +37,10 @@ from entropy_probe.report.schema import (
     NeededSection,
     NoiseSection,
     PreconditionerDots,
+    RanksSection,
     RealizedRow,
     Report,
+    SentSection,
     SweepSection,
     TwoBatchSection,
     UnitsSection,
@@ -47,6 +50,7 @@ from entropy_probe.report.schema import (
 from entropy_probe.report.text import headline, step_sentence
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import EntropyTarget, EntropyUnit, response_entropies
+from entropy_probe.settings import ShardingChoice
 from entropy_probe.step_parts import Estimate, StepPrediction
 from entropy_probe.sweep import SweepCurve
 from entropy_probe.two_batches import TwoBatchStatistics, fold_statistics
@@ -94,6 +98,7 @@ def assemble_report(
     checkpoint: CheckpointSection,
     preparation: Preparation,
     coverage: Coverage,
+    ranks: RanksSection,
     timing: Mapping[str, float],
 ) -> Report:
     """All sections. ``step_statistics`` are those of the η-weighted inner product, in which δH₁ = −U_cross."""
@@ -137,6 +142,7 @@ def assemble_report(
             fallback_share=coverage.fallback_share,
             recomputed=list(coverage.recomputed),
         ),
+        ranks=ranks,
         entropy=EntropySection(entropy, entropy_se, rate, rate_se, batch.mean_length),
         realized=[_row(change, config.max_grad_norm) for change in realized],
         sweep=[_sweep(curve) for curve in sweep],
@@ -178,6 +184,28 @@ def describe_model(model: nn.Module, adam: AdamState, test: PreconditionerTest) 
         adam_step=steps[0] if len(steps) == 1 else steps,
         mapping="live optimizer, by parameter identity",
         preconditioner_test=PreconditionerDots(test.plain_dot, test.preconditioned_dot),
+    )
+
+
+def describe_ranks(
+    sharding: Sharding, prompts: Sequence[int], tokens: Sequence[int], sent: Mapping[Kind, Payload]
+) -> RanksSection:
+    """The report's section of who shared the work.
+
+    Args:
+        sharding: of the model.
+        prompts: dealt to each rank.
+        tokens: of their responses.
+        sent: by kind, the most that any rank handed over.
+    """
+    chosen = ShardingChoice.FSDP2 if sharding.sharded else ShardingChoice.REPLICATED
+    return RanksSection(
+        count=sharding.ranks.count,
+        sharding=chosen.value if sharding.ranks.count > 1 else None,
+        backend=sharding.ranks.backend,
+        prompts=list(prompts),
+        tokens=list(tokens),
+        sent={kind.value: SentSection(payload.elements, payload.bytes) for kind, payload in sent.items()},
     )
 
 

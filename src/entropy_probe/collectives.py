@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -68,6 +68,11 @@ class Ranks:
         on_gpu = dist.get_backend(group) == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         return Ranks(dist.get_rank(group), dist.get_world_size(group), group, device)
+
+    @property
+    def backend(self) -> str | None:
+        """What carries the collectives, gloo or nccl; None without a group."""
+        return None if self.group is None else str(dist.get_backend(self.group))
 
     def sum_numbers(self, values: FloatArray) -> FloatArray:
         """Σ over ranks in float64, the same shape. What only one rank knows, the others give as 0."""
@@ -152,6 +157,20 @@ class Ranks:
                 sum(payload.bytes for payload in self.sent if payload.kind is kind),
             )
             for kind in Kind
+        }
+
+    def most_sent(self) -> dict[Kind, Payload]:
+        """By kind, the most elements and bytes that any rank handed over so far; nothing where there is one rank.
+
+        Every rank must call it: the totals are gathered, which itself is not counted.
+        """
+        if self.count == 1:
+            return {}
+        own = self.sent_by_kind()
+        totals = np.array([[own[kind].elements, own[kind].bytes] for kind in Kind])
+        most = replace(self, sent=[]).gather_numbers(totals).max(axis=0)
+        return {
+            kind: Payload(kind, int(elements), int(size)) for kind, (elements, size) in zip(Kind, most, strict=True)
         }
 
     def _count(self, kind: Kind, tensor: Tensor) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamState, Preconditioners, validate_preconditioner
 from entropy_probe.adam_step import StepsOfOthers, clip_factor, gradient_norm, gradient_weights
-from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model
+from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model, describe_ranks
 from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of
-from entropy_probe.collectives import ALONE, Ranks, Sharding
+from entropy_probe.collectives import ALONE, Ranks, Sharding, deal
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
     Plan,
@@ -403,6 +403,8 @@ def _probe_as_marked(
         *diagnostics.weighting_warnings(settings.weighting, batch.group_sizes),
         *diagnostics.clipping_warnings(batch, norm, settings.max_grad_norm),
     ]
+    ranks = subject.sharding.ranks
+    dealt = deal([sum(response.length for response in group.responses) for group in batch.groups], ranks.count)
     report = assemble_report(
         statistics=statistics,
         step_statistics=step_statistics,
@@ -456,6 +458,12 @@ def _probe_as_marked(
         checkpoint=subject.facts,
         preparation=preparation,
         coverage=gradients.coverage,
+        ranks=describe_ranks(
+            subject.sharding,
+            [len(prompts) for prompts in dealt],
+            [batch.of_prompts(prompts).tokens for prompts in dealt],
+            ranks.most_sent(),
+        ),
         timing=clock.seconds(),
     )
     return ProbeResult(report, gradients.total.kernel, preparation)

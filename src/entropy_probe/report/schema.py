@@ -221,6 +221,30 @@ class EngineSection:
 
 
 @dataclass(frozen=True)
+class SentSection:
+    """Elements and bytes handed to collectives."""
+
+    elements: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RanksSection:
+    """Who shared the work: ``count`` ranks, each with its ``prompts`` and their response ``tokens``, in the order of ranks.
+
+    ``sharding`` is what a rank holds of parameters and Adam's state: all (``replicated``), or its rows (``fsdp2``); null in one
+    process, as ``backend`` is without a process group. ``sent`` is, by kind of collective, the most that any rank handed over.
+    """
+
+    count: int
+    sharding: str | None
+    backend: str | None
+    prompts: list[int]
+    tokens: list[int]
+    sent: Mapping[str, SentSection]
+
+
+@dataclass(frozen=True)
 class EntropySection:
     """Ĥ(θ) with its standard error clustered by prompt; per token is that divided by the mean length, a ratio."""
 
@@ -358,6 +382,7 @@ class Report:
     what_if: WhatIfSection
     units: UnitsSection
     engine: EngineSection
+    ranks: RanksSection
     entropy: EntropySection
     realized: list[RealizedRow]
     sweep: list[SweepSection]

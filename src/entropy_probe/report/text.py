@@ -317,6 +317,32 @@ def _coverage(report: Report) -> str:
     return "by rules" if share == 0.0 else f"{100 * (1 - share):.3g} % by rules"
 
 
+FEW = 8
+"""Ranks whose prompts are shown one by one."""
+
+
+def _ranks(report: Report) -> list[tuple[str, str, str]]:
+    """Nothing for one process."""
+    ranks = report.ranks
+    if ranks.count == 1:
+        return []
+    dealt = f"{min(ranks.prompts)} to {max(ranks.prompts)} prompts each"
+    if ranks.count <= FEW:
+        dealt = f"{', '.join(map(str, ranks.prompts))} prompts"
+    sizes = sorted(((sent.bytes, kind) for kind, sent in ranks.sent.items() if sent.bytes), reverse=True)
+    kinds = ", ".join(f"{kind} {_size(count)}" for count, kind in sizes)
+    handed = f"a rank handed over at most {_size(sum(count for count, _ in sizes))}{f' ({kinds})' if kinds else ''}"
+    return [("ranks", f"{ranks.count}", f"{ranks.backend}, {ranks.sharding}: {dealt}; {handed}")]
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000.0
+    return f"{count:.3g} GB"
+
+
 def _facts(report: Report) -> Table:
     units, checkpoint = report.units, report.checkpoint
     return rows_of(
@@ -327,5 +353,6 @@ def _facts(report: Report) -> Table:
         ("Adam step", str(checkpoint.adam_step), f"names by: {checkpoint.mapping}"),
         ("advantages", str(report.config.advantage), f"length weight {report.config.length_weight}"),
         ("temperature", f"{report.config.temperature:g}", ""),
+        *_ranks(report),
         ("time", f"{report.timing['total']:.1f} s", ""),
     )
