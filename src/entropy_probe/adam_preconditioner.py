@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError
-from entropy_probe.wrappers import held_part, unwrap
+from entropy_probe.wrappers import held_part, reshard, unwrap
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -264,7 +264,9 @@ def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ad
     """
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         raise InputError(f"the optimizer is {type(optimizer).__name__}; the probe needs torch.optim.Adam or AdamW")
-    names = {id(p): name for name, p in unwrap(model).named_parameters()}
+    model = unwrap(model)
+    reshard(model)
+    names = {id(p): name for name, p in model.named_parameters()}
     groups: list[AdamGroup] = []
     moments: dict[str, AdamMoments] = {}
     for group in optimizer.param_groups:

@@ -35,7 +35,7 @@ from entropy_probe.language_head import (
 )
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.wrappers import held_part, without_accelerate_autocast
+from entropy_probe.wrappers import held_part, reshard, without_accelerate_autocast
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ class Policy:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, tied ones once, in the order of ``named_parameters``."""
+        reshard(self.model)
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def held(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from entropy_probe.wrappers import held_part
+from entropy_probe.wrappers import held_part, reshard
 
 
 @contextmanager
@@ -27,6 +27,7 @@ def virtual_step(model: nn.Module, deltas: Mapping[str, Tensor], scale: float = 
     Raises:
         ValueError: a name that the model does not have.
     """
+    reshard(model)
     parameters = dict(model.named_parameters())
     unknown = sorted(set(deltas) - set(parameters))
     if unknown:
@@ -39,6 +40,8 @@ def virtual_step(model: nn.Module, deltas: Mapping[str, Tensor], scale: float = 
             _put(parameters[name], (theta.double() + scale * delta.to(theta.device, torch.float64)).to(theta.dtype))
         yield
     finally:
+        # A gathered copy would stay at θ⁺.
+        reshard(model)
         for name, original in originals.items():
             _put(parameters[name], original)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -60,3 +61,14 @@ def without_accelerate_autocast(model: nn.Module) -> AbstractContextManager[None
     if "_original_forward" not in attributes or "forward" not in attributes:
         return nullcontext()
     return forward_is(model, attributes["_original_forward"])
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 has gathered; nothing happens to others.
+
+    Left to its own choice FSDP2 keeps the root's after a forward. They are a copy, which steps on the shards do not reach, and
+    while it stands the model names it in the shards' place.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

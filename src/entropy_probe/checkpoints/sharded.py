@@ -50,7 +50,7 @@ from entropy_probe.checkpoints.skeleton import (
 from entropy_probe.checkpoints.weight_files import SafetensorsWeights, StoredWeights, own_rows
 from entropy_probe.collectives import Ranks, Sharding, even_spans, row_spans
 from entropy_probe.errors import InputError, first_line
-from entropy_probe.wrappers import held_part
+from entropy_probe.wrappers import held_part, reshard
 
 
 def load_sharded_checkpoint(
@@ -105,6 +105,7 @@ def load_sharded_checkpoint(
 
 def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
     """Whose elements of every trainable parameter are whose: FSDP2's rows, or even parts of what every rank holds whole."""
+    reshard(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: p.shape for name, p in parameters.items()}
     if any(isinstance(p, DTensor) for p in parameters.values()):

@@ -1,0 +1,385 @@
+"""What surrounds the engine on models that FSDP2 shards, against the same models whole in one process, in float64.
+
+Two ranks are started once and go through all cases; a test looks up what became of its case on each rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from entropy_probe.adam_preconditioner import state_of_optimizer
+from entropy_probe.checkpoints.sharded import decoder_layers, shard_model, sharding_of
+from entropy_probe.collectives import Ranks
+from entropy_probe.errors import InputError
+from entropy_probe.gradients import (
+    Storage,
+    UnitGradients,
+    loss_gradient,
+    marked,
+    prepare,
+    response_dots,
+    unit_gradients,
+)
+from entropy_probe.gradients.modules import Treatment
+from entropy_probe.gradients.preparation import measure_activations
+from entropy_probe.gradients.treatments import prove_rules
+from entropy_probe.language_head import HeadMode
+from entropy_probe.policy import Policy
+from entropy_probe.probe import probe
+from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.scores import EntropyTarget, Estimator
+from entropy_probe.settings import Settings
+from entropy_probe.units import exact_units
+from entropy_probe.virtual_step import virtual_step
+from ranks import on_ranks
+from support import lora_model, random_batch, tiny_model, trained_optimizer
+
+RELATIVE = 1e-9
+SCORE, RAO_BLACKWELL = EntropyTarget(Estimator.SCORE), EntropyTarget(Estimator.RAO_BLACKWELL)
+
+
+def cut(model: nn.Module, ranks: Ranks, *, keeps_root: bool = False) -> None:
+    """Layer by layer, as a checkpoint's, or as a trainer may: then the root's weights stay gathered after a forward."""
+    assert ranks.group is not None
+    mesh = DeviceMesh.from_group(ranks.group, "cpu")
+    if not keeps_root:
+        shard_model(Path("live"), model, mesh)
+        return
+    for layer in list(decoder_layers(model)):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def made(name: str) -> Any:
+    if name == "lora":
+        # One row in every lora_A, of which the second rank has none.
+        return lora_model(tiny_model("llama-untied"), rank=1).double()
+    if name == "gpt2-frozen":
+        model = tiny_model("gpt2").double()
+        for parameter_name, p in model.named_parameters():
+            p.requires_grad_("h.1" in parameter_name)
+        return model
+    return tiny_model(name).double()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model whole, as one process has it, and sharded."""
+
+    whole: Policy
+    sharded: Policy
+
+    @staticmethod
+    def of(model: nn.Module, again: nn.Module, ranks: Ranks, *, keeps_root: bool = False) -> Pair:
+        cut(again, ranks, keeps_root=keeps_root)
+        return Pair(
+            Policy(model, 0.8, microbatch_size=4),
+            Policy(again, 0.8, microbatch_size=4, sharding=sharding_of(again, ranks)),
+        )
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's span of a whole tensor."""
+        return whole.flatten()[self.sharded.sharding.own(name)]
+
+
+def pair_of(name: str, ranks: Ranks) -> Pair:
+    return Pair.of(made(name), made(name), ranks)
+
+
+@functools.cache
+def batch_of() -> RolloutBatch:
+    return random_batch(7, [3, 2, 4, 3, 3, 2, 3])
+
+
+def close(found: Tensor, expected: Tensor, scale: float | None = None) -> None:
+    assert found.shape == expected.shape
+    if expected.numel():
+        limit = float(expected.abs().max()) if scale is None else scale
+        assert float((found - expected).abs().max()) <= RELATIVE * limit
+
+
+def gradients(
+    policy: Policy, batch: RolloutBatch, pair: Pair, target: EntropyTarget, storage: Storage
+) -> UnitGradients:
+    generator = torch.Generator().manual_seed(1)
+    whole = {
+        name: torch.rand(p.shape, generator=generator, dtype=torch.float64) + 0.1
+        for name, p in pair.whole.trainable().items()
+    }
+    p = {n: pair.own(n, v) for n, v in whole.items()} if policy.sharding.sharded else whole
+    p = {n: v.view(policy.held()[n].shape) for n, v in p.items()}
+    a = torch.randn(len(batch.responses), generator=generator, dtype=torch.float64)
+    rates = {name: 0.5 if "norm" in name else 1.0 for name in p}
+    return unit_gradients(policy, batch, exact_units(len(batch.groups)), target, a, p, rates, storage=storage)
+
+
+def same_gradients(name: str, target: EntropyTarget, storage: Storage, checkpointed: bool, ranks: Ranks) -> None:
+    pair, batch, found = pair_of(name, ranks), batch_of(), []
+    for policy in (pair.sharded, pair.whole):
+        if checkpointed:
+            with marked(policy.model):
+                found.append(gradients(policy, batch, pair, target, storage))
+        else:
+            found.append(gradients(policy, batch, pair, target, storage))
+    sharded, whole = found
+    assert sharded.untouched == whole.untouched
+    assert sharded.rules is not None
+    assert whole.rules is not None
+    assert sharded.rules.treatments == whole.rules.treatments
+    close(sharded.scores, whole.scores)
+    for rate, dots in whole.dots.items():
+        for field in ("x_dot_sum", "y_dot_sum", "diagonal"):
+            mine, theirs = getattr(sharded.dots[rate], field), getattr(dots, field)
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=RELATIVE * np.abs(theirs).max())
+    scale = max(float(y.abs().max()) for y in whole.ascent.values())
+    for parameter, y in whole.ascent.items():
+        close(sharded.ascent[parameter].flatten(), pair.own(parameter, y), scale)
+
+
+def same_loss_gradient(name: str, count: int, ranks: Ranks) -> None:
+    """Also where a rank has nothing, and with gradients of a trainer's own standing in ``.grad``."""
+    pair, responses = pair_of(name, ranks), batch_of().responses[:count]
+    coefficients = torch.linspace(-1, 2, count, dtype=torch.float64)
+    trainers = {name: torch.ones_like(p) for name, p in pair.sharded.trainable().items()}
+    for parameter, p in pair.sharded.trainable().items():
+        p.grad = trainers[parameter]
+    found = loss_gradient(pair.sharded, responses, coefficients)
+    expected = loss_gradient(pair.whole, responses, coefficients)
+    assert found.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for parameter, gradient in expected.items():
+        close(found[parameter].flatten(), pair.own(parameter, gradient), scale)
+    for parameter, p in pair.sharded.trainable().items():
+        assert p.grad is trainers[parameter]
+
+
+def same_row_dots(name: str, ranks: Ranks) -> None:
+    pair, batch = pair_of(name, ranks), batch_of()
+    generator = torch.Generator().manual_seed(2)
+    whole = {n: torch.randn(p.shape, generator=generator).double() for n, p in pair.whole.trainable().items()}
+    own = {n: pair.own(n, v).view(pair.sharded.held()[n].shape) for n, v in whole.items()}
+    close(response_dots(pair.sharded, batch, [own, own]), response_dots(pair.whole, batch, [whole, whole]))
+
+
+def moved_and_back(keeps_root: bool, ranks: Ranks) -> None:
+    """Every forward within sees moved weights, also where a gathered copy stood; afterwards θ bit for bit."""
+    model, again = made("llama-tied"), made("llama-tied")
+    pair, batch = Pair.of(model, again, ranks, keeps_root=keeps_root), batch_of()
+    before = {name: held.clone() for name, held in pair.sharded.held().items()}
+    whole = {n: torch.full_like(p, 0.01, dtype=torch.float64) for n, p in pair.whole.trainable().items()}
+    own = {n: pair.own(n, v).view(before[n].shape) for n, v in whole.items()}
+    at_theta = pair.sharded.measure(batch.responses)
+    with virtual_step(pair.sharded.model, own, 2.0):
+        found = pair.sharded.measure(batch.responses)
+    with virtual_step(pair.whole.model, whole, 2.0):
+        expected = pair.whole.measure(batch.responses)
+    close(found.scores, expected.scores)
+    assert not torch.allclose(found.scores, at_theta.scores)
+
+    def fails() -> None:
+        with virtual_step(pair.sharded.model, own):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    assert all(torch.equal(held, before[name]) for name, held in pair.sharded.held().items())
+    again = pair.sharded.measure(batch.responses)
+    assert torch.equal(again.scores, at_theta.scores)
+
+
+def same_preparation(ranks: Ranks) -> None:
+    """Gathered weights do not count as activations; no head in chunks, and the reason says so."""
+    pair, batch = pair_of("llama-untied", ranks), batch_of()
+    found, expected = (measure_activations(policy, batch) for policy in (pair.sharded, pair.whole))
+    assert found.of_row(8) == pytest.approx(expected.of_row(8), rel=0.02)
+    chosen = prepare(pair.sharded, batch, memory_bytes=1e3)
+    assert (chosen.head, chosen.chunked) == (HeadMode.RESPONSES, False)
+    assert "not in chunks: weights are sharded" in chosen.reason
+    assert prepare(pair.whole, batch, memory_bytes=1e3).head is HeadMode.CHUNKED
+
+
+class Scaled(nn.Module):
+    """A layer that uses a matrix in arithmetic of its own, over positions of all sequences at once."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.weight = nn.Parameter(torch.full((16, 16), 0.1, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.inner(hidden)
+        return found + torch.einsum("blq,pq->blp", hidden, self.weight @ self.weight)
+
+
+def with_layer(make: Callable[[nn.Module], nn.Module]) -> Any:
+    model = made("llama-tied")
+    model.model.layers[0].mlp = make(model.model.layers[0].mlp)
+    return model
+
+
+def slower_rules(ranks: Ranks) -> None:
+    """A rule that does not serve is left for a slower one, as in one process."""
+    pair = Pair.of(with_layer(Scaled), with_layer(Scaled), ranks)
+    found, expected = (prove_rules(policy, batch_of()) for policy in (pair.sharded, pair.whole))
+    assert found.treatments == expected.treatments
+    assert Treatment.RECOMPUTE in found.treatments.values()
+
+
+class Fussy(Scaled):
+    """Raises where a rule has put a leaf a sequence in the place of its vector; FSDP2 is then in the midst of a forward."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.weight = nn.Parameter(torch.full((16,), 0.1, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.inner(hidden)
+        if self.weight.dim() > 1:
+            raise AssertionError
+        return found * self.weight
+
+
+class _Times(torch.autograd.Function):
+    """hidden · weight, whose backward knows weights of one dimension alone."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return hidden * weight
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        if weight.dim() > 1:
+            raise AssertionError("one dimension was expected")
+        return delta * weight, (delta * hidden).flatten(0, -2).sum(0)
+
+
+class FussyBackward(Fussy):
+    """The same, in the midst of a backward."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = _Times.apply(self.inner(hidden), self.weight)
+        return found
+
+
+def broken_half_way(layer: Callable[[nn.Module], nn.Module], ranks: Ranks) -> None:
+    """A rule that breaks the model's own code is left for the next one, whatever FSDP2 was at."""
+    pair = Pair.of(with_layer(layer), with_layer(layer), ranks)
+    found, expected = (prove_rules(policy, batch_of()) for policy in (pair.sharded, pair.whole))
+    assert found.treatments == expected.treatments
+
+
+def live(ranks: Ranks) -> None:
+    """A live FSDP2 model with its optimizer, whose moments are DTensors: the report is one process's."""
+    model, again = tiny_model().double(), tiny_model().double()
+    whole = state_of_optimizer(trained_optimizer(model, weight_decay=0.02), model)
+    cut(again, ranks, keeps_root=True)
+    optimizer = trained_optimizer(again, weight_decay=0.02)
+    again.eval()
+    with torch.no_grad():
+        again(torch.tensor([[3, 4]]))
+    assert not isinstance(again.lm_head.weight, DTensor), "the root is to be gathered"
+    own = state_of_optimizer(optimizer, again)
+    assert all(type(moments.exp_avg) is Tensor for moments in own.moments.values())
+    settings = Settings(max_grad_norm=0.05, noise=False)
+    flags = [p.requires_grad for p in again.parameters()]
+    batch = random_batch(3, 2)
+    found = probe(again, own, batch, settings, ranks=ranks)
+    expected = probe(model, whole, batch, settings)
+    for section in ("first_order", "checkpoint"):
+        mine, theirs = asdict(getattr(found.report, section)), asdict(getattr(expected.report, section))
+        for key, value in theirs.items():
+            if isinstance(value, float):
+                assert mine[key] == pytest.approx(value, rel=1e-8), key
+            elif not isinstance(value, dict | list):
+                assert mine[key] == value, key
+    for mine_row, their_row in zip(found.report.realized, expected.report.realized, strict=True):
+        assert mine_row.delta_h == pytest.approx(their_row.delta_h, rel=1e-7)
+        assert mine_row.step_norm == pytest.approx(their_row.step_norm, rel=1e-9)
+    assert [p.requires_grad for p in again.parameters()] == flags
+    assert all(p.grad is None for p in again.parameters())
+
+
+def narrow(ranks: Ranks) -> None:
+    """bfloat16 weights are refused by name of the remedy."""
+    model = tiny_model()
+    adam = state_of_optimizer(trained_optimizer(model), model)
+    again = tiny_model().to(torch.bfloat16)
+    cut(again, ranks)
+    sharding = sharding_of(again, ranks)
+    moments = {
+        name: replace(
+            m,
+            **{
+                field: getattr(m, field).flatten()[sharding.own(name)].view(-1, *m.exp_avg.shape[1:])
+                for field in ("exp_avg", "exp_avg_sq")
+            },
+        )
+        for name, m in adam.moments.items()
+    }
+    with pytest.raises(InputError, match="--autocast bfloat16"):
+        probe(again, replace(adam, moments=moments), batch_of(), ranks=ranks)
+
+
+FAMILIES = ("llama-tied", "llama-untied", "gpt2", "qwen2", "gemma2", "mixtral", "opt", "phi", "lora", "gpt2-frozen")
+CASES: Mapping[str, Callable[[Ranks], None]] = {
+    **{f"gradients-{name}": partial(same_gradients, name, RAO_BLACKWELL, Storage.STORED, False) for name in FAMILIES},
+    **{
+        f"gradients-score-checkpointed-{name}": partial(same_gradients, name, SCORE, Storage.STREAMED, True)
+        for name in ("llama-tied", "lora", "gpt2-frozen")
+    },
+    **{
+        f"gradients-checkpointed-{name}": partial(same_gradients, name, RAO_BLACKWELL, Storage.STREAMED, True)
+        for name in ("llama-tied", "mixtral", "lora")
+    },
+    **{f"loss-{name}": partial(same_loss_gradient, name, 20) for name in ("llama-tied", "lora", "mixtral")},
+    "loss-idle": partial(same_loss_gradient, "llama-tied", 1),
+    **{f"dots-{name}": partial(same_row_dots, name) for name in ("llama-tied", "lora", "mixtral")},
+    "virtual-step": partial(moved_and_back, False),
+    "virtual-step-root-gathered": partial(moved_and_back, True),
+    "preparation": same_preparation,
+    "slower-rules": slower_rules,
+    "broken-forward": partial(broken_half_way, Fussy),
+    "broken-backward": partial(broken_half_way, FussyBackward),
+    "live": live,
+    "narrow": narrow,
+}
+
+
+def all_cases(ranks: Ranks) -> dict[str, str]:
+    """The tracebacks of the cases that failed."""
+    failed = {}
+    for name, case in CASES.items():
+        try:
+            case(ranks)
+        except Exception:
+            failed[name] = traceback.format_exc()
+        dist.barrier()
+    return failed
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[dict[str, str]]:
+    return on_ranks(2, all_cases)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks(case: str, outcomes: list[dict[str, str]]) -> None:
+    for rank, failures in enumerate(outcomes):
+        assert case not in failures, f"rank {rank}:\n{failures[case]}"
