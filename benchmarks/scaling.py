@@ -1,17 +1,17 @@
-"""What ranks hand over and hold, measured on this machine's gloo ranks and held against the formulas; and the page from them.
+"""What ranks hand over and hold, measured on this machine's gloo ranks and held against the formulas.
 
     python benchmarks/scaling.py --markdown FILE [--json FILE]     every row, about a quarter of an hour on two cores
     python benchmarks/scaling.py --quick                           the smallest model, payloads alone
-    python benchmarks/scaling.py --page docs/scaling.md            the computed tables of the page anew; nothing is measured
 
-Llamas of 1 and 4 million parameters (four layers, vocabulary 512, tied, float32) after two steps of AdamW, 16 and 48 prompts with
-two responses, probed from a checkpoint by N = 1 to 4 forked ranks of one thread each: replicated and FSDP2, stored and streamed,
-Rao-Blackwell, the noise split where vectors are stored. It fails where a rank's shards, sums or directions are not, element by
-element, what ``scaling_formulas.py`` says; where numbers are not its leading terms and a bounded rest that has nothing to do with
-the number of parameters; or where the unit vectors' memory does not fall with N.
+Llamas of 1 and 4 million parameters (four layers, vocabulary 512, tied, float32) after two steps of AdamW, 16 and 48 prompts
+with two responses, probed from a checkpoint by N = 1 to 4 forked ranks of one thread each: replicated and FSDP2, stored and
+streamed, Rao-Blackwell, the noise split where vectors are stored. It fails where a rank's shards, sums or directions are not,
+element by element, what ``scaling_formulas.py`` says; where numbers are not its leading terms and a bounded rest that has
+nothing to do with the number of parameters; or where the memory of unit vectors does not fall with N.
 
-Peak memory is what a rank's resident set grows by from before the checkpoint is read, the mapped optimizer file included. Seconds
-are of the gradients' stage; more ranks than cores share them, so that N = 2 is the most that can gain here.
+Peak memory is what a rank's resident set grows by from before the checkpoint is read, the mapped optimizer file included.
+Buckets of 64 MB, of which an exchange has several at a time, are most of it for the smaller models here, so it is the largest
+that must fall. Seconds are of the gradients' stage; there are two cores, so that N = 2 is the most that can gain.
 """
 
 from __future__ import annotations
@@ -42,18 +42,19 @@ from transformers.utils import logging
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
 from entropy_probe.collectives import Kind, Ranks, even_spans, row_spans
 from entropy_probe.gradients.batching import microbatches
+from entropy_probe.noise import LEAST_UNITS
 from entropy_probe.probe import probe_checkpoint
 from entropy_probe.rollouts import Rollout, group_rollouts, write_rollouts
 from entropy_probe.scores import Estimator
-from entropy_probe.settings import Settings, ShardingChoice
+from entropy_probe.settings import Settings
 from entropy_probe.units import Mode, exact_units
 
 VOCABULARY, RESPONSES, MICROBATCH = 512, 2, 4
 SHORT, LONG = 12, 60
 """Tokens of a response: for payloads and memory, and for seconds."""
 
-SHAPES = ((128, 16), (128, 48), (256, 16))
-"""Width of the model and number of prompts."""
+SHAPES = ((128, 16, (1, 2, 3, 4)), (256, 16, (1, 2)), (256, 48, (1, 2, 3, 4)))
+"""Width of the model, number of prompts, and of ranks."""
 
 REPEATS = 3
 ROOM = 1e12
@@ -90,15 +91,15 @@ class Case:
     @property
     def asked(self) -> Asked:
         """As the formulas want it."""
-        return Asked(self.estimator is Estimator.RAO_BLACKWELL)
+        return Asked(self.estimator is Estimator.RAO_BLACKWELL, noise=self.units >= LEAST_UNITS)
 
 
 @dataclass(frozen=True)
 class Found:
     """What one rank of a probe found: elements and bytes by kind, growth of its resident set, seconds of the gradients."""
 
-    elements: dict[str, int]
-    bytes: dict[str, int]
+    elements: dict[Kind, int]
+    bytes: dict[Kind, int]
     memory: int
     seconds: float
 
@@ -110,7 +111,7 @@ class Row:
     case: Case
     parameters: int
     found: list[Found]
-    expected: list[dict[str, int]]
+    expected: list[dict[Kind, int]]
     rest: int
 
     @property
@@ -219,7 +220,7 @@ def settings_of(case: Case, parameters: int) -> Settings:
     )
 
 
-def expected_of(case: Case, shapes: dict[str, torch.Size]) -> list[dict[str, int]]:
+def expected_of(case: Case, shapes: dict[str, torch.Size]) -> list[dict[Kind, int]]:
     """Elements by kind that the formulas give for every rank."""
     cut = row_spans if case.choice.sharded else even_spans
     held = [sum(s[rank].stop - s[rank].start for s in cut(shapes, case.ranks).values()) for rank in range(case.ranks)]
@@ -231,7 +232,7 @@ def expected_of(case: Case, shapes: dict[str, torch.Size]) -> list[dict[str, int
     ]
     openings = [sum(len({unit_of_row[row] for row in part.rows}) for part in of_rank) for of_rank in parts]
     rounds = max(map(len, parts))
-    found = []
+    found: list[dict[Kind, int]] = []
     for rank, share in enumerate(dealt):
         of_rank = Share(len(share), openings[rank], rounds, held[rank], sum(held) - held[rank], first=rank == 0)
         if case.ranks == 1:
@@ -278,7 +279,7 @@ def measure(case: Case, root: Path) -> Row:
     return Row(case, parameters, found, expected, rest)
 
 
-def check(case: Case, found: Sequence[Found], expected: Sequence[dict[str, int]], tensors: int) -> int:
+def check(case: Case, found: Sequence[Found], expected: Sequence[dict[Kind, int]], tensors: int) -> int:
     """Every rank against the formulas; the numbers beyond their leading terms.
 
     Raises:
@@ -321,9 +322,9 @@ def cases(quick: bool) -> list[Case]:
     """Payloads and memory; then other estimators and split prompts, for payloads alone."""
     found = [
         Case(width, units, ranks, choice)
-        for width, units in (SHAPES[:1] if quick else SHAPES)
+        for width, units, counts in (SHAPES[:1] if quick else SHAPES)
         for choice in CHOICES
-        for ranks in (1, 2, 3, 4)
+        for ranks in counts
     ]
     for choice in CHOICES:
         found.append(Case(128, 16, 2, choice, Estimator.SCORE))
@@ -333,27 +334,26 @@ def cases(quick: bool) -> list[Case]:
 
 def timed_cases() -> list[Case]:
     """One rank and two, each choice, longer responses."""
-    return [Case(256, 16, ranks, choice, tokens=LONG) for choice in CHOICES for ranks in (1, 2)]
-
-
-def filled(page: str) -> str:
-    """The page with its computed tables made anew: between ``<!-- name -->`` and ``<!-- end -->``."""
-    return page
+    return [Case(128, 16, ranks, choice, tokens=LONG) for choice in CHOICES for ranks in (1, 2)]
 
 
 def check_memory(rows: Sequence[Row]) -> None:
-    """Stored vectors are divided: a rank holds less the more there are.
+    """Of the largest, every rank of N holds less than one of N − 1, by half of what its vectors are less at least.
 
     Raises:
         AssertionError: it does not.
     """
+    width, units, _ = SHAPES[-1]
     for row in rows:
         case = row.case
-        if case.choice.stored and case.estimator is Estimator.RAO_BLACKWELL and case.ranks > 1:
-            whole = next(r for r in rows if r.case == replace(case, ranks=1))
-            vectors = 2 * formulas.FLOAT32 * row.parameters * case.units
-            if not row.memory < whole.memory - 0.5 * vectors * (1 - 1 / case.ranks):
-                raise AssertionError(f"{case}: a rank grew by {row.memory} bytes; one process alone by {whole.memory}")
+        if (case.width, case.units) == (width, units) and case.choice.stored and case.ranks > 1:
+            before = next(r for r in rows if r.case == replace(case, ranks=case.ranks - 1))
+            vectors = 2 * formulas.FLOAT32 * row.parameters * units
+            least = 0.5 * vectors * (1 / (case.ranks - 1) - 1 / case.ranks)
+            if not row.memory < before.memory - least:
+                raise AssertionError(
+                    f"{case}: a rank grew by {row.memory} bytes, one of {case.ranks - 1} by {before.memory}"
+                )
 
 
 def markdown(rows: Sequence[Row], timed: Sequence[Row], rate: float) -> str:
@@ -376,14 +376,7 @@ def markdown(rows: Sequence[Row], timed: Sequence[Row], rate: float) -> str:
             f"{sum(most.bytes.values()) / 1e6:.1f} MB | {row.memory / 1e6:.0f} |"
         )
     if slopes := memory_slopes(rows):
-        lines += [
-            "",
-            "Bytes a parameter, from the growth between the two models at U = 16, of the rank that grew most:",
-            "",
-        ]
-        lines += ["| sharding, vectors | N = 1 | N = 2 | N = 3 | N = 4 |", "|" + "---|" * 5]
-        for choice in CHOICES:
-            lines.append(f"| {choice.name} | " + " | ".join(f"{slopes[choice, n]:.0f}" for n in (1, 2, 3, 4)) + " |")
+        lines += ["", "Growth of one process for every parameter more, U = 16, bytes: " + ", ".join(slopes) + "."]
     if timed:
         lines += ["", f"Seconds of the gradients' stage, {REPEATS} repeats interleaved:", ""]
         lines += ["| sharding, vectors | N = 1 | N = 2 | N = 2 over N = 1: median [all] |", "|" + "---|" * 4]
@@ -398,15 +391,14 @@ def markdown(rows: Sequence[Row], timed: Sequence[Row], rate: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def memory_slopes(rows: Sequence[Row]) -> dict[tuple[Choice, int], float]:
-    """Bytes by which a rank grows for every parameter more, at 16 units: what does not depend on the model drops out."""
-    found = {}
+def memory_slopes(rows: Sequence[Row]) -> list[str]:
+    """Bytes by which one process, which exchanges nothing, grows for every parameter more at 16 units."""
+    found = []
     for choice in CHOICES:
-        for ranks in (1, 2, 3, 4):
-            both = [r for r in rows if r.case in (Case(128, 16, ranks, choice), Case(256, 16, ranks, choice))]
-            if len(both) == 2:
-                small, large = sorted(both, key=lambda row: row.parameters)
-                found[choice, ranks] = (large.memory - small.memory) / (large.parameters - small.parameters)
+        both = [r for r in rows if r.case in (Case(128, 16, 1, choice), Case(256, 16, 1, choice))]
+        if len(both) == 2:
+            small, large = both
+            found.append(f"{choice.name} {(large.memory - small.memory) / (large.parameters - small.parameters):.0f}")
     return found
 
 
@@ -415,28 +407,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--quick", action="store_true", help="the smallest model, payloads alone")
-    parser.add_argument("--page", type=Path, help="fill the computed tables of this page; nothing is measured")
     args = parser.parse_args()
-    if args.page is not None:
-        args.page.write_text(filled(args.page.read_text()))
-        return
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     console = Console()
     rows, timed = [], []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for width in sorted({width for width, _ in SHAPES}):
+        for width in sorted({width for width, _, _ in SHAPES}):
             write_checkpoint(root / f"width-{width}", width)
         for units, tokens in ((7, SHORT), (16, SHORT), (48, SHORT), (16, LONG)):
             write_rollouts(rollouts_of(units, tokens), root / f"rollouts-{units}-{tokens}.jsonl")
         rate = preconditioner_rate()
         for case in cases(args.quick):
             rows.append(measure(case, root))
-            row = rows[-1]
-            console.print(
-                f"{case.choice.name}, width {case.width}, U = {case.units}, N = {case.ranks}: {row.memory / 1e6:.0f} MB"
-            )
+            console.print(markdown(rows[-1:], [], rate).splitlines()[2])
         check_memory(rows)
         for _ in range(0 if args.quick else REPEATS):
             for case in timed_cases():

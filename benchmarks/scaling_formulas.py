@@ -7,7 +7,6 @@ on any GPU: they are the same counts with the assumptions of :class:`Machine`. `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from entropy_probe.collectives import Kind
@@ -254,7 +253,7 @@ class Machine:
     """Assumptions, but one not measured: GPUs of a node, bytes a second of links, and what a GPU computes.
 
     Attributes:
-        gpu_bytes: memory of one.
+        room: bytes of one that are left to this, of 80 GB, beside activations, logits and the allocator.
         gpus: of a node.
         inside: bytes a second that one GPU sends to others of its node, in each direction.
         between: the same to other nodes.
@@ -265,7 +264,7 @@ class Machine:
         host_link: bytes a second from the host to one GPU.
     """
 
-    gpu_bytes: float = 80e9
+    room: float = 70e9
     gpus: int = 8
     inside: float = 450e9
     between: float = 50e9
@@ -353,6 +352,15 @@ class Cost:
         return self.gradients + self.rest + self.payload + self.gathers + self.host
 
 
+def handed_over(
+    choice: Choice, model: Model, batch: Batch, ranks: int, asked: Asked, vectors: int
+) -> dict[Kind, float]:
+    """Bytes by kind, of the rank that hands over most."""
+    kinds = payload(choice, batch.share(ranks, model), asked)
+    found = {kind: count * width(kind, choice, asked, vectors) for kind, count in kinds.items()}
+    return found | {Kind.NUMBERS: float(FLOAT64 * numbers(choice, asked, batch.units, batch.rows, batch.tokens))}
+
+
 def passes(choice: Choice) -> int:
     """Over the batch, for the gradients: streaming has one for sums, one for dots, one for the step's parts."""
     return 1 if choice.stored else 3
@@ -371,13 +379,11 @@ def seconds(
     forward, weight_gradients = 2.0 * model.parameters, 2.0 * model.trained * asked.backwards
     through = forward * (1 + asked.backwards)
     one_pass = through / fast + weight_gradients / slow
+    # K, and that of the parts of the step.
+    kernels = 2 * 2.0 * batch.units**2 * model.trained / ranks / slow if choice.stored else 0.0
     forwards = STEPS * (1 + FLOOR)
     realised = (through + weight_gradients + forwards * forward) / slow
-    kinds = payload(choice, batch.share(ranks, model), asked)
-    handed = {kind: count * width(kind, choice, asked, vectors) for kind, count in kinds.items()}
-    handed[Kind.NUMBERS] = FLOAT64 * float(
-        numbers(choice, asked, batch.units, batch.rows, batch.tokens if asked.rao_blackwell else 0)
-    )
+    handed = handed_over(choice, model, batch, ranks, asked, vectors)
     over = (
         exchange_seconds(handed[Kind.SHARDS], ranks, machine)
         + reduce_seconds(handed[Kind.SUMS] + handed[Kind.NUMBERS], ranks, machine)
@@ -386,7 +392,7 @@ def seconds(
     gathered = gather_seconds(gathers(choice, batch, ranks, asked) * FLOAT32 * model.parameters, ranks, machine)
     elements = preconditioned(choice, model, batch, ranks, asked)
     return Cost(
-        gradients=tokens * one_pass * passes(choice),
+        gradients=tokens * one_pass * passes(choice) + kernels,
         rest=tokens * (realised + (one_pass if asked.noise else 0.0)),
         payload=over,
         gathers=gathered,
@@ -439,9 +445,3 @@ def gather_seconds(whole: float, ranks: int, machine: Machine) -> float:
 def reduce_seconds(whole: float, ranks: int, machine: Machine) -> float:
     """All-reduce: a reduce-scatter and an all-gather."""
     return 2 * gather_seconds(whole, ranks, machine)
-
-
-def best(costs: Sequence[tuple[Choice, Memory, Cost]], machine: Machine) -> tuple[Choice, Memory, Cost] | None:
-    """The fastest of those that fit."""
-    fitting = [row for row in costs if row[1].peak <= machine.gpu_bytes]
-    return min(fitting, key=lambda row: row[2].total, default=None)
