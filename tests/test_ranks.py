@@ -7,6 +7,7 @@ of its case.
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,16 +19,33 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
+from entropy_probe.checkpoints import sharding_of
+from entropy_probe.checkpoints.sharded import shard_model
 from entropy_probe.collectives import ALONE, Kind, Payload, Ranks
+from entropy_probe.gradients import exchange, unit_gradients
+from entropy_probe.gradients.treatments import prove_rules
+from entropy_probe.policy import Policy
 from entropy_probe.probe import ProbeResult, probe_checkpoint
 from entropy_probe.report import Report
 from entropy_probe.rollouts import write_rollouts
-from entropy_probe.scores import EntropyUnit, Estimator
+from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator
 from entropy_probe.settings import Settings, ShardingChoice
-from entropy_probe.units import Mode
+from entropy_probe.units import Mode, exact_units
 from ranks import on_ranks
-from support import lora_model, make_checkpoint, random_rollouts, save_checkpoint, tiny_model, trained_optimizer
+from support import (
+    VOCABULARY,
+    lora_model,
+    make_checkpoint,
+    random_batch,
+    random_rollouts,
+    save_checkpoint,
+    tiny_model,
+    trained_optimizer,
+)
 
 TOLERANCE = 1e-9
 NOT_COMPARED = ("timing", "versions", "config", "engine", "ranks")
@@ -315,3 +333,50 @@ def test_a_gather_of_a_gradient_is_seen() -> None:
         assert gathers_of_parameter_length(found(called), ShardingChoice.REPLICATED) != []
         assert gathers_of_parameter_length(found(called), ShardingChoice.FSDP2) != []
         assert gathers_of_parameter_length(found(called[1:]), ShardingChoice.REPLICATED) == []
+
+
+def peak_of_gradients(ranks: Ranks, sharding: ShardingChoice) -> float:
+    """Bytes that the stored vectors' pass and its products take at most beyond what was held before."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    ).double()
+    names = {name: p.shape for name, p in model.named_parameters()}
+    group = AdamGroup(tuple(names), 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, True)
+    if sharding is ShardingChoice.FSDP2:
+        shard_model(Path("model"), model, init_device_mesh("cpu", (ranks.count,)))
+    policy = Policy(model, microbatch_size=2, sharding=sharding_of(model, ranks))
+    held = policy.held()
+    moments = {name: AdamMoments(3, torch.zeros_like(p), torch.ones_like(p)) for name, p in held.items()}
+    batch = random_batch(24, 2)
+    advantage = torch.ones(len(batch.responses), dtype=torch.float64)
+    target = EntropyTarget(Estimator.SCORE, EntropyUnit.PER_RESPONSE)
+    p = Preconditioners(AdamState((group,), moments))
+    rates = dict.fromkeys(names, 1e-3)
+    rules = prove_rules(policy, batch)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = memory("VmRSS")
+    unit_gradients(policy, batch, exact_units(24), target, advantage, p, rates, rules=rules)
+    return memory("VmHWM") - before
+
+
+def memory(what: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return float(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("sharding", list(ShardingChoice))
+def test_memory_of_a_rank_falls_as_units_are_divided(sharding: ShardingChoice, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What an exchange needs besides is a constant, of the size of these small vectors.
+    monkeypatch.setattr(exchange, "BUCKET", 1 << 22)
+    peaks = [max(on_ranks(count, lambda ranks: peak_of_gradients(ranks, sharding))) for count in (1, 2, 4)]
+    assert peaks[1] < 0.75 * peaks[0], peaks
+    assert peaks[2] < 0.75 * peaks[1], peaks
