@@ -153,7 +153,11 @@ def same_gradients(name: str, target: EntropyTarget, storage: Storage, checkpoin
 
 def same_loss_gradient(name: str, count: int, ranks: Ranks) -> None:
     """Also where a rank has nothing, and with gradients of a trainer's own standing in ``.grad``."""
-    pair, responses = pair_of(name, ranks), batch_of().responses[:count]
+    assert_same_loss_gradient(pair_of(name, ranks), count)
+
+
+def assert_same_loss_gradient(pair: Pair, count: int) -> None:
+    responses = batch_of().responses[:count]
     coefficients = torch.linspace(-1, 2, count, dtype=torch.float64)
     trainers = {name: torch.ones_like(p) for name, p in pair.sharded.trainable().items()}
     for parameter, p in pair.sharded.trainable().items():
@@ -274,15 +278,17 @@ class FussyBackward(Fussy):
     """The same, in the midst of a backward."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        found: Tensor = _Times.apply(self.inner(hidden), self.weight)
+        found: Tensor = _Times.apply(self.inner(hidden), self.weight)  # type: ignore[no-untyped-call]
         return found
 
 
 def broken_half_way(layer: Callable[[nn.Module], nn.Module], ranks: Ranks) -> None:
-    """A rule that breaks the model's own code is left for the next one, whatever FSDP2 was at."""
+    """A rule that breaks the model's own code is left for the next one, and FSDP2 does not go on in the midst of a pass."""
     pair = Pair.of(with_layer(layer), with_layer(layer), ranks)
     found, expected = (prove_rules(policy, batch_of()) for policy in (pair.sharded, pair.whole))
     assert found.treatments == expected.treatments
+    assert found.treatments["model.layers.0.mlp.weight"] is Treatment.RECOMPUTE
+    assert_same_loss_gradient(pair, 20)
 
 
 def live(ranks: Ranks) -> None:
