@@ -255,6 +255,8 @@ def misshapen(moments: AdamMoments, shape: torch.Size) -> str | None:
 def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
     """The state of a live Adam or AdamW, mapped to the model's names by parameter identity (guide section 3C).
 
+    Of a model that FSDP2 has sharded, this rank's rows.
+
     A trainable parameter without state is left out; :func:`validate_preconditioner` names it.
 
     Raises:
@@ -279,21 +281,16 @@ def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ad
             members.append(names[id(p)])
             entry = optimizer.state.get(p, {})
             if "exp_avg_sq" in entry:
-                moments[names[id(p)]] = moments_from_entry(entry)
+                held = {key: held_part(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+                moments[names[id(p)]] = moments_from_entry(held)
         coupled = {"decoupled_weight_decay": isinstance(optimizer, torch.optim.AdamW)}
         groups.append(group_from_settings(coupled | dict(group), members))
     return AdamState(tuple(groups), moments)
 
 
 def moments_from_entry(entry: Mapping[str, Any]) -> AdamMoments:
-    """One parameter's entry of ``optimizer.state``; its step may be an int or a tensor. Where FSDP2 cut them, its rows."""
-    largest = entry.get("max_exp_avg_sq")
-    return AdamMoments(
-        int(entry["step"]),
-        held_part(entry["exp_avg"]),
-        held_part(entry["exp_avg_sq"]),
-        None if largest is None else held_part(largest),
-    )
+    """One parameter's entry of ``optimizer.state``; its step may be an int or a tensor."""
+    return AdamMoments(int(entry["step"]), entry["exp_avg"], entry["exp_avg_sq"], entry.get("max_exp_avg_sq"))
 
 
 def group_from_settings(group: Mapping[str, Any], names: Sequence[str]) -> AdamGroup:

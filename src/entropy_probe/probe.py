@@ -20,7 +20,7 @@ from entropy_probe.adam_preconditioner import AdamState, Preconditioners, valida
 from entropy_probe.adam_step import StepsOfOthers, clip_factor, gradient_norm, gradient_weights
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model, describe_ranks
 from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of
-from entropy_probe.collectives import ALONE, Ranks, Sharding, deal
+from entropy_probe.collectives import ALONE, Ranks, Sharding
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
     Plan,
@@ -403,8 +403,7 @@ def _probe_as_marked(
         *diagnostics.weighting_warnings(settings.weighting, batch.group_sizes),
         *diagnostics.clipping_warnings(batch, norm, settings.max_grad_norm),
     ]
-    ranks = subject.sharding.ranks
-    dealt = deal([sum(response.length for response in group.responses) for group in batch.groups], ranks.count)
+    dealt = [plan.units.prompts(share) for share in plan.units.deal(batch.positions, ranks.count)]
     report = assemble_report(
         statistics=statistics,
         step_statistics=step_statistics,

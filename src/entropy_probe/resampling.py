@@ -91,6 +91,8 @@ def resample(
 ) -> list[RealizedChange]:
     """A row beside each of ``rows``, from responses drawn under its step; the model and the random state are left as they were.
 
+    The policy's ranks share drawing and scoring out, and each gets all rows: every rank must call it.
+
     Args:
         policy: the model at θ, weights in float32 or better.
         batch: the rollouts of θ that the rows were realised on.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from entropy_probe.collectives import deal
 from entropy_probe.errors import InputError
 
 
@@ -42,6 +43,10 @@ class Units:
     def prompts(self, units: range) -> range:
         """The prompts of consecutive units."""
         return range(self.ranges[units.start].start, self.ranges[units.stop - 1].stop) if units else range(0)
+
+    def deal(self, positions: Sequence[int], count: int) -> list[range]:
+        """Consecutive units for every one of ``count`` ranks, level in the ``positions`` of their prompts."""
+        return deal([sum(positions[n] for n in prompts) for prompts in self.ranges], count)
 
 
 def exact_units(prompts: int) -> Units:

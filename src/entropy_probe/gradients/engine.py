@@ -114,9 +114,7 @@ def unit_gradients(
     rules = _proved(policy, batch, rules)
     shapes = {name: p.shape for name, p in parameters.items()}
     dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
-    positions = _tokens(batch)
-    costs = [sum(positions[n] for n in prompts) for prompts in units.ranges]
-    units_of_rank = deal(costs, sharding.ranks.count)
+    units_of_rank = units.deal(batch.positions, sharding.ranks.count)
     run = _Run(
         policy,
         batch,
@@ -271,7 +269,7 @@ def cross_gradients(
     dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
     shapes = {name: p.shape for name, p in parameters.items()}
     sharding = policy.sharding
-    shares = [deal(_tokens(part), sharding.ranks.count) for part in (evaluation, update)]
+    shares = [deal(part.positions, sharding.ranks.count) for part in (evaluation, update)]
     units_of_rank = [
         [*of_evaluation, *(counts[0] + n for n in of_update)] for of_evaluation, of_update in zip(*shares, strict=True)
     ]
@@ -405,7 +403,7 @@ def _contracted(
         Combinations(batch, combinations, channels),
         dict(rules.treatments),
         rules.unproven,
-        deal(_tokens(batch), policy.sharding.ranks.count),
+        deal(batch.positions, policy.sharding.ranks.count),
     )
     combined = -(-max(c.stop for c in channels) // len(directions))
     contractions = run.contractions(together, len(rows), policy.dtype, combined)
@@ -413,11 +411,6 @@ def _contracted(
     for turn in progress.track(rounds, "dots with directions", len(rounds)):
         run.backward(turn, contractions)
     return torch.from_numpy(run.ranks.sum_numbers(contractions.total.cpu().numpy()))
-
-
-def _tokens(batch: RolloutBatch) -> list[int]:
-    """Positions of every prompt's sequences: what its forwards cost."""
-    return [sum(response.length for response in group.responses) for group in batch.groups]
 
 
 def _proved(policy: Policy, batch: RolloutBatch, rules: Rules | None) -> Rules:

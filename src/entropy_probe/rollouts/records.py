@@ -92,6 +92,11 @@ class RolloutBatch:
         """Number of response tokens."""
         return sum(len(response.response_ids) for response in self.responses)
 
+    @property
+    def positions(self) -> list[int]:
+        """Of every prompt, tokens of all its sequences, prompts and responses: what its forwards cost."""
+        return [sum(response.length for response in group.responses) for group in self.groups]
+
 
 def group_rollouts(
     rollouts: Iterable[Rollout], temperature: float | None = None, *, least_responses: int = 2
