@@ -35,7 +35,7 @@ from entropy_probe.language_head import (
 )
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.wrappers import held_part, reshard, without_accelerate_autocast
+from entropy_probe.wrappers import held_part, reset_sharding, reshard, without_accelerate_autocast
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,9 @@ class Policy:
                 for module in training:
                     module.training = False
                 yield
+            except BaseException:
+                reset_sharding(self.model)
+                raise
             finally:
                 for module in training:
                     module.training = True

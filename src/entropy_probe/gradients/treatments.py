@@ -34,6 +34,7 @@ from entropy_probe.gradients.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import Policy, check_finite, pad_right, sum_over_tokens
 from entropy_probe.rollouts import Rollout, RolloutBatch
+from entropy_probe.wrappers import reset_sharding
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 """Relative difference between a rule and autograd that is rounding; a wrong rule is off by a good part of the whole."""
@@ -106,6 +107,7 @@ def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError, TypeError, AssertionError) as error:
+                reset_sharding(policy.model)
                 if not active:
                     raise InputError(
                         f"the model scores one sequence but not two of different lengths ({first_line(error, 120)}); "
