@@ -205,6 +205,7 @@ def _wrong(
         RULES,
         torch.zeros((), device=policy.device, requires_grad=True),
         float64=policy.dtype == torch.float64,
+        keeps_casts=not policy.sharding.sharded,
     )
     with capture, treated(capture, owners, treatments), checkpointing(policy.model, capture.modes):
         with capture.over(strip):
