@@ -162,6 +162,20 @@ class Policy:
         """The type of the weights."""
         return next(self.model.parameters()).dtype
 
+    def arithmetic_dtype(self) -> torch.dtype:
+        """The type that forwards multiply in: autocast's, or that of the weights, which FSDP2's mixed precision may narrow."""
+        if self.autocast is not None:
+            return self.autocast
+        for module in self.model.modules() if self.sharding.sharded else ():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                own: nn.Module = module
+                gathered = [p.dtype for p in own.parameters() if not isinstance(p, DTensor) and p.is_floating_point()]
+                module.reshard()
+                if gathered:
+                    return gathered[0]
+        return self.dtype
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, tied ones once, in the order of ``named_parameters``."""
         reshard(self.model)
@@ -394,9 +408,7 @@ def _columns(policy: Policy, batch: PaddedResponses) -> Tensor:
 
 
 def _head_tolerance(policy: Policy) -> float:
-    if policy.autocast is not None:
-        return LOW_PRECISION_HEAD_TOLERANCE
-    return HEAD_TOLERANCE.get(policy.dtype, LOW_PRECISION_HEAD_TOLERANCE)
+    return HEAD_TOLERANCE.get(policy.arithmetic_dtype(), LOW_PRECISION_HEAD_TOLERANCE)
 
 
 def check_finite(scores: Tensor, responses: Sequence[Rollout]) -> None:

@@ -253,6 +253,4 @@ def _distance(found: Tensor, expected: Tensor | None) -> float:
 
 
 def _tolerance(policy: Policy) -> float:
-    if policy.autocast is not None:
-        return LOW_PRECISION_TOLERANCE
-    return TOLERANCE.get(policy.dtype, LOW_PRECISION_TOLERANCE)
+    return TOLERANCE.get(policy.arithmetic_dtype(), LOW_PRECISION_TOLERANCE)
