@@ -6,7 +6,6 @@ Two ranks are started once and go through all cases; a test looks up what became
 from __future__ import annotations
 
 import functools
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -46,7 +44,7 @@ from entropy_probe.scores import EntropyTarget, Estimator
 from entropy_probe.settings import Settings
 from entropy_probe.units import exact_units
 from entropy_probe.virtual_step import virtual_step
-from ranks import on_ranks
+from ranks import failed_cases
 from support import lora_model, random_batch, tiny_model, trained_optimizer
 
 RELATIVE = 1e-9
@@ -364,21 +362,9 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
 }
 
 
-def all_cases(ranks: Ranks) -> dict[str, str]:
-    """The tracebacks of the cases that failed."""
-    failed = {}
-    for name, case in CASES.items():
-        try:
-            case(ranks)
-        except Exception:
-            failed[name] = traceback.format_exc()
-        dist.barrier()
-    return failed
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> list[dict[str, str]]:
-    return on_ranks(2, all_cases)
+    return failed_cases(2, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
