@@ -26,6 +26,7 @@ from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState,
 from entropy_probe.checkpoints import sharding_of
 from entropy_probe.checkpoints.sharded import shard_model
 from entropy_probe.collectives import ALONE, Kind, Payload, Ranks
+from entropy_probe.errors import InputError
 from entropy_probe.gradients import exchange, unit_gradients
 from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.policy import Policy
@@ -380,3 +381,17 @@ def test_memory_of_a_rank_falls_as_units_are_divided(sharding: ShardingChoice, m
     peaks = [max(on_ranks(count, lambda ranks: peak_of_gradients(ranks, sharding))) for count in (1, 2, 4)]
     assert peaks[1] < 0.75 * peaks[0], peaks
     assert peaks[2] < 0.75 * peaks[1], peaks
+
+
+@pytest.mark.parametrize("sharding", list(ShardingChoice))
+def test_ranks_with_different_rollouts_are_told_so(folder: Path, sharding: ShardingChoice) -> None:
+    def work(ranks: Ranks) -> str:
+        other = folder / ("evaluation.jsonl" if ranks.rank else "rollouts.jsonl")
+        with pytest.raises(InputError) as refused:
+            probe_checkpoint(folder / "full", other, PLAIN, ranks=ranks, sharding=sharding)
+        return str(refused.value)
+
+    assert (
+        on_ranks(2, work)
+        == ["rank 1 was given other rollouts than rank 0: all ranks must be given the same files and options"] * 2
+    )
