@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -52,6 +52,24 @@ def on_ranks(count: int, work: Callable[[Ranks], T], *, seconds: float = 100.0) 
         for process in processes:
             process.kill()
     return found
+
+
+def failed_cases(count: int, cases: Mapping[str, Callable[[Ranks], None]]) -> list[dict[str, str]]:
+    """By rank, the tracebacks of the cases that failed; N ranks started once go through all, each begun by all at once."""
+
+    def work(ranks: Ranks) -> dict[str, str]:
+        failed = {}
+        for name, case in cases.items():
+            # What a rank has drawn before must not matter.
+            torch.manual_seed(ranks.rank)
+            try:
+                case(ranks)
+            except Exception:
+                failed[name] = traceback.format_exc()
+            dist.barrier()
+        return failed
+
+    return on_ranks(count, work)
 
 
 def _rank(rank: int, count: int, port: int, work: Callable[[Ranks], Any], connection: Connection) -> None:

@@ -36,7 +36,7 @@ def test_over_one_rank_nothing_crosses() -> None:
     vector = torch.ones(3)
     ALONE.sum_vectors([vector])
     assert ALONE.sum_numbers(np.array([2.0]))[0] == 2.0
-    assert torch.equal(ALONE.exchange([vector], [3])[0], vector)
+    assert torch.equal(ALONE.exchange(vector, [3], [3])[0], vector)
     assert ALONE.sent == []
     assert ALONE.backend is None
     assert ALONE.most_sent() == {}

@@ -122,7 +122,10 @@ def _log(checkpoint: Path) -> list[dict[str, float]]:
 def test_the_demo_resolves_a_fall_of_the_entropy() -> None:
     files = demo_files()
     settings = Settings(
-        length_weight=LengthWeight.DR_GRPO, max_completion_length=files.max_completion_length, microbatch_size=256
+        length_weight=LengthWeight.DR_GRPO,
+        max_completion_length=files.max_completion_length,
+        microbatch_size=256,
+        noise=False,
     )
     report = probe_checkpoint(files.checkpoint, files.rollouts, settings).report
     assert "lowers entropy" in report.headline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -156,36 +157,45 @@ def test_delta_h1_is_the_derivative_of_the_entropy_along_the_step(temperature: f
     assert abs(predicted) > 1e-4
 
 
-def simulate(policy: EnumerablePolicy, units: int, samples: int, draws: int, seed: int) -> tuple[list, float]:
-    """Statistics of ``draws`` batches of prompts drawn from the policy's contexts, and the true E[X̃]·E[Ỹ]."""
-    rng = np.random.default_rng(seed)
+@cache
+def enumerated(policy_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
+    """Of a policy of six contexts: S [contexts, responses], ∇S, and of the responses lengths and rewards; E[X̃]·E[Ỹ]."""
+    policy = EnumerablePolicy(contexts=6, tokens=3, seed=policy_seed)
     responses = enumerable.all_responses(policy.tokens, LIMIT)
     lengths = np.array([len(r) for r in responses])
     rewards = np.array([reward_of(r) for r in responses])
     tables = [enumerable.score_gradients(policy, n, LIMIT) for n in range(policy.contexts)]
     scores = np.stack([s.numpy() for s, _ in tables])
     gradients = np.stack([g.numpy() for _, g in tables])
-
-    truth = [expected_vectors(policy, n, 2) for n in range(policy.contexts)]
-    mean_x = torch.stack([x for x, _ in truth]).mean(0).numpy()
-
-    found, mean_y = [], np.zeros_like(mean_x)
-    for _ in range(draws):
-        contexts = rng.integers(policy.contexts, size=units)
-        chosen = np.stack([rng.choice(len(responses), size=samples, p=np.exp(scores[n])) for n in contexts])
-        flat_scores = torch.from_numpy(scores[contexts[:, None], chosen].ravel())
-        sizes = [samples] * units
-        c = score_coefficients(flat_scores, sizes).numpy().reshape(units, samples)
-        a = advantages_from_rewards(torch.from_numpy(rewards[chosen].ravel()), sizes, AdvantageRule.RLOO)
-        w = length_weights(lengths[chosen].ravel().tolist(), sizes, LengthWeight.GRPO)
-        a = (a * w).numpy().reshape(units, samples)
-        g = gradients[contexts[:, None], chosen]
-        xs, ys = np.einsum("ug,ugp->up", c, g), np.einsum("ug,ugp->up", a, g)
-        mean_y += ys.mean(0) / draws
-        found.append(cross_statistics(UnitDots.from_kernel(xs @ ys.T, [1] * units)))
+    mean_x = torch.stack([expected_vectors(policy, n, 2)[0] for n in range(policy.contexts)]).mean(0)
     # With RLOO advantages and 1/T weights, E[Y] does not depend on G: take it from all pairs, exactly.
     mean_y = torch.stack([_expected_y(policy, n, responses, lengths, rewards) for n in range(policy.contexts)]).mean(0)
-    return found, float(mean_x @ mean_y.numpy())
+    return scores, gradients, lengths, rewards, float(mean_x @ mean_y)
+
+
+def simulate(policy_seed: int, units: int, samples: int, draws: int, seed: int) -> tuple[list, float]:
+    """Statistics of ``draws`` batches of prompts drawn from the policy's contexts, and the true E[X̃]·E[Ỹ]."""
+    rng = np.random.default_rng(seed)
+    scores, gradients, lengths, rewards, truth = enumerated(policy_seed)
+    probabilities = np.exp(scores)
+    contexts = np.empty((draws, units), dtype=np.int64)
+    chosen = np.empty((draws, units, samples), dtype=np.int64)
+    for k in range(draws):
+        contexts[k] = rng.integers(len(scores), size=units)
+        for u, n in enumerate(contexts[k]):
+            chosen[k, u] = rng.choice(len(lengths), size=samples, p=probabilities[n])
+    # Coefficients are a group's own: of the groups of all draws at once.
+    sizes = [samples] * (draws * units)
+    c = score_coefficients(torch.from_numpy(scores[contexts[..., None], chosen].ravel()), sizes)
+    a = advantages_from_rewards(torch.from_numpy(rewards[chosen].ravel()), sizes, AdvantageRule.RLOO)
+    a = a * length_weights(lengths[chosen].ravel().tolist(), sizes, LengthWeight.GRPO)
+    found = []
+    for k in range(draws):
+        g = gradients[contexts[k, :, None], chosen[k]]
+        part = slice(k * units * samples, (k + 1) * units * samples)
+        xs, ys = (np.einsum("ug,ugp->up", v[part].numpy().reshape(units, samples), g) for v in (c, a))
+        found.append(cross_statistics(UnitDots.from_kernel(xs @ ys.T, [1] * units)))
+    return found, truth
 
 
 def _expected_y(
@@ -203,8 +213,7 @@ def _expected_y(
     [(7, 8, 0.91, 0.97), (7, 16, 0.92, 0.97), (7, 32, 0.93, 0.97), (2, 16, 0.86, 0.92)],
 )
 def test_the_interval_of_sampled_rollouts_covers_the_true_u(seed: int, units: int, low: float, high: float) -> None:
-    policy = EnumerablePolicy(contexts=6, tokens=3, seed=seed)
-    found, truth = simulate(policy, units, samples=4, draws=1500, seed=11)
+    found, truth = simulate(seed, units, samples=4, draws=1500, seed=11)
     values = np.array([f.u_cross for f in found])
     assert abs(values.mean() - truth) < 4 * values.std() / math.sqrt(len(values))
     covered = np.mean([f.ci95[0] <= truth <= f.ci95[1] for f in found])
@@ -215,8 +224,7 @@ def test_the_interval_of_sampled_rollouts_covers_the_true_u(seed: int, units: in
 
 
 def test_the_jackknife_interval_is_the_wider_one() -> None:
-    policy = EnumerablePolicy(contexts=6, tokens=3, seed=7)
-    found, truth = simulate(policy, 16, samples=4, draws=600, seed=12)
+    found, truth = simulate(7, 16, samples=4, draws=600, seed=12)
     t = stats.t.ppf(0.975, 15)
     jackknife = np.mean([abs(f.u_cross - truth) <= t * f.se_jackknife for f in found])
     assert jackknife >= np.mean([f.ci95[0] <= truth <= f.ci95[1] for f in found])

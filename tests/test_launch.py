@@ -1,6 +1,6 @@
 """Two ranks of one command: they end together, with one voice, and only rank 0 prints and writes.
 
-Ranks are forked from this process, which has imported everything; it hosts the store, as torchrun does.
+Ranks are forked from this process, which has imported everything and has run a command; it hosts the store, as torchrun does.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from entropy_probe import InputError, ProbeResult, cli, probe, state_of_optimize
 from entropy_probe.cli import watch
 from entropy_probe.cli.launch import Job, Launch, failure_of
 from entropy_probe.collectives import ALONE, Ranks
+from entropy_probe.report import plots
 from entropy_probe.same_inputs import check_same_inputs, digest_of_batch
 from entropy_probe.settings import ShardingChoice
 from spoiled import Place
@@ -99,6 +100,11 @@ class Pair:
         )
         return first, second
 
+    def hurry(self) -> None:
+        """Shorter waits, for ranks that need none of them: one in a collective, or killed, does not end by itself."""
+        for name, seconds in (("PAUSE", 0.05), ("GRACE", 0.1), ("SPEAK", 0.3)):
+            self.monkeypatch.setattr(watch, name, seconds)
+
     def both_up(self) -> None:
         """Wait until both ranks are at work."""
         until = time.monotonic() + PROMPTLY
@@ -125,11 +131,16 @@ class Pair:
 @pytest.fixture(scope="module")
 def result() -> ProbeResult:
     model = tiny_model()
-    return probe(model, state_of_optimizer(trained_optimizer(model), model), random_batch(4, 2))
+    found = probe(model, state_of_optimizer(trained_optimizer(model), model), random_batch(4, 2))
+    # What a command imports late is not imported again by every rank.
+    assert run_command("run", "--help").code == 0
+    return found
 
 
 @pytest.fixture
 def pair(place: Place, monkeypatch: pytest.MonkeyPatch, result: ProbeResult) -> Pair:
+    for plot in ("plot_row_means", "plot_predicted_and_realized"):
+        monkeypatch.setattr(plots, plot, lambda report, path: path.touch())
     return Pair(place, monkeypatch, result)
 
 
@@ -144,14 +155,14 @@ def codes(outcomes: Sequence[Outcome]) -> list[int]:
 @pytest.mark.parametrize("agent", [True, False])
 def test_two_ranks_that_succeed_print_and_write_once(pair: Pair, agent: bool) -> None:
     def work(ranks: Ranks) -> None:
-        time.sleep(0.4 * ranks.rank)  # rank 0 is ahead
+        time.sleep(0.25 * ranks.rank)  # rank 0 is ahead
         assert ranks.sum_numbers(np.ones(1)) == 2.0
         assert ranks.backend == "gloo"
 
     leave = dist.destroy_process_group
 
     def leave_slowly() -> None:
-        time.sleep(0.4 * int(os.environ["RANK"]))
+        time.sleep(0.25 * int(os.environ["RANK"]))
         leave()
 
     pair.monkeypatch.setattr(dist, "destroy_process_group", leave_slowly)
@@ -169,6 +180,16 @@ def test_bad_input_on_one_rank_ends_the_other_in_its_collective(pair: Pair, agen
             raise InputError("row 7 is\nbad")
         wait_in_a_collective(ranks)
 
+    leave = watch.Board.leave
+
+    def linger(board: watch.Board) -> None:
+        leave(board)
+        time.sleep(0.25 * board.rank)
+
+    if not agent:
+        # Once all have left, the store may go with the rank that hosts it: nobody asks it any more.
+        pair.monkeypatch.setattr(watch.Board, "leave", linger)
+        pair.hurry()
     before = fingerprint(pair.place.root)
     outcomes = pair.run(work, agent=agent)
     assert codes(outcomes) == [2, 2]
@@ -184,6 +205,7 @@ def test_a_rank_that_no_closed_connection_wakes_is_ended_too(pair: Pair) -> None
             raise InputError("row 7 is bad")
         dist.distributed_c10d._get_default_store().wait(["never"])
 
+    pair.hurry()
     outcomes = pair.run(work)
     assert codes(outcomes) == [2, 2]
     assert lines(outcomes) == ["entropy-probe: rank 1: row 7 is bad"]
@@ -230,6 +252,7 @@ def test_a_fault_on_one_rank_ends_both_with_its_traceback(pair: Pair) -> None:
             raise MemoryError("no room")
         wait_in_a_collective(ranks)
 
+    pair.hurry()
     first, second = pair.run(work)
     assert codes([first, second]) == [1, 1]
     assert first.err == ""
@@ -243,6 +266,7 @@ def test_a_killed_rank_ends_the_other_with_a_line(pair: Pair) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         wait_in_a_collective(ranks)
 
+    pair.hurry()
     outcomes = pair.run(work)
     assert codes(outcomes) == [1, -signal.SIGKILL]
     (line,) = lines(outcomes)
@@ -287,6 +311,7 @@ def test_an_interrupt_reaches_ranks_in_a_collective(pair: Pair) -> None:
             for pid in pids:
                 os.kill(pid, number)
 
+    pair.hurry()
     before = fingerprint(pair.place.root)
     outcomes = pair.run(work, after=interrupt)
     assert codes(outcomes) == [130, 130]
@@ -300,6 +325,7 @@ def test_a_full_disk_on_rank_0_ends_the_others_which_are_done(pair: Pair) -> Non
         raise OSError(28, "No space left on device")
 
     pair.monkeypatch.setattr("numpy.save", full)
+    pair.hurry()
     before = fingerprint(pair.place.root)
     outcomes = pair.run(lambda _: None, agent=False)
     assert codes(outcomes) == [1, 1]

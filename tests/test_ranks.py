@@ -8,26 +8,47 @@ from __future__ import annotations
 
 import functools
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from entropy_probe import realized
+from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
+from entropy_probe.checkpoints import sharding_of
+from entropy_probe.checkpoints.sharded import shard_model
 from entropy_probe.collectives import ALONE, Kind, Payload, Ranks
+from entropy_probe.errors import InputError
+from entropy_probe.gradients import exchange, unit_gradients
+from entropy_probe.gradients.treatments import prove_rules
+from entropy_probe.policy import Policy
 from entropy_probe.probe import ProbeResult, probe_checkpoint
 from entropy_probe.report import Report
 from entropy_probe.rollouts import write_rollouts
-from entropy_probe.scores import EntropyUnit, Estimator
+from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator
 from entropy_probe.settings import Settings, ShardingChoice
-from entropy_probe.units import Mode
+from entropy_probe.units import Mode, exact_units
 from ranks import on_ranks
-from support import lora_model, make_checkpoint, random_rollouts, save_checkpoint, tiny_model, trained_optimizer
+from support import (
+    VOCABULARY,
+    lora_model,
+    make_checkpoint,
+    random_batch,
+    random_rollouts,
+    save_checkpoint,
+    tiny_model,
+    trained_optimizer,
+)
 
 TOLERANCE = 1e-9
 NOT_COMPARED = ("timing", "versions", "config", "engine", "ranks")
@@ -121,15 +142,17 @@ def probed(
     settings = SETTINGS[name]
     if settings.memory_bytes is not None:
         settings = replace(settings, memory_bytes=settings.memory_bytes / ranks.count)
-    return probe_checkpoint(
-        root / model,
-        root / "rollouts.jsonl",
-        settings,
-        evaluation_rollouts=root / "evaluation.jsonl" if name == "evaluation" else None,
-        base=root / "base" if model == "lora" else None,
-        ranks=ranks,
-        sharding=sharding,
-    )
+    # The floor is not compared, and its eight factors would be most of the time.
+    with mock.patch.object(realized, "FLOOR_FACTORS", (1e-7,)):
+        return probe_checkpoint(
+            root / model,
+            root / "rollouts.jsonl",
+            settings,
+            evaluation_rollouts=root / "evaluation.jsonl" if name == "evaluation" else None,
+            base=root / "base" if model == "lora" else None,
+            ranks=ranks,
+            sharding=sharding,
+        )
 
 
 @functools.cache
@@ -292,6 +315,19 @@ def test_streamed_replicated_ranks_hand_over_two_sums(folder: Path, count: int) 
         assert found.elements(Kind.SHARDS) == found.elements(Kind.DIRECTIONS) == 0
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_sharded_ranks_hand_over_shards_once_and_their_part_of_directions(folder: Path, count: int) -> None:
+    n = trained_elements(folder, "full/exact")
+    for of_rank in together(folder, count, ShardingChoice.FSDP2):
+        found = of_rank["full/exact"]
+        # 2 n for every unit of this rank, and n where the first rank gives away what the rules are proved with.
+        assert found.elements(Kind.SHARDS) <= (2 * MOST_UNITS[count] + 1) * n
+        assert found.elements(Kind.SUMS) == 0
+        # Of one layer, or of what is in none, at a time: never of all parameters.
+        longest = max(payload.elements for payload in found.sent if payload.kind is Kind.DIRECTIONS)
+        assert longest < 6 * n / count
+
+
 PLANTED = """
 def gather(vector, count):
     dist.all_gather([torch.empty_like(vector) for _ in range(count)], vector)
@@ -315,3 +351,56 @@ def test_a_gather_of_a_gradient_is_seen() -> None:
         assert gathers_of_parameter_length(found(called), ShardingChoice.REPLICATED) != []
         assert gathers_of_parameter_length(found(called), ShardingChoice.FSDP2) != []
         assert gathers_of_parameter_length(found(called[1:]), ShardingChoice.REPLICATED) == []
+
+
+def peak_of_gradients(ranks: Ranks, sharding: ShardingChoice) -> int:
+    """Bytes that unit vectors, shards and sums take at most, all of which NumPy allocates on a CPU."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    ).double()
+    names = {name: p.shape for name, p in model.named_parameters()}
+    group = AdamGroup(tuple(names), 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, True)
+    if sharding is ShardingChoice.FSDP2:
+        shard_model(Path("model"), model, init_device_mesh("cpu", (ranks.count,)))
+    policy = Policy(model, microbatch_size=8, sharding=sharding_of(model, ranks))
+    held = policy.held()
+    moments = {name: AdamMoments(3, torch.zeros_like(p), torch.ones_like(p)) for name, p in held.items()}
+    batch = random_batch(16, 2)
+    advantage = torch.ones(len(batch.responses), dtype=torch.float64)
+    target = EntropyTarget(Estimator.SCORE, EntropyUnit.PER_RESPONSE)
+    p = Preconditioners(AdamState((group,), moments))
+    rates = dict.fromkeys(names, 1e-3)
+    rules = prove_rules(policy, batch)
+    tracemalloc.start()
+    unit_gradients(policy, batch, exact_units(16), target, advantage, p, rates, rules=rules)
+    return tracemalloc.get_traced_memory()[1]
+
+
+@pytest.mark.parametrize("sharding", list(ShardingChoice))
+def test_memory_of_a_rank_falls_as_units_are_divided(sharding: ShardingChoice, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What an exchange needs besides is a constant, of the size of these small vectors.
+    monkeypatch.setattr(exchange, "BUCKET", 1 << 20)
+    peaks = [max(on_ranks(count, lambda ranks: peak_of_gradients(ranks, sharding))) for count in (1, 4)]
+    assert peaks[1] < 0.4 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("sharding", list(ShardingChoice))
+def test_ranks_with_different_rollouts_are_told_so(folder: Path, sharding: ShardingChoice) -> None:
+    def work(ranks: Ranks) -> str:
+        other = folder / ("evaluation.jsonl" if ranks.rank else "rollouts.jsonl")
+        with pytest.raises(InputError) as refused:
+            probe_checkpoint(folder / "full", other, PLAIN, ranks=ranks, sharding=sharding)
+        return str(refused.value)
+
+    assert (
+        on_ranks(2, work)
+        == ["rank 1 was given other rollouts than rank 0: all ranks must be given the same files and options"] * 2
+    )

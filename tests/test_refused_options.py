@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
+import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,8 +123,26 @@ def test_outputs_that_could_not_be_written_are_refused_before_the_work(
     refuse(place, ["demo", "--out", place.rollouts], "rollouts.jsonl", "is a file")
 
 
+def as_module(folder: Path, arguments: Sequence[str]) -> None:
+    """What ``python -m entropy_probe`` does, with standard output and error in files."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = ["entropy_probe", *arguments]
+    runpy.run_module("entropy_probe", run_name="__main__", alter_sys=True)
+
+
 def test_in_a_process_of_its_own_bad_input_ends_with_2_and_one_line(place: Place) -> None:
-    def attempt(*arguments: str) -> Outcome:
+    """One forked from this one, which has imported everything, and one that is really started."""
+
+    def forked(*arguments: str) -> Outcome:
+        process = get_context("fork").Process(target=as_module, args=(place.root.parent, arguments))
+        process.start()
+        process.join(100)
+        process.kill()
+        return Outcome(process.exitcode or 0, *((place.root.parent / name).read_text() for name in ("out", "err")))
+
+    def started(*arguments: str) -> Outcome:
         command = [sys.executable, "-m", "entropy_probe", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=place.root, timeout=100, check=False)
         return Outcome(done.returncode, done.stdout, done.stderr)
@@ -127,11 +150,11 @@ def test_in_a_process_of_its_own_bad_input_ends_with_2_and_one_line(place: Place
     whole = place.optimizer.read_bytes()
     place.optimizer.write_bytes(pickle.dumps(Malicious(place.root / "planted"), protocol=4))
     before = fingerprint(place.root)
-    assert_refused(attempt("inspect", "checkpoint-3"), "optimizer.pt")
+    assert_refused(forked("inspect", "checkpoint-3"), "optimizer.pt")
     assert fingerprint(place.root) == before
     place.optimizer.write_bytes(whole)
     place.edit_optimizer(lambda saved: saved["state"][2]["exp_avg_sq"].fill_(float("nan")))
     before = fingerprint(place.root)
-    outcome = attempt("run", "checkpoint-3", "--rollouts", "rollouts.jsonl", "--json", "report.json")
+    outcome = started("run", "checkpoint-3", "--rollouts", "rollouts.jsonl", "--json", "report.json")
     assert_refused(outcome, place.names()[2], "NaN")
     assert fingerprint(place.root) == before

@@ -6,17 +6,11 @@ The two ranks are started once and go through all cases; a test looks up what be
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
-import socket
-import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,10 +31,10 @@ from entropy_probe.resampling import plan_resampling, resample
 from entropy_probe.rollouts import Rollout, group_rollouts
 from entropy_probe.sampling import Prompt, SamplingSettings, deal_jobs, make_jobs, put_together, sample_rollouts
 from entropy_probe.scores import EntropyTarget, Estimator
+from ranks import failed_cases
 from support import VOCABULARY, lora_model, make_checkpoint, save_checkpoint, tiny_model, trained_optimizer
 
 COUNT = 2
-LONGEST_SECONDS = 100
 ENDS = (1, 5, 9, 13)
 """Several, so that responses end early and calls of generate are of different lengths."""
 SETTINGS = SamplingSettings(5, 0.8, 6, seed=7, eos_ids=ENDS, batch_size=4)
@@ -265,24 +259,6 @@ CASES: Mapping[str, Callable[[Path, Ranks], None]] = {
 }
 
 
-def rank_main(rank: int, port: int, root: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=COUNT, timeout=timedelta(seconds=20))
-    outcomes = {}
-    for name, case in CASES.items():
-        # What a rank has drawn before must not matter.
-        torch.manual_seed(rank)
-        try:
-            case(root, Ranks.of_group())
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-        dist.barrier()
-    (root / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """By rank, the tracebacks of the cases that failed."""
@@ -293,24 +269,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     base.save_pretrained(root / "base")
     adapted = lora_model(base)
     save_checkpoint(adapted, trained_optimizer(adapted), root / "lora")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("fork")
-    processes = [context.Process(target=rank_main, args=(rank, port, root)) for rank in range(COUNT)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + LONGEST_SECONDS
-    try:
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0))
-        assert [process.exitcode for process in processes] == [0] * COUNT, (
-            "the ranks ended early, or wait for each other"
-        )
-    finally:
-        for process in processes:
-            process.kill()
-    return [json.loads((root / f"outcomes-{rank}.json").read_text()) for rank in range(COUNT)]
+    return failed_cases(COUNT, {name: partial(case, root) for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,17 +6,11 @@ The two ranks are started once and go through all cases; a test looks up what be
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import socket
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +38,7 @@ from entropy_probe.checkpoints.sharded import decoder_layers, load_sharded_check
 from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.policy import end_token_ids
+from ranks import failed_cases
 from spoiled import NORM, Malicious
 from support import (
     hf_groups,
@@ -55,7 +50,6 @@ from support import (
 )
 
 COUNT = 2
-LONGEST_SECONDS = 100
 FAMILIES = {"llama-tied": torch.float32, "llama-untied": torch.float64, "gpt2": torch.float32, "lora": torch.float64}
 
 
@@ -394,47 +388,13 @@ CASES: Mapping[str, Callable[[Path, Ranks], None]] = {
 }
 
 
-def rank_main(rank: int, port: int, root: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=COUNT, timeout=timedelta(seconds=20))
-    outcomes = {}
-    for name, case in CASES.items():
-        try:
-            case(root, Ranks.of_group())
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-        # What one rank has written another reads; and a case begins for both at once.
-        dist.barrier()
-    (root / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """By rank, the tracebacks of the cases that failed."""
     root = tmp_path_factory.mktemp("ranks")
     make_folders(root)
     make_checkpoint(root / "mixtral", "mixtral")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("fork")
-    processes = [context.Process(target=rank_main, args=(rank, port, root)) for rank in range(COUNT)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + LONGEST_SECONDS
-    try:
-        for process in processes:
-            process.join(max(end - time.monotonic(), 0))
-        assert [process.exitcode for process in processes] == [0] * COUNT, (
-            "the ranks ended early, or wait for each other"
-        )
-    finally:
-        for process in processes:
-            process.kill()
-    return [json.loads((root / f"outcomes-{rank}.json").read_text()) for rank in range(COUNT)]
+    return failed_cases(COUNT, {name: partial(case, root) for name, case in CASES.items()})
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,7 +6,6 @@ Two ranks are started once and go through all cases; a test looks up what became
 from __future__ import annotations
 
 import functools
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -46,7 +44,7 @@ from entropy_probe.scores import EntropyTarget, Estimator
 from entropy_probe.settings import Settings
 from entropy_probe.units import exact_units
 from entropy_probe.virtual_step import virtual_step
-from ranks import on_ranks
+from ranks import failed_cases
 from support import lora_model, random_batch, tiny_model, trained_optimizer
 
 RELATIVE = 1e-9
@@ -103,7 +101,7 @@ def pair_of(name: str, ranks: Ranks) -> Pair:
 
 @functools.cache
 def batch_of() -> RolloutBatch:
-    return random_batch(7, [3, 2, 4, 3, 3, 2, 3])
+    return random_batch(5, [3, 2, 4, 2, 3])
 
 
 def close(found: Tensor, expected: Tensor, scale: float | None = None) -> None:
@@ -153,7 +151,11 @@ def same_gradients(name: str, target: EntropyTarget, storage: Storage, checkpoin
 
 def same_loss_gradient(name: str, count: int, ranks: Ranks) -> None:
     """Also where a rank has nothing, and with gradients of a trainer's own standing in ``.grad``."""
-    pair, responses = pair_of(name, ranks), batch_of().responses[:count]
+    assert_same_loss_gradient(pair_of(name, ranks), count)
+
+
+def assert_same_loss_gradient(pair: Pair, count: int) -> None:
+    responses = batch_of().responses[:count]
     coefficients = torch.linspace(-1, 2, count, dtype=torch.float64)
     trainers = {name: torch.ones_like(p) for name, p in pair.sharded.trainable().items()}
     for parameter, p in pair.sharded.trainable().items():
@@ -186,6 +188,7 @@ def moved_and_back(keeps_root: bool, ranks: Ranks) -> None:
     at_theta = pair.sharded.measure(batch.responses)
     with virtual_step(pair.sharded.model, own, 2.0):
         found = pair.sharded.measure(batch.responses)
+    assert torch.equal(pair.sharded.measure(batch.responses).scores, at_theta.scores)
     with virtual_step(pair.whole.model, whole, 2.0):
         expected = pair.whole.measure(batch.responses)
     close(found.scores, expected.scores)
@@ -207,6 +210,8 @@ def same_preparation(ranks: Ranks) -> None:
     pair, batch = pair_of("llama-untied", ranks), batch_of()
     found, expected = (measure_activations(policy, batch) for policy in (pair.sharded, pair.whole))
     assert found.of_row(8) == pytest.approx(expected.of_row(8), rel=0.02)
+    weights = sum(p.numel() * p.element_size() for p in pair.whole.model.parameters())
+    assert abs(found.constant - expected.constant) < 0.05 * weights
     chosen = prepare(pair.sharded, batch, memory_bytes=1e3)
     assert (chosen.head, chosen.chunked) == (HeadMode.RESPONSES, False)
     assert "not in chunks: weights are sharded" in chosen.reason
@@ -274,15 +279,17 @@ class FussyBackward(Fussy):
     """The same, in the midst of a backward."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        found: Tensor = _Times.apply(self.inner(hidden), self.weight)
+        found: Tensor = _Times.apply(self.inner(hidden), self.weight)  # type: ignore[no-untyped-call]
         return found
 
 
 def broken_half_way(layer: Callable[[nn.Module], nn.Module], ranks: Ranks) -> None:
-    """A rule that breaks the model's own code is left for the next one, whatever FSDP2 was at."""
+    """A rule that breaks the model's own code is left for the next one, and FSDP2 does not go on in the midst of a pass."""
     pair = Pair.of(with_layer(layer), with_layer(layer), ranks)
     found, expected = (prove_rules(policy, batch_of()) for policy in (pair.sharded, pair.whole))
     assert found.treatments == expected.treatments
+    assert found.treatments["model.layers.0.mlp.weight"] is Treatment.RECOMPUTE
+    assert_same_loss_gradient(pair, 14)
 
 
 def live(ranks: Ranks) -> None:
@@ -337,20 +344,13 @@ def narrow(ranks: Ranks) -> None:
         probe(again, replace(adam, moments=moments), batch_of(), ranks=ranks)
 
 
-FAMILIES = ("llama-tied", "llama-untied", "gpt2", "qwen2", "gemma2", "mixtral", "opt", "phi", "lora", "gpt2-frozen")
 CASES: Mapping[str, Callable[[Ranks], None]] = {
-    **{f"gradients-{name}": partial(same_gradients, name, RAO_BLACKWELL, Storage.STORED, False) for name in FAMILIES},
-    **{
-        f"gradients-score-checkpointed-{name}": partial(same_gradients, name, SCORE, Storage.STREAMED, True)
-        for name in ("llama-tied", "lora", "gpt2-frozen")
-    },
-    **{
-        f"gradients-checkpointed-{name}": partial(same_gradients, name, RAO_BLACKWELL, Storage.STREAMED, True)
-        for name in ("llama-tied", "mixtral", "lora")
-    },
-    **{f"loss-{name}": partial(same_loss_gradient, name, 20) for name in ("llama-tied", "lora", "mixtral")},
+    **{f"gradients-{name}": partial(same_gradients, name, SCORE, Storage.STORED, False) for name in ("gpt2", "gemma2")},
+    "gradients-mixtral": partial(same_gradients, "mixtral", RAO_BLACKWELL, Storage.STORED, False),
+    "gradients-checkpointed": partial(same_gradients, "gpt2-frozen", RAO_BLACKWELL, Storage.STREAMED, True),
+    "loss": partial(same_loss_gradient, "llama-tied", 14),
     "loss-idle": partial(same_loss_gradient, "llama-tied", 1),
-    **{f"dots-{name}": partial(same_row_dots, name) for name in ("llama-tied", "lora", "mixtral")},
+    "dots": partial(same_row_dots, "lora"),
     "virtual-step": partial(moved_and_back, False),
     "virtual-step-root-gathered": partial(moved_and_back, True),
     "preparation": same_preparation,
@@ -362,21 +362,9 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
 }
 
 
-def all_cases(ranks: Ranks) -> dict[str, str]:
-    """The tracebacks of the cases that failed."""
-    failed = {}
-    for name, case in CASES.items():
-        try:
-            case(ranks)
-        except Exception:
-            failed[name] = traceback.format_exc()
-        dist.barrier()
-    return failed
-
-
 @pytest.fixture(scope="module")
 def outcomes() -> list[dict[str, str]]:
-    return on_ranks(2, all_cases)
+    return failed_cases(2, CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import logging
-import subprocess
+import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 pytest.importorskip("datasets")
 
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -291,9 +294,20 @@ def test_off_policy_windows_carry_the_samplers_log_probs(tmp_path: Path, caplog:
 
 def test_the_rows_of_two_processes_together_are_the_batch(tmp_path: Path) -> None:
     """Each rank writes its own rows; the averaged gradient is rebuilt from both files."""
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, __file__, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked: they need not import everything again.
+    processes = [get_context("fork").Process(target=train_one_rank, args=(rank, port, tmp_path)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(100)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
     for loss_type in LOSSES_OF_TWO_PROCESSES:
         saved = torch.load(tmp_path / loss_type / "seen.pt", weights_only=True)
         for step in (1, 2):
@@ -305,7 +319,11 @@ def test_the_rows_of_two_processes_together_are_the_batch(tmp_path: Path) -> Non
             assert relative_error(rebuilt_gradient(weights, rows, loss_type), gradients) < 1e-5
 
 
-def train_one_rank(folder: Path) -> None:
+def train_one_rank(rank: int, port: int, folder: Path) -> None:
+    """With the environment that torchrun would give."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the trainers before the fork
     for loss_type in LOSSES_OF_TWO_PROCESSES:
         trainer = make_trainer(folder / loss_type, loss_type=loss_type, per_device_train_batch_size=6, max_steps=2)
         seen = KeepGradients()
@@ -314,6 +332,9 @@ def train_one_rank(folder: Path) -> None:
         trainer.train()
         if trainer.accelerator.is_main_process:
             torch.save({"weights": seen.weights, "gradients": seen.gradients}, folder / loss_type / "seen.pt")
+    # Together: a rank whose peer's threads have gone may abort at exit.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def test_every_records_the_steps_after_each_checkpoint(tmp_path: Path) -> None:
@@ -425,10 +446,3 @@ def test_without_trl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "entropy_probe.integrations.trl")
     with pytest.raises(InputError, match=r"install entropy-probe\[trl\]"):
         importlib.import_module("entropy_probe.integrations.trl")
-
-
-if __name__ == "__main__":  # one of two processes, see test_the_rows_of_two_processes_together_are_the_batch
-    train_one_rank(Path(sys.argv[1]))
-    # Together, and before the interpreter goes: a rank that leaves its group's threads behind may abort at exit.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()

@@ -1,6 +1,7 @@
 """entropy-probe: what will the next optimizer step do to a language model policy's entropy, how sure are we, what did it do?"""
 
 from entropy_probe.adam_preconditioner import AdamState, state_of_optimizer
+from entropy_probe.collectives import Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.probe import ProbeResult, probe, probe_checkpoint
 from entropy_probe.replay import ReplaySettings, replay
@@ -13,6 +14,7 @@ __all__ = [
     "AdamState",
     "InputError",
     "ProbeResult",
+    "Ranks",
     "ReplaySettings",
     "Rollout",
     "RolloutBatch",

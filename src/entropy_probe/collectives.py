@@ -107,26 +107,27 @@ class Ranks:
             elif sent is not together:
                 together.copy_(sent)
 
-    def exchange(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Hand ``parts[s]``, flat and of one type, to rank s; get what every rank has for this one.
+    def exchange(self, parts: Tensor, given: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+        """Hand a part of a flat tensor to every rank; get what every rank has for this one.
 
         Args:
-            parts: one a rank.
+            parts: for rank 0, for rank 1, ….
+            given: elements for each rank.
             sizes: elements that each rank has for this one.
         """
         if self.count == 1:
-            return list(parts)
-        dtype, device, width = parts[0].dtype, parts[0].device, parts[0].element_size()
-        sent = torch.cat(list(parts)).to(self.device)
+            return [parts]
+        dtype, device, width = parts.dtype, parts.device, parts.element_size()
+        sent = parts.to(self.device)
         received = torch.empty(sum(sizes), dtype=dtype, device=self.device)
-        away = sent.numel() - parts[self.rank].numel()
+        away = sent.numel() - given[self.rank]
         self.sent.append(Payload(Kind.SHARDS, away, away * width))
         # As bytes: not every backend exchanges every type.
         dist.all_to_all_single(
             received.view(torch.uint8),
             sent.view(torch.uint8),
             [size * width for size in sizes],
-            [part.numel() * width for part in parts],
+            [count * width for count in given],
             group=self.group,
         )
         return list(torch.split(received.to(device), list(sizes)))

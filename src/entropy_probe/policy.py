@@ -35,7 +35,7 @@ from entropy_probe.language_head import (
 )
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.wrappers import held_part, reshard, without_accelerate_autocast
+from entropy_probe.wrappers import held_part, reset_sharding, reshard, without_accelerate_autocast
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,20 @@ class Policy:
         """The type of the weights."""
         return next(self.model.parameters()).dtype
 
+    def arithmetic_dtype(self) -> torch.dtype:
+        """The type that forwards multiply in: autocast's, or that of the weights, which FSDP2's mixed precision may narrow."""
+        if self.autocast is not None:
+            return self.autocast
+        for module in self.model.modules() if self.sharding.sharded else ():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                own: nn.Module = module
+                gathered = [p.dtype for p in own.parameters() if not isinstance(p, DTensor) and p.is_floating_point()]
+                module.reshard()
+                if gathered:
+                    return gathered[0]
+        return self.dtype
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, tied ones once, in the order of ``named_parameters``."""
         reshard(self.model)
@@ -213,6 +227,9 @@ class Policy:
                 for module in training:
                     module.training = False
                 yield
+            except BaseException:
+                reset_sharding(self.model)
+                raise
             finally:
                 for module in training:
                     module.training = True
@@ -391,9 +408,7 @@ def _columns(policy: Policy, batch: PaddedResponses) -> Tensor:
 
 
 def _head_tolerance(policy: Policy) -> float:
-    if policy.autocast is not None:
-        return LOW_PRECISION_HEAD_TOLERANCE
-    return HEAD_TOLERANCE.get(policy.dtype, LOW_PRECISION_HEAD_TOLERANCE)
+    return HEAD_TOLERANCE.get(policy.arithmetic_dtype(), LOW_PRECISION_HEAD_TOLERANCE)
 
 
 def check_finite(scores: Tensor, responses: Sequence[Rollout]) -> None:

@@ -72,3 +72,16 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def reset_sharding(model: nn.Module) -> None:
+    """After a forward or backward that ended in an exception, let FSDP2 begin anew; nothing happens to others.
+
+    It would take itself to be in that backward still, and the next one would find weights that are not there. A torch that has
+    no such reset only lets go of what it has gathered.
+    """
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and module not in inside:
+            inside.update(module.modules())
+            getattr(module, "reset_iter_state", module.reshard)()

@@ -175,11 +175,12 @@ class Watch:
         if first.rank == board.rank:
             _wait(board.others_left, SPEAK)
             _say(trace + first.message(everyone=board.everyone_says(first.line)))
+        late = bool(board.absent())
         board.leave()
         # Who hosts takes the notice along; and torchrun would kill a rank that still imports, before it could read it.
-        late = bool(board.absent())
         if self._hosts or late:
-            _wait(board.others_left, (ARRIVAL if late else PATIENCE) - (time.monotonic() - start))
+            with suppress(dist.DistError):  # once this rank has left, the host may be gone
+                _wait(board.others_left, (ARRIVAL if late else PATIENCE) - (time.monotonic() - start))
         return first.code
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:

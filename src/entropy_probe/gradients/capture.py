@@ -58,6 +58,8 @@ class Capture(TorchFunctionMode):
         rules: by torch function.
         anchor: a scalar that requires grad: it makes a backward run where neither input nor weight would ask for one.
         float64: whether forwards run under :class:`Float64Mode`.
+        keeps_casts: whether a weight that autocast casts stays cast for all the strips of a microbatch. Of weights that FSDP2
+            gathers and frees the casts would be the whole model.
 
     ``used`` holds the names of the parameters that a rule has met.
     """
@@ -69,10 +71,12 @@ class Capture(TorchFunctionMode):
         anchor: Tensor,
         *,
         float64: bool = False,
+        keeps_casts: bool = True,
     ) -> None:
         """See the class."""
         super().__init__()
         self._float64 = float64
+        self.keeps_casts = keeps_casts
         self.anchor = anchor
         self._sink: Sink | None = None
         self.used: set[str] = set()

@@ -569,7 +569,13 @@ class _Run:
         with policy.arithmetic(), torch.enable_grad():
             captured = {name: p for name, p in self.parameters.items() if name not in fallback}
             anchor = torch.zeros((), device=policy.device, requires_grad=True)
-            capture = Capture(captured, RULES, anchor, float64=policy.dtype == torch.float64)
+            capture = Capture(
+                captured,
+                RULES,
+                anchor,
+                float64=policy.dtype == torch.float64,
+                keeps_casts=not policy.sharding.sharded,
+            )
             forwards: list[_Forward] = []
             # The backward is inside too: what it recomputes runs by the same rules.
             with (

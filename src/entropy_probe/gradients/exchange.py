@@ -128,14 +128,22 @@ def swapped(
     """
     ranks = sharding.ranks
     # From the largest count, so that every rank cuts alike.
-    most = max(1, BUCKET // max(1, max(counts) * channels * dtype.itemsize))
+    most = max(1, BUCKET // max(1, max(counts) * channels * dtype.itemsize * ranks.count))
     for pieces in _buckets(sharding, names, most):
-        sent = [
-            torch.cat([whole(name)[:, :, _part(sharding, name, to, part)].flatten() for name, part in pieces])
-            for to in range(ranks.count)
+        mine = counts[ranks.rank] * channels
+        given = [
+            mine * sum(_count(_part(sharding, name, to, part)) for name, part in pieces) for to in range(ranks.count)
         ]
+        sent = torch.cat(
+            [
+                whole(name)[:, :, _part(sharding, name, to, part)].flatten()
+                for to in range(ranks.count)
+                for name, part in pieces
+            ]
+        )
         lengths = [_count(_part(sharding, name, ranks.rank, part)) for name, part in pieces]
-        received = ranks.exchange(sent, [count * channels * sum(lengths) for count in counts])
+        received = ranks.exchange(sent, given, [count * channels * sum(lengths) for count in counts])
+        del sent
         apart = [
             torch.split(flat, [n * channels * length for length in lengths])
             for n, flat in zip(counts, received, strict=True)

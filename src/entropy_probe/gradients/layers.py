@@ -36,6 +36,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.input_first, ctx.names, ctx.capture, ctx.strip = input_first, names, capture, strip
         ctx.save_for_backward(x if names[0] is not None else None, weight)
+        weight, bias = _as_used(weight, x, capture), None if bias is None else _as_used(bias, x, capture)
         return F.linear(x, weight.T if input_first else weight, bias)
 
     @staticmethod
@@ -51,6 +52,7 @@ class _Linear(torch.autograd.Function):
             vectors.add(bias_name, _positions(delta, strip).sum(1, dtype=vectors.arithmetic), strip)
         dx = None
         if ctx.needs_input_grad[1]:
+            weight = _as_used(weight, delta, ctx.capture)
             dx = delta @ (weight.T if ctx.input_first else weight)
         return None, dx, None, None, None, None, None, None
 
@@ -152,14 +154,23 @@ def _positions(tensor: Tensor, strip: Strip) -> Tensor:
 def _in_autocast(
     capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Input, weight and bias as autocast would cast them for a GEMM; as they are where it is off."""
+    """Input, weight and bias as autocast would cast them for a GEMM; as they are where it is off.
+
+    Where casts are not kept the weight and the bias are cast when they are used (:func:`_as_used`).
+    """
     # Detached only now: a cast of the parameter itself would be a node of the graph.
     fixed, shift = weight.detach(), None if bias is None else bias.detach()
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, fixed, shift
     dtype = torch.get_autocast_dtype(device)
+    if not capture.keeps_casts:
+        return x.to(dtype), fixed, shift
     return x.to(dtype), capture.cast(weight, dtype), None if bias is None else capture.cast(bias, dtype)
+
+
+def _as_used(weight: Tensor, beside: Tensor, capture: Capture) -> Tensor:
+    return weight if capture.keeps_casts else weight.to(beside.dtype)
 
 
 def _lost(tensor: Tensor | None, name: str | None) -> bool:

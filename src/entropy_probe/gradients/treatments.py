@@ -34,6 +34,7 @@ from entropy_probe.gradients.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.policy import Policy, check_finite, pad_right, sum_over_tokens
 from entropy_probe.rollouts import Rollout, RolloutBatch
+from entropy_probe.wrappers import reset_sharding
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 """Relative difference between a rule and autograd that is rounding; a wrong rule is off by a good part of the whole."""
@@ -106,6 +107,7 @@ def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, IndexError, TypeError, AssertionError) as error:
+                reset_sharding(policy.model)
                 if not active:
                     raise InputError(
                         f"the model scores one sequence but not two of different lengths ({first_line(error, 120)}); "
@@ -203,6 +205,7 @@ def _wrong(
         RULES,
         torch.zeros((), device=policy.device, requires_grad=True),
         float64=policy.dtype == torch.float64,
+        keeps_casts=not policy.sharding.sharded,
     )
     with capture, treated(capture, owners, treatments), checkpointing(policy.model, capture.modes):
         with capture.over(strip):
@@ -250,6 +253,4 @@ def _distance(found: Tensor, expected: Tensor | None) -> float:
 
 
 def _tolerance(policy: Policy) -> float:
-    if policy.autocast is not None:
-        return LOW_PRECISION_TOLERANCE
-    return TOLERANCE.get(policy.dtype, LOW_PRECISION_TOLERANCE)
+    return TOLERANCE.get(policy.arithmetic_dtype(), LOW_PRECISION_TOLERANCE)
