@@ -7,6 +7,8 @@ of its case.
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +47,7 @@ from support import (
     make_checkpoint,
     random_batch,
     random_rollouts,
+    run_command,
     save_checkpoint,
     tiny_model,
     trained_optimizer,
@@ -390,6 +393,33 @@ def test_memory_of_a_rank_falls_as_units_are_divided(sharding: ShardingChoice, m
     monkeypatch.setattr(exchange, "BUCKET", 1 << 20)
     peaks = [max(on_ranks(count, lambda ranks: peak_of_gradients(ranks, sharding))) for count in (1, 4)]
     assert peaks[1] < 0.4 * peaks[0], peaks
+
+
+def test_torchrun_starts_it_as_readme_says(folder: Path, tmp_path: Path) -> None:
+    options = [
+        "run",
+        str(folder / "full"),
+        "--rollouts",
+        str(folder / "rollouts.jsonl"),
+        "--dtype",
+        "float64",
+        "--no-noise",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    started = subprocess.run(
+        [*torchrun, "-m", "entropy_probe", *options, "--sharding", "fsdp2", "--json", str(tmp_path / "two.json")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.count("report written to") == 1
+    assert "gloo, fsdp2" in started.stdout
+    assert run_command(*options, "--json", tmp_path / "one.json").code == 0
+    two, one = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    assert two["first_order"]["u_cross"] == pytest.approx(one["first_order"]["u_cross"], rel=TOLERANCE)
+    assert two["ranks"]["count"] == 2
 
 
 @pytest.mark.parametrize("sharding", list(ShardingChoice))
