@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from entropy_probe.adam_preconditioner import state_of_optimizer
 from entropy_probe.checkpoints.sharded import decoder_layers, shard_model, sharding_of
-from entropy_probe.collectives import Ranks
+from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
     Storage,
@@ -323,6 +323,14 @@ def live(ranks: Ranks) -> None:
     assert all(p.grad is None for p in again.parameters())
 
 
+def not_for_one(ranks: Ranks) -> None:
+    """A sharded model needs all its ranks, which a live probe is by default not given."""
+    model = tiny_model()
+    cut(model, ranks)
+    with pytest.raises(InputError, match=r"cut over 2 ranks and 1 were given; .*Ranks\.of_group"):
+        sharding_of(model, ALONE)
+
+
 def narrow(ranks: Ranks) -> None:
     """bfloat16 weights are refused by name of the remedy."""
     model = tiny_model()
@@ -359,6 +367,7 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
     "broken-backward": partial(broken_half_way, FussyBackward),
     "live": live,
     "narrow": narrow,
+    "not-for-one": not_for_one,
 }
 
 
