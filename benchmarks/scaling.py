@@ -3,14 +3,14 @@
     python benchmarks/scaling.py --markdown FILE [--json FILE]     every row, about a quarter of an hour on two cores
     python benchmarks/scaling.py --quick                           the smallest model, payloads alone
 
-Llamas of 1 and 4 million parameters (four layers, vocabulary 512, tied, float32) after two steps of AdamW, 16 and 48 prompts
+Llamas of 1 and 4 million parameters (four layers, vocabulary 512, tied, float32) after two steps of AdamW, 16 and 32 prompts
 with two responses, probed from a checkpoint by N = 1 to 4 forked ranks of one thread each: replicated and FSDP2, stored and
 streamed, Rao-Blackwell, the noise split where vectors are stored. It fails where a rank's shards, sums or directions are not,
 element by element, what ``scaling_formulas.py`` says; where numbers are not its leading terms and a bounded rest that has
 nothing to do with the number of parameters; or where the memory of unit vectors does not fall with N.
 
 Peak memory is what a rank's resident set grows by from before the checkpoint is read, the mapped optimizer file included.
-Buckets of 64 MB, of which an exchange has several at a time, are most of it for the smaller models here, so it is the largest
+A bucket of 64 MB that an exchange hands over, and one that it receives, are much of it for small models, so it is the largest
 that must fall. Seconds are of the gradients' stage; there are two cores, so that N = 2 is the most that can gain.
 """
 
@@ -53,7 +53,7 @@ VOCABULARY, RESPONSES, MICROBATCH = 512, 2, 4
 SHORT, LONG = 12, 60
 """Tokens of a response: for payloads and memory, and for seconds."""
 
-SHAPES = ((128, 16, (1, 2, 3, 4)), (256, 16, (1, 2)), (256, 48, (1, 2, 3, 4)))
+SHAPES = ((128, 16, (1, 2, 3, 4)), (256, 16, (1, 2)), (256, 32, (1, 2, 3, 4)))
 """Width of the model, number of prompts, and of ranks."""
 
 REPEATS = 3
@@ -416,7 +416,7 @@ def main() -> None:
         root = Path(folder)
         for width in sorted({width for width, _, _ in SHAPES}):
             write_checkpoint(root / f"width-{width}", width)
-        for units, tokens in ((7, SHORT), (16, SHORT), (48, SHORT), (16, LONG)):
+        for units, tokens in ((7, SHORT), (16, SHORT), (32, SHORT), (16, LONG)):
             write_rollouts(rollouts_of(units, tokens), root / f"rollouts-{units}-{tokens}.jsonl")
         rate = preconditioner_rate()
         for case in cases(args.quick):

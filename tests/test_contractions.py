@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import support
+from entropy_probe.collectives import Sharding
 from entropy_probe.gradients import engine, response_dots, treatments
 from entropy_probe.gradients import outer_products as outer
 from entropy_probe.gradients.contractions import Contractions
 from entropy_probe.gradients.modules import Treatment
+from entropy_probe.gradients.sharded_vectors import ShardedVectors
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import EntropyTarget
@@ -120,3 +125,24 @@ def test_a_pass_that_forgot_a_chunk_fails_the_self_test(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Contractions, "add", forgetful)
     assert residual() > 1e-9
+
+
+@pytest.mark.parametrize("kind", [Contractions, ShardedVectors])
+def test_what_is_as_long_as_the_parameters_goes_with_who_holds_it(
+    kind: type[Contractions] | type[ShardedVectors],
+) -> None:
+    """In a circle of references it would stay until garbage is next collected, beside what comes after."""
+    cpu = torch.device("cpu")
+    gc.disable()
+    try:
+        held: Contractions | ShardedVectors
+        if kind is Contractions:
+            held = Contractions({"weight": torch.zeros(2, 6)}, 3, torch.float32, cpu)
+        else:
+            sharding = Sharding(spans={"weight": (slice(0, 6),)}, sharded=True)
+            held = ShardedVectors({"weight": torch.Size([3, 2])}, 2, torch.float32, cpu, sharding, [["weight"]])
+        still = weakref.ref(held)
+        del held
+        assert still() is None
+    finally:
+        gc.enable()

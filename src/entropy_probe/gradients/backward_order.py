@@ -8,6 +8,7 @@ later one or the end does. Parameters outside of layers, and those whose gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakMethod
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -34,8 +35,8 @@ class BackwardOrder:
 
     Args:
         layers: parameter names of each, first those of the model's last layer.
-        enter: called for every layer in turn, once a backward.
-        leave: called for every layer, before the next is entered.
+        enter: called for every layer in turn, once a backward: a method of who owns this.
+        leave: called for every layer, before the next is entered; another one.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class BackwardOrder:
         """See the class."""
         self._count = len(layers)
         self._layer_of = {name: number for number, names in enumerate(layers) for name in names}
-        self._enter, self._leave = enter, leave
+        # Weakly: the owner would else hold itself, and its vectors stay until garbage is next collected.
+        self._enter, self._leave = WeakMethod(enter), WeakMethod(leave)
         self._at = self._count
 
     def begin(self) -> None:
@@ -75,7 +77,12 @@ class BackwardOrder:
     def _go_to(self, layer: int) -> None:
         while self._at < layer:
             if self._at >= 0:
-                self._leave(self._at)
+                self._call(self._leave)
             self._at += 1
             if self._at < self._count:
-                self._enter(self._at)
+                self._call(self._enter)
+
+    def _call(self, method: WeakMethod[Callable[[int], None]]) -> None:
+        called = method()
+        assert called is not None
+        called(self._at)
