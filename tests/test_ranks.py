@@ -7,6 +7,8 @@ of its case.
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +22,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_probe import realized
-from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
+from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners, state_of_optimizer
 from entropy_probe.checkpoints import sharding_of
 from entropy_probe.checkpoints.sharded import shard_model
 from entropy_probe.collectives import ALONE, Kind, Payload, Ranks
@@ -32,9 +35,9 @@ from entropy_probe.errors import InputError
 from entropy_probe.gradients import exchange, unit_gradients
 from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.policy import Policy
-from entropy_probe.probe import ProbeResult, probe_checkpoint
+from entropy_probe.probe import ProbeResult, probe, probe_checkpoint
 from entropy_probe.report import Report
-from entropy_probe.rollouts import write_rollouts
+from entropy_probe.rollouts import group_rollouts, write_rollouts
 from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator
 from entropy_probe.settings import Settings, ShardingChoice
 from entropy_probe.units import Mode, exact_units
@@ -45,6 +48,7 @@ from support import (
     make_checkpoint,
     random_batch,
     random_rollouts,
+    run_command,
     save_checkpoint,
     tiny_model,
     trained_optimizer,
@@ -274,7 +278,7 @@ def gathers_of_parameter_length(found: Found, sharding: ShardingChoice) -> list[
     exchanged = [size for name, size in found.called if name == "all_to_all_single"]
     if len(shards) != len(exchanged) or any(own > size for own, size in zip(shards, exchanged, strict=True)):
         unknown.append(("all_to_all_single", sum(exchanged)))
-    if called > counted - sum(shards) + PADDING:
+    if called > counted - sum(shards) + NOT_COUNTED:
         unknown.append(("not counted", called))
     return unknown
 
@@ -282,8 +286,8 @@ def gathers_of_parameter_length(found: Found, sharding: ShardingChoice) -> list[
 MOST_UNITS = {2: 4, 3: 3, 4: 3}
 """Of the seven, a rank's."""
 
-PADDING = 1 << 16
-"""Bytes by which gathers of uneven spans are filled up."""
+NOT_COUNTED = 1 << 10
+"""Bytes of what the counts themselves are compared by; a gradient of these models is 34 kB."""
 
 
 @pytest.mark.parametrize(
@@ -341,7 +345,7 @@ def test_a_gather_of_a_gradient_is_seen() -> None:
 
     def work(ranks: Ranks) -> list[tuple[str, int]]:
         with collectives_called() as called:
-            planted["gather"](torch.zeros(PADDING), ranks.count)
+            planted["gather"](torch.zeros(NOT_COUNTED), ranks.count)
             ranks.sum_vectors([torch.zeros(4)])
         return called
 
@@ -390,6 +394,65 @@ def test_memory_of_a_rank_falls_as_units_are_divided(sharding: ShardingChoice, m
     monkeypatch.setattr(exchange, "BUCKET", 1 << 20)
     peaks = [max(on_ranks(count, lambda ranks: peak_of_gradients(ranks, sharding))) for count in (1, 4)]
     assert peaks[1] < 0.4 * peaks[0], peaks
+
+
+class Impossible(nn.Module):
+    """A model that gives the token 22 no probability."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **named: Any) -> Any:
+        found = self.inner(**named)
+        found.logits = found.logits.index_fill(-1, torch.tensor([22]), -torch.inf)
+        return found
+
+
+def test_what_one_rank_finds_wrong_all_ranks_refuse() -> None:
+    """In a job that nobody watches the others would wait for it."""
+    rows = [replace(row, response_ids=(5, 6, 1)) for row in random_rollouts(4, 2)]
+    batch = group_rollouts([*rows[:-1], replace(rows[-1], response_ids=(5, 22, 1))])
+
+    def work(ranks: Ranks) -> str:
+        model = tiny_model(dtype=torch.float64)
+        adam = state_of_optimizer(trained_optimizer(model), model)
+        named = {f"inner.{name}": moments for name, moments in adam.moments.items()}
+        groups = tuple(replace(g, names=tuple(f"inner.{name}" for name in g.names)) for g in adam.groups)
+        with pytest.raises(InputError) as refused:
+            probe(Impossible(model), AdamState(groups, named), batch, Settings(noise=False), ranks=ranks)
+        return str(refused.value)
+
+    first, second = on_ranks(2, work)
+    assert first == second
+    assert "prompt_id 'p3': a response has log-probability -inf" in first
+
+
+def test_torchrun_starts_it_as_readme_says(folder: Path, tmp_path: Path) -> None:
+    options = [
+        "run",
+        str(folder / "full"),
+        "--rollouts",
+        str(folder / "rollouts.jsonl"),
+        "--dtype",
+        "float64",
+        "--no-noise",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    started = subprocess.run(
+        [*torchrun, "-m", "entropy_probe", *options, "--sharding", "fsdp2", "--json", str(tmp_path / "two.json")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.count("report written to") == 1
+    assert "gloo, fsdp2" in started.stdout
+    assert run_command(*options, "--json", tmp_path / "one.json").code == 0
+    two, one = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    assert two["first_order"]["u_cross"] == pytest.approx(one["first_order"]["u_cross"], rel=TOLERANCE)
+    assert two["ranks"]["count"] == 2
 
 
 @pytest.mark.parametrize("sharding", list(ShardingChoice))

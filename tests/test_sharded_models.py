@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from entropy_probe.adam_preconditioner import state_of_optimizer
 from entropy_probe.checkpoints.sharded import decoder_layers, shard_model, sharding_of
-from entropy_probe.collectives import Ranks
+from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
     Storage,
@@ -32,6 +32,7 @@ from entropy_probe.gradients import (
     prepare,
     response_dots,
     unit_gradients,
+    weighted_gradient,
 )
 from entropy_probe.gradients.modules import Treatment
 from entropy_probe.gradients.preparation import measure_activations
@@ -39,13 +40,13 @@ from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.language_head import HeadMode
 from entropy_probe.policy import Policy
 from entropy_probe.probe import probe
-from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.scores import EntropyTarget, Estimator
 from entropy_probe.settings import Settings
 from entropy_probe.units import exact_units
 from entropy_probe.virtual_step import virtual_step
 from ranks import failed_cases
-from support import lora_model, random_batch, tiny_model, trained_optimizer
+from support import lora_model, random_batch, random_rollouts, tiny_model, trained_optimizer
 
 RELATIVE = 1e-9
 SCORE, RAO_BLACKWELL = EntropyTarget(Estimator.SCORE), EntropyTarget(Estimator.RAO_BLACKWELL)
@@ -149,19 +150,19 @@ def same_gradients(name: str, target: EntropyTarget, storage: Storage, checkpoin
         close(sharded.ascent[parameter].flatten(), pair.own(parameter, y), scale)
 
 
-def same_loss_gradient(name: str, count: int, ranks: Ranks) -> None:
+def same_loss_gradient(name: str, prompts: int, ranks: Ranks) -> None:
     """Also where a rank has nothing, and with gradients of a trainer's own standing in ``.grad``."""
-    assert_same_loss_gradient(pair_of(name, ranks), count)
+    assert_same_loss_gradient(pair_of(name, ranks), prompts)
 
 
-def assert_same_loss_gradient(pair: Pair, count: int) -> None:
-    responses = batch_of().responses[:count]
-    coefficients = torch.linspace(-1, 2, count, dtype=torch.float64)
+def assert_same_loss_gradient(pair: Pair, prompts: int) -> None:
+    batch = batch_of().of_prompts(range(prompts))
+    coefficients = torch.linspace(-1, 2, len(batch.responses), dtype=torch.float64)
     trainers = {name: torch.ones_like(p) for name, p in pair.sharded.trainable().items()}
     for parameter, p in pair.sharded.trainable().items():
         p.grad = trainers[parameter]
-    found = loss_gradient(pair.sharded, responses, coefficients)
-    expected = loss_gradient(pair.whole, responses, coefficients)
+    found = weighted_gradient(pair.sharded, batch, coefficients)
+    expected = loss_gradient(pair.whole, batch.responses, coefficients)
     assert found.keys() == expected.keys()
     scale = max(float(g.abs().max()) for g in expected.values())
     for parameter, gradient in expected.items():
@@ -289,7 +290,79 @@ def broken_half_way(layer: Callable[[nn.Module], nn.Module], ranks: Ranks) -> No
     found, expected = (prove_rules(policy, batch_of()) for policy in (pair.sharded, pair.whole))
     assert found.treatments == expected.treatments
     assert found.treatments["model.layers.0.mlp.weight"] is Treatment.RECOMPUTE
-    assert_same_loss_gradient(pair, 14)
+    assert_same_loss_gradient(pair, 5)
+
+
+class Gated(Scaled):
+    """A matrix that only batches with a token above 12 use: its gradient may come on one rank alone."""
+
+    def __init__(self, inner: nn.Module, seen: list[Tensor]) -> None:
+        super().__init__(inner)
+        self.weight = nn.Parameter(torch.full((16, 16), 0.1, dtype=torch.float64))
+        self.seen = seen
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.inner(hidden)
+        high = (self.seen[0] > 12).to(found)
+        return found + nn.functional.linear(hidden, self.weight) * high[:, :, None] if bool(high.any()) else found
+
+
+def gated_model() -> Any:
+    """Trained are the gated matrix of the first layer, which is all of its layer, and one matrix of the last."""
+    model, seen = made("llama-tied"), [torch.zeros(0)]
+
+    def remember(_: nn.Module, __: object, named: dict[str, Any]) -> None:
+        seen[0] = named["input_ids"]
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    model.requires_grad_(False)
+    model.model.layers[1].mlp = Gated(model.model.layers[1].mlp, seen)
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_()
+    return model
+
+
+def reached_on_one_rank(ranks: Ranks) -> None:
+    """Layers are exchanged where the backward passes, not where a gradient comes: else the ranks' collectives differ."""
+    rows = [
+        replace(
+            row,
+            prompt_ids=tuple(3 + t % 9 for t in row.prompt_ids),
+            response_ids=(13 + k % 4, 13 + (k + 1) % 4, 14, 5 + k) if row.prompt_id in ("p0", "p1") else (5, 3 + k, 1),
+        )
+        for k, row in enumerate(random_rollouts(5, 2))
+    ]
+    batch = group_rollouts(rows)
+    pair = Pair.of(gated_model(), gated_model(), ranks)
+    sharded, whole = (gradients(policy, batch, pair, SCORE, Storage.STORED) for policy in (pair.sharded, pair.whole))
+    assert sharded.total.kernel is not None
+    assert whole.total.kernel is not None
+    scale = np.abs(whole.total.kernel).max()
+    np.testing.assert_allclose(sharded.total.kernel, whole.total.kernel, rtol=0, atol=RELATIVE * scale)
+    ones = torch.ones(len(batch.responses), dtype=torch.float64)
+    found, expected = (weighted_gradient(policy, batch, ones) for policy in (pair.sharded, pair.whole))
+    for name, gradient in expected.items():
+        close(found[name].flatten(), pair.own(name, gradient), float(gradient.abs().max()))
+
+
+def pending(ranks: Ranks) -> None:
+    """Gradients of a backward without synchronisation are a trainer's, and a pass would mix with them."""
+    pair = pair_of("llama-tied", ranks)
+    model: Any = pair.sharded.model
+    model.set_requires_gradient_sync(False)
+    pair.sharded.forward_scores(batch_of().responses[:2]).sum().backward()
+    with pytest.raises(InputError, match=r"not reduced yet.*zero_grad"):
+        prove_rules(pair.sharded, batch_of())
+
+
+def trainers_settings(ranks: Ranks) -> None:
+    """How a trainer has FSDP2 scale and synchronise gradients does not matter: rules are proved without its reduction."""
+    pair = pair_of("llama-tied", ranks)
+    model: Any = pair.sharded.model
+    model.set_requires_gradient_sync(False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+    assert prove_rules(pair.sharded, batch_of()).treatments == prove_rules(pair.whole, batch_of()).treatments
 
 
 def live(ranks: Ranks) -> None:
@@ -323,6 +396,14 @@ def live(ranks: Ranks) -> None:
     assert all(p.grad is None for p in again.parameters())
 
 
+def not_for_one(ranks: Ranks) -> None:
+    """A sharded model needs all its ranks, which a live probe is by default not given."""
+    model = tiny_model()
+    cut(model, ranks)
+    with pytest.raises(InputError, match=r"cut over 2 ranks and 1 were given; .*Ranks\.of_group"):
+        sharding_of(model, ALONE)
+
+
 def narrow(ranks: Ranks) -> None:
     """bfloat16 weights are refused by name of the remedy."""
     model = tiny_model()
@@ -348,7 +429,7 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
     **{f"gradients-{name}": partial(same_gradients, name, SCORE, Storage.STORED, False) for name in ("gpt2", "gemma2")},
     "gradients-mixtral": partial(same_gradients, "mixtral", RAO_BLACKWELL, Storage.STORED, False),
     "gradients-checkpointed": partial(same_gradients, "gpt2-frozen", RAO_BLACKWELL, Storage.STREAMED, True),
-    "loss": partial(same_loss_gradient, "llama-tied", 14),
+    "loss": partial(same_loss_gradient, "llama-tied", 5),
     "loss-idle": partial(same_loss_gradient, "llama-tied", 1),
     "dots": partial(same_row_dots, "lora"),
     "virtual-step": partial(moved_and_back, False),
@@ -357,8 +438,12 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
     "slower-rules": slower_rules,
     "broken-forward": partial(broken_half_way, Fussy),
     "broken-backward": partial(broken_half_way, FussyBackward),
+    "reached-on-one-rank": reached_on_one_rank,
+    "pending": pending,
+    "trainers-settings": trainers_settings,
     "live": live,
     "narrow": narrow,
+    "not-for-one": not_for_one,
 }
 
 

@@ -423,7 +423,7 @@ def test_the_realised_step_is_the_pure_one_and_the_clones_are_its_check(monkeypa
     rows = live().report.realized
     monkeypatch.setattr(
         "entropy_probe.realized_rows.adamw_deltas",
-        lambda parameters, adam, ascent, max_grad_norm: optimizer_step(parameters, adam, ascent),
+        lambda parameters, adam, ascent, max_grad_norm, sharding: optimizer_step(parameters, adam, ascent),
     )
     for virtual, clone in zip(rows, live().report.realized, strict=True):
         assert virtual.method == "virtual"

@@ -162,8 +162,7 @@ def validate_preconditioner(
     plain = weighted = 0.0
     for number, (name, shape) in enumerate(shapes.items()):
         span = sharding.own(name) if sharding.sharded else slice(0, math.prod(shape))
-        held = rows_of(shape, span) if sharding.sharded else shape
-        problem = moments_problem(state.moments.get(name) if name in groups else None, held)
+        problem = moments_problem(state.moments.get(name) if name in groups else None, sharding.held(name, shape))
         if problem is not None:
             raise InputError(f"parameter {name}: {problem}")
         dot = 0.0
@@ -182,11 +181,6 @@ def validate_preconditioner(
     if sharding.sharded:
         plain, weighted = map(float, sharding.ranks.sum_numbers(np.array([plain, weighted])))
     return PreconditionerTest(plain, weighted)
-
-
-def rows_of(shape: torch.Size, span: slice) -> torch.Size:
-    """The shape of a span of whole rows."""
-    return torch.Size([(span.stop - span.start) // max(math.prod(shape[1:]), 1), *shape[1:]])
 
 
 CHUNK = 1 << 20

@@ -65,14 +65,15 @@ class Ranks:
     def of_group(group: dist.ProcessGroup | None = None) -> Ranks:
         """The ranks of an initialised process group; by default the world's."""
         group = group if group is not None else dist.group.WORLD
-        on_gpu = dist.get_backend(group) == "nccl"
+        # A group may have a backend for each kind of device.
+        on_gpu = "nccl" in dist.get_backend_config(group) and torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         return Ranks(dist.get_rank(group), dist.get_world_size(group), group, device)
 
     @property
     def backend(self) -> str | None:
         """What carries the collectives, gloo or nccl; None without a group."""
-        return None if self.group is None else str(dist.get_backend(self.group))
+        return None if self.group is None else "nccl" if self.device.type == "cuda" else "gloo"
 
     def sum_numbers(self, values: FloatArray) -> FloatArray:
         """Σ over ranks in float64, the same shape. What only one rank knows, the others give as 0."""
@@ -144,7 +145,7 @@ class Ranks:
         longest = max(sizes)
         padded = torch.zeros(longest, dtype=part.dtype, device=self.device)
         padded[: part.numel()] = part
-        self._count(Kind.DIRECTIONS, part)
+        self._count(Kind.DIRECTIONS, padded)
         every = [torch.empty_like(padded) for _ in range(self.count)]
         dist.all_gather(every, padded, group=self.group)
         return [found[:size].to(part.device) for found, size in zip(every, sizes, strict=True)]

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.collectives import ALONE, Ranks
+from entropy_probe.collectives import ALONE, Ranks, Sharding, deal
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import VECTOR_SHARE
 from entropy_probe.importance_sampling import Weighting
@@ -79,6 +79,19 @@ def check_cross_memory(
             f"vectors of {prompts} prompts of both batches take {needed / 1e9:.3g} GB, more than half of the "
             f"{memory_bytes / 1e9:.3g} GB that may be used; give fewer prompts, more --memory, or --vectors bfloat16"
         )
+
+
+def times_divided(sharding: Sharding, *batches: RolloutBatch) -> float:
+    """Into how many parts the vectors of these batches' prompts fall, by the rank that holds most of them.
+
+    Sharded ranks hold an N-th of every vector; replicated ones whole vectors of the prompts that they were dealt by length.
+    """
+    count = sharding.ranks.count
+    if sharding.sharded:
+        return float(count)
+    shares = [deal(batch.positions, count) for batch in batches]
+    most = max(sum(len(share[rank]) for share in shares) for rank in range(count))
+    return sum(len(batch.groups) for batch in batches) / most
 
 
 def check_split(prompts: int, split: int) -> None:

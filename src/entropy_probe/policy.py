@@ -190,6 +190,9 @@ class Policy:
 
         FSDP2 keeps those objects and frees their memory in between: whole gradients can be asked for by them, values not read.
         To get hold of them each layer is gathered once, so that every rank must call this.
+
+        Raises:
+            InputError: gradients of a backward without synchronisation are there.
         """
         if not self.sharding.sharded:
             return self.trainable()
@@ -202,6 +205,12 @@ class Policy:
             own = gathered.named_parameters(path)
             found.update({name: p for name, p in own if p.requires_grad and not isinstance(p, DTensor)})
             module.reshard()
+        pending = [name for name, p in found.items() if p.grad is not None]
+        if pending:
+            raise InputError(
+                f"{len(pending)} parameters ({pending[0]}, …) hold gradients that FSDP2 has not reduced yet, which a pass "
+                "would disturb; probe after the optimizer's step and zero_grad()"
+            )
         return {name: found[name] for name in self.trainable()}
 
     def microbatches(self, count: int) -> Iterator[slice]:

@@ -41,6 +41,7 @@ from entropy_probe.inputs import (
     read_evaluation,
     resolve_advantages,
     resolve_length_weights,
+    times_divided,
 )
 from entropy_probe.noise import LEAST_UNITS, NoiseParts, noise_of
 from entropy_probe.policy import Measured, Policy, check_fits, end_token_ids, input_limits
@@ -111,9 +112,11 @@ def probe_checkpoint(
         InputError: anything that is wrong with either, in one line.
     """
     clock = Clock()
+    ranks.sent.clear()
     with clock.stage("load"):
         batch = read_batch(rollouts, temperature)
         evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
+        _check_same_arguments(ranks, batch, evaluation, settings, None)
         load = (
             load_checkpoint if sharding is ShardingChoice.REPLICATED else partial(load_sharded_checkpoint, ranks=ranks)
         )
@@ -164,7 +167,8 @@ def probe(
             will do for Rao-Blackwell (``group_rollouts(rows, least_responses=1)``).
         preparation: of an earlier probe of this very model (``result.preparation``); None finds it anew.
         ranks: who share the work (``Ranks.of_group()``), every one of whom must call with the same batch; by default this
-            process does all of it, so that one rank of a job may probe by itself.
+            process does all of it, so that one rank of a job may probe by itself. What one rank alone refuses in the rollouts,
+            all refuse; a fault of one (out of memory) is for the job to end, as torchrun does.
         progress: told of long work.
 
     Raises:
@@ -174,6 +178,8 @@ def probe(
         raise InputError(
             "torch.inference_mode() is active, where no gradient can be taken; call the probe outside of it"
         )
+    ranks.sent.clear()
+    _check_same_arguments(ranks, batch, evaluation, settings, preparation)
     model = unwrap(model)
     if settings.learning_rate is not None:
         adam = adam.with_learning_rate(settings.learning_rate)
@@ -203,19 +209,38 @@ class _Subject:
     evaluation_rollouts: str | None
 
 
-def _digests(subject: _Subject, settings: Settings) -> dict[str, bytes]:
-    """What all ranks must have been given alike. Of shards every rank has others."""
+def _check_same_arguments(
+    ranks: Ranks,
+    batch: RolloutBatch,
+    evaluation: RolloutBatch | None,
+    settings: Settings,
+    preparation: Preparation | None,
+) -> None:
+    """Before anything that one rank may refuse by itself: the others would wait for it."""
+    if ranks.count == 1:
+        return
+    known = None if preparation is None else (preparation.head, preparation.chunked, preparation.longest)
+    check_same_inputs(
+        ranks,
+        {
+            "rollouts": digest_of_batch(batch),
+            "evaluation rollouts": digest_of_batch(evaluation),
+            "settings": digest_of_settings(settings, known),
+        },
+    )
+
+
+def _check_same_state(subject: _Subject) -> None:
+    """Weights and moments where all ranks have all; of shards every rank has others."""
     if subject.sharding.ranks.count == 1:
-        return {}
-    found = {
-        "rollouts": digest_of_batch(subject.batch),
-        "evaluation rollouts": digest_of_batch(subject.evaluation),
-        "settings": digest_of_settings(settings),
-    }
+        return
+    steps = {name: moments.step for name, moments in subject.adam.moments.items()}
+    found = {"optimizer settings": digest_of_settings(subject.adam.groups, steps)}
     if subject.sharding.replicated:
         weights = {name: p.detach() for name, p in subject.model.named_parameters()}
-        found |= {"weights": digest_of_tensors(weights), "optimizer state": digest_of_adam(subject.adam)}
-    return found
+        buffers = {name: b for name, b in subject.model.named_buffers() if b.numel()}
+        found |= {"weights": digest_of_tensors(weights | buffers), "optimizer state": digest_of_adam(subject.adam)}
+    check_same_inputs(subject.sharding.ranks, found)
 
 
 def _probe(
@@ -230,14 +255,15 @@ def _probe_as_marked(
 ) -> ProbeResult:
     model, adam, batch, evaluation = subject.model, subject.adam, subject.batch, subject.evaluation
     ranks = subject.sharding.ranks
-    check_same_inputs(ranks, _digests(subject, settings))
+    _check_same_state(subject)
     if evaluation is not None:
         check_evaluation(evaluation, batch, settings)
     if settings.split is not None:
         check_split(len(batch.groups), settings.split)
-    if subject.sharding.sharded and below_float32(model):
+    narrow = [p for p in model.parameters() if p.dtype.itemsize < torch.float32.itemsize]
+    if subject.sharding.sharded and narrow:
         raise InputError(
-            f"sharded weights are {dtype_name(below_float32(model)[0].dtype)}, in which a small step would vanish, and FSDP2's "
+            f"sharded weights are {dtype_name(narrow[0].dtype)}, in which a small step would vanish, and FSDP2's "
             "cannot be probed as float32 copies; use --dtype float32 --autocast bfloat16, or --sharding replicated"
         )
     policy = Policy(model, batch.temperature, autocast=settings.autocast, sharding=subject.sharding)
@@ -261,7 +287,7 @@ def _probe_as_marked(
         prompts=len(batch.groups),
         parameters=sum(parameter.numel() for parameter in trainable.values()),
         bytes_per_value=vector_dtype.itemsize,
-        memory_bytes=memory * ranks.count,
+        memory_bytes=memory * times_divided(subject.sharding, batch),
     )
     with clock.stage("prepare"):
         # Planned for both batches: the evaluation's rows may be the longer ones.
@@ -298,7 +324,8 @@ def _probe_as_marked(
     statistics = cross_statistics(gradients.total)
     two_batches = None
     if evaluation is not None:
-        check_cross_memory(len(evaluation.groups) + len(batch.groups), trainable, vector_dtype, memory * ranks.count)
+        room = memory * times_divided(subject.sharding, evaluation, batch)
+        check_cross_memory(len(evaluation.groups) + len(batch.groups), trainable, vector_dtype, room)
         with clock.stage("evaluation"):
             two_batches = against_evaluation(
                 policy,

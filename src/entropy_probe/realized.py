@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.adam_step import gradient_norm
+from entropy_probe.collectives import Sharding
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import (
     EntropyChange,
@@ -161,7 +162,7 @@ def realize(
     after = measure_after(policy, batch, step, entropies=entropies)
     floors = [0.0 for _ in predictions]
     sharding = policy.sharding
-    generator = torch.Generator().manual_seed(sharding.ranks.rank if sharding.sharded else 0)
+    generator = rounding_generator(sharding)
     for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step.name} step", len(FLOOR_FACTORS)):
         tiny = measure_after(policy, batch, step, scale=factor, rounding=generator, entropies=entropies)
         gaps = [abs(p.measure.change(batch, before, tiny).delta_h - factor * p.linear) for p in predictions]
@@ -242,6 +243,11 @@ def average(rows: Sequence[RealizedChange]) -> RealizedChange:
         noise_floor=max(row.noise_floor for row in rows),
         step_norm=sum(row.step_norm for row in rows) / count,
     )
+
+
+def rounding_generator(sharding: Sharding) -> torch.Generator:
+    """The same on all ranks that hold the same, and each its own where they hold shards."""
+    return torch.Generator().manual_seed(sharding.ranks.rank if sharding.sharded else 0)
 
 
 def rounding_noise(parameter: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.adam_step import adamw_deltas, preconditioned_step
-from entropy_probe.gradients import Rules, loss_gradient, response_dots
+from entropy_probe.gradients import Rules, response_dots, weighted_gradient
 from entropy_probe.policy import Measured, Policy, check_finite
 from entropy_probe.progress import Progress
 from entropy_probe.realized import HELD_OUT, EntropyMeasure, Predicted, RealizedChange, Step, average, realize
@@ -126,8 +126,12 @@ class Realizer:
         found = []
         for fold in sorted(set(folds)):
             part = batch.of_prompts([n for n in range(prompts) if folds[n] == fold])
-            own = loss_gradient(
-                self.policy, part.responses, coefficients[torch.from_numpy(of_row == fold)], progress=self.progress
+            own = weighted_gradient(
+                self.policy,
+                part,
+                coefficients[torch.from_numpy(of_row == fold)],
+                rules=self.rules,
+                progress=self.progress,
             )
             others = {
                 name: (prompts * y.double() - own[name].to(y.device) if name in own else prompts * y.double())

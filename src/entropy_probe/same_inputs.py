@@ -15,7 +15,6 @@ from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.collectives import Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.rollouts import RolloutBatch, row_from_rollout
-from entropy_probe.settings import Settings
 
 CHUNK = 1 << 22
 """Elements whose bits stand as int64 at a time."""
@@ -57,9 +56,9 @@ def digest_of_batch(batch: RolloutBatch | None) -> bytes:
     return _sha256(*(f"{row}\n".encode() for row in rows), repr((batch.temperature, batch.group_sizes)).encode())
 
 
-def digest_of_settings(settings: Settings, *more: object) -> bytes:
-    """Of all of them, and of what else is chosen: numbers, names, types."""
-    return _sha256(repr((settings, *more)).encode())
+def digest_of_settings(*settings: object) -> bytes:
+    """Of all that is chosen: numbers, names, types, and records of them."""
+    return _sha256(repr(settings).encode())
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> bytes:

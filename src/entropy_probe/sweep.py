@@ -24,7 +24,7 @@ from entropy_probe.linearity import (
 )
 from entropy_probe.policy import Measured, Policy
 from entropy_probe.progress import Progress
-from entropy_probe.realized import EntropyMeasure, RealizedChange, Step, measure_after
+from entropy_probe.realized import EntropyMeasure, RealizedChange, Step, measure_after, rounding_generator
 from entropy_probe.rollouts import RolloutBatch
 
 FLOORS_CLEAR = 10
@@ -118,7 +118,7 @@ def sweep_step(
         InputError: a factor takes a log-probability out of the range of the number type.
     """
     line = StepLine(policy, batch, before, step, [row.measure for row in rows])
-    generator = torch.Generator().manual_seed(0)
+    generator = rounding_generator(policy.sharding)
     errors = [
         line.rounding_error(alpha, generator)
         for alpha in progress.track(factors, f"sweep, {step.name} step", len(factors))

@@ -60,12 +60,12 @@ def load_adam_state(path: Path, model: nn.Module, part: Part | None = None) -> t
     Args:
         path: the file.
         model: whole or sharded; of sharded parameters the whole shape counts.
-        part: for a rank that holds a part of every parameter; the file is then mapped and not read.
+        part: for a rank that holds a part of every parameter.
 
     Raises:
         InputError: no file, not loadable without executing a pickle, another optimizer's state, or no rule fits.
     """
-    return map_adam_state(_read(path, mapped=part is not None), model, path, part)
+    return map_adam_state(_read(path), model, path, part)
 
 
 def map_adam_state(
@@ -115,13 +115,14 @@ def _own(moments: AdamMoments, name: str, shape: torch.Size, part: Part, path: P
     )
 
 
-def _read(path: Path, mapped: bool) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(
             f"{path} does not exist; the probe needs Adam's state (a Trainer leaves it out with save_only_model=True)"
         )
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        # Mapped: ranks on one machine share its pages, and one that keeps a part reads no more.
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         reason = first_line(error, 160)
         raise InputError(

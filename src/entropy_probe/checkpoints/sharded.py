@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -104,13 +104,32 @@ def load_sharded_checkpoint(
 
 
 def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
-    """Whose elements of every trainable parameter are whose: FSDP2's rows, or even parts of what every rank holds whole."""
+    """Whose elements of every trainable parameter are whose: FSDP2's rows, or even parts of what every rank holds whole.
+
+    Raises:
+        InputError: a live model is cut otherwise than by rows over just these ranks.
+    """
     reshard(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: p.shape for name, p in parameters.items()}
-    if any(isinstance(p, DTensor) for p in parameters.values()):
-        return Sharding(ranks, row_spans(shapes, ranks.count), sharded=True)
-    return Sharding(ranks, even_spans(shapes, ranks.count))
+    cut = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
+    if not cut:
+        return Sharding(ranks, even_spans(shapes, ranks.count))
+    for name in parameters:
+        mesh = cut[name].device_mesh if name in cut else None
+        if mesh is None or mesh.ndim != 1 or cut[name].placements != (Shard(0),):
+            how = (
+                "not cut, and others are"
+                if mesh is None
+                else f"cut as {cut[name].placements} over a mesh of {mesh.shape}"
+            )
+            raise InputError(f"parameter {name} is {how}; the probe knows FSDP2's rows over all ranks alone")
+        if mesh.size() != ranks.count:
+            raise InputError(
+                f"parameter {name} is cut over {mesh.size()} ranks and {ranks.count} were given; call the probe on all of "
+                "them, with ranks=Ranks.of_group()"
+            )
+    return Sharding(ranks, row_spans(shapes, ranks.count), sharded=True)
 
 
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:

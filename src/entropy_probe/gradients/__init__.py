@@ -7,7 +7,13 @@ obvious backend (:mod:`~entropy_probe.gradients.reference`), a planner that fits
 """
 
 from entropy_probe.gradients.checkpointing import marked
-from entropy_probe.gradients.engine import cross_gradients, response_dots, response_parts, unit_gradients
+from entropy_probe.gradients.engine import (
+    cross_gradients,
+    response_dots,
+    response_parts,
+    unit_gradients,
+    weighted_gradient,
+)
 from entropy_probe.gradients.interface import Coverage, Look, Looked, Storage, UnitGradients
 from entropy_probe.gradients.plan import VECTOR_SHARE, Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
@@ -32,4 +38,5 @@ __all__ = [
     "response_dots",
     "response_parts",
     "unit_gradients",
+    "weighted_gradient",
 ]

@@ -1,33 +1,68 @@
 """In which order a backward comes by a sharded model's layers: the same on every rank, whatever its own rows reach.
 
-Collectives of a layer must be run by all ranks in one order. A backward reaches decoder layers from the last to the first; what
-a layer's parameters need is done when the first of its gradients arrives, and of layers that no gradient has come from, when a
-later one or the end does. Parameters outside of layers, and those whose gradients autograd hands over at the end, are the rest.
+Collectives of a layer must be run by all ranks in one order, and between the same two of FSDP2's own. A backward comes by the
+decoder layers from the last to the first; what a layer's parameters need is done when the gradient of its output arrives, and
+for layers that were passed by, when a later one's or the end does. Parameters outside of layers, and those whose gradients
+autograd hands over at the end, are the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from weakref import WeakMethod
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.modules import Treatment
 
 
-def sharded_layers(model: nn.Module, treatments: Mapping[str, Treatment]) -> list[list[str]]:
-    """The matrices of every layer that FSDP2 gathers by itself, the last layer first; without those that come at the end."""
-    found: list[list[str]] = []
+@dataclass(frozen=True)
+class Layer:
+    """A module that FSDP2 gathers by itself, and those of its matrices whose gradients come while a backward is at it."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+
+
+def sharded_layers(model: nn.Module, treatments: Mapping[str, Treatment]) -> list[Layer]:
+    """The model's layers, the last one first; without parameters whose gradients autograd hands over at the end."""
+    found: list[Layer] = []
     inside: set[nn.Module] = set()
     for path, module in model.named_modules():
         if not path or module in inside or FSDPModule not in type(module).__mro__:
             continue
         inside.update(module.modules())
         names = (f"{path}.{name}" for name, p in module.named_parameters() if p.dim() == 2)
-        found.append([name for name in names if treatments.get(name) in (Treatment.FUNCTION, Treatment.RECOMPUTE)])
-    return [names for names in reversed(found) if names]
+        at_once = (Treatment.FUNCTION, Treatment.RECOMPUTE)
+        found.append(Layer(module, tuple(name for name in names if treatments.get(name) in at_once)))
+    return [layer for layer in reversed(found) if layer.names]
+
+
+@contextmanager
+def announced(layers: Sequence[Layer], arrive: Callable[[int], None]) -> Iterator[None]:
+    """Forwards within the block let every later backward call ``arrive`` with a layer's number before it goes through it.
+
+    By its output, which every rank's rows go through: which of its parameters they reach is each rank's own.
+    """
+    handles = [layer.module.register_forward_hook(_announcing(number, arrive)) for number, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _announcing(number: int, arrive: Callable[[int], None]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(lambda _: arrive(number))
+
+    return hook
 
 
 class BackwardOrder:
@@ -69,6 +104,10 @@ class BackwardOrder:
             )
         self._go_to(layer)
         return True
+
+    def arrive(self, layer: int) -> None:
+        """The backward is at a layer's output."""
+        self._go_to(layer)
 
     def end(self) -> None:
         """The backward is over."""

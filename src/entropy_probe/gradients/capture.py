@@ -37,6 +37,9 @@ class Sink(Protocol):
     def begin_backward(self, channels: slice, units_of_rank: Sequence[Sequence[int]]) -> None:
         """A backward for these channels begins, of these units by rank."""
 
+    def arrive(self, layer: int) -> None:
+        """It is at the output of a sharded model's layer, counted from the last one."""
+
     def end_backward(self) -> None:
         """It is over."""
 

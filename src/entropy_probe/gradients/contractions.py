@@ -68,6 +68,11 @@ class Contractions:
             self._gather(self._rest)
             self._order.begin()
 
+    def arrive(self, layer: int) -> None:
+        """It is at a layer's output."""
+        if self._sharding.sharded:
+            self._order.arrive(layer)
+
     def end_backward(self) -> None:
         """It is over."""
         if self._sharding.sharded:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from entropy_probe.collectives import deal
 from entropy_probe.errors import InputError
-from entropy_probe.gradients.backward_order import sharded_layers
+from entropy_probe.gradients.backward_order import Layer, announced, sharded_layers
 from entropy_probe.gradients.batching import Microbatch, microbatches, strips
 from entropy_probe.gradients.capture import Capture, Sink, leaked
 from entropy_probe.gradients.checkpointing import checkpointing
@@ -135,6 +135,7 @@ def unit_gradients(
         rounds = run.rounds()
         for turn in progress.track(rounds, "unit gradients", len(rounds)):
             run.backward(turn, vectors)
+        run.share()
         vectors.settle(held)
         reached = reached_anywhere(vectors.reached, list(shapes), sharding.ranks)
         vectors.reached = reached
@@ -169,7 +170,6 @@ def unit_gradients(
             looked = Looked(numbers[:, : asked.count], numbers[:, asked.count :])
         else:
             looked = Looked(_third_pass(run, len(every), shapes, dtype, ascent, look(ascent), progress), None)
-    run.share()
     return UnitGradients(
         dots=dots.dots,
         ascent=ascent,
@@ -226,6 +226,7 @@ def _streamed(
             vectors.settle(turn.closed)
             sums.add(vectors, turn.closed)
             vectors.close(turn.closed)
+    run.share()
     reached = reached_anywhere(vectors.reached, list(shapes), run.ranks)
     sums.reduce(vectors)
     del vectors
@@ -297,10 +298,51 @@ def cross_gradients(
         rounds = run.rounds()
         for turn in progress.track(rounds, "gradients of two batches", len(rounds)):
             run.backward(turn, vectors)
+        run.share()
     vectors.settle(held)
     shards = exchanged(vectors, units_of_rank, sharding) if isinstance(vectors, UnitVectors) else vectors
     rows, columns = range(counts[0]), range(counts[0], sum(counts))
     return cross_kernel(shards, rows, columns, preconditioners, learning_rates, sharding.ranks)
+
+
+def weighted_gradient(
+    policy: Policy,
+    batch: RolloutBatch,
+    coefficients: Tensor,
+    *,
+    rules: Rules | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Σ_i a_i ∇S_i over all responses, by parameter name, float64; of parameters that some response reaches.
+
+    Of several ranks each does its share; each gets the sum, or of shards its rows of it.
+
+    Args:
+        policy: the model at θ.
+        batch: the rollouts.
+        coefficients: a, [N].
+        rules: of an earlier call on this very model; None proves them first.
+        progress: told of every microbatch.
+    """
+    progress = progress if progress is not None else Silent()
+    rules = _proved(policy, batch, rules)
+    sharding, shapes = policy.sharding, {name: p.shape for name, p in policy.trainable().items()}
+    shares = deal(batch.positions, sharding.ranks.count)
+    all_one_unit = [0] * len(batch.responses)
+    side = UpdateSide(batch, coefficients)
+    run = _Run(policy, batch, all_one_unit, side, dict(rules.treatments), rules.unproven, shares)
+    vectors = run.vectors(shapes, 1, torch.promote_types(policy.dtype, torch.float32), channels=1)
+    vectors.open([0])
+    rounds = run.rounds()
+    for turn in progress.track(rounds, "gradient", len(rounds)):
+        run.backward(turn, vectors)
+    run.share()
+    vectors.settle([0])
+    reached = reached_anywhere(vectors.reached, list(shapes), sharding.ranks)
+    found = {name: vectors.of(name, [0])[0, 0].double() for name in shapes if name in reached}
+    if sharding.replicated:
+        sharding.ranks.sum_vectors(list(found.values()))
+    return {name: total.view(sharding.held(name, shapes[name])) for name, total in found.items()}
 
 
 def response_dots(
@@ -485,7 +527,8 @@ class _Run:
         """Room for unit vectors: of this rank's units, or where weights are sharded, of all units' elements of its spans."""
         sharding, device = self.policy.sharding, self.policy.device
         if sharding.sharded:
-            return ShardedVectors(shapes, slots, dtype, device, sharding, self.layers(), channels)
+            layers = [layer.names for layer in self.layers()]
+            return ShardedVectors(shapes, slots, dtype, device, sharding, layers, channels)
         return UnitVectors(shapes, slots, dtype, device, channels)
 
     def contractions(
@@ -493,12 +536,12 @@ class _Run:
     ) -> Contractions:
         """Dots with directions, of which sharded ranks have their spans."""
         sharding = self.policy.sharding
-        layers = self.layers() if sharding.sharded else []
+        layers = [layer.names for layer in self.layers()]
         return Contractions(directions, units, dtype, self.policy.device, combinations, sharding, layers)
 
-    def layers(self) -> list[list[str]]:
-        """See :func:`sharded_layers`."""
-        return sharded_layers(self.policy.model, self.treatments)
+    def layers(self) -> list[Layer]:
+        """See :func:`sharded_layers`; none where weights are whole."""
+        return sharded_layers(self.policy.model, self.treatments) if self.policy.sharding.sharded else []
 
     def _rows_of_others(self) -> bool:
         """Whether coefficients of some rank's rows need scores, not known so far, of rows that are another's."""
@@ -510,7 +553,11 @@ class _Run:
         return any(row not in own for own in rows if own for row in self.coefficients.needed_rows(own))
 
     def share(self) -> None:
-        """Every rank gets what the others' forwards have found, and how they treated parameters in the end."""
+        """Every rank gets what the others' forwards have found, and how they treated parameters; after a pass.
+
+        Raises:
+            InputError: a response of some rank has no finite score: on all of them, or the others would wait for that one.
+        """
         if self.ranks.count == 1:
             return
         fallback = self.ranks.sum_numbers(np.array([float(name in self.fallback) for name in self.parameters]))
@@ -522,6 +569,7 @@ class _Run:
         tokens, entropies = slice(self.first_token[rows.start], self.first_token[rows.stop]), self.found.token_entropies
         own = Measured(self.found.scores[rows.start : rows.stop], None if entropies is None else entropies[tokens])
         every = combine(own, self.responses, rows, self.ranks)
+        check_finite(every.scores, self.responses)
         self.found = Found(every.scores, every.entropies)
 
     @property
@@ -582,6 +630,7 @@ class _Run:
                 capture,
                 treated(capture, self.owners, self.treatments),
                 checkpointing(policy.model, capture.modes),
+                announced(self.layers(), sink.arrive),
             ):
                 for rows, strip, padded in self._strips(part):
                     with capture.over(strip):
@@ -589,6 +638,9 @@ class _Run:
                         forwards.append(_Forward(rows, strip, padded, values))
                 escaped = {*leaked([root for forward in forwards for root in forward.roots], captured)}
                 escaped |= capture.used & self.unproven - fallback.keys()
+                if policy.sharding.sharded:
+                    # On all ranks alike: else the others would wait for the one that refuses.
+                    escaped = reached_anywhere(escaped, list(self.parameters), self.ranks)
                 if not escaped:
                     self._record_scores(part, forwards)
                     if not any(root.requires_grad for forward in forwards for root in forward.roots):
@@ -626,7 +678,8 @@ class _Run:
         responses = [self.responses[row] for row in rows]
         measured = measure(responses, entropies=self.coefficients.needs_entropies)
         self._note(rows, measured.scores, measured.entropies)
-        check_finite(self.found.scores[list(rows)], responses)
+        if self.ranks.count == 1:
+            check_finite(self.found.scores[list(rows)], responses)
 
     def _record_scores(self, part: Microbatch, forwards: Sequence[_Forward]) -> None:
         for forward in forwards:
@@ -635,9 +688,9 @@ class _Run:
             scores = sum_over_tokens(forward.values.log_probs.detach(), forward.padded).cpu()
             entropies = forward.values.entropies
             self._note(forward.rows, scores, None if entropies is None else entropies.detach().double().cpu())
-        check_finite(
-            self.found.scores[part.rows.start : part.rows.stop], self.responses[part.rows.start : part.rows.stop]
-        )
+        if self.ranks.count == 1:
+            rows = slice(part.rows.start, part.rows.stop)
+            check_finite(self.found.scores[rows], self.responses[rows])
 
     def _note(self, rows: Sequence[int], scores: Tensor, entropies: Tensor | None) -> None:
         """Keep what is new: a second pass, or a prompt in pieces, must not mix two roundings of one score."""

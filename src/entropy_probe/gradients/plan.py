@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from entropy_probe.errors import InputError
+from entropy_probe.files import readable_size
 from entropy_probe.gradients.interface import Storage
 from entropy_probe.units import Mode, Units, block_units, exact_units
 
@@ -51,7 +52,7 @@ def make_plan(
 
     def size(units: int) -> str:
         # Not what was free: the same run would then read differently from one time to the next.
-        return f"{units} pairs of vectors take {_readable(units * per_unit)}"
+        return f"{units} pairs of vectors take {readable_size(units * per_unit)}"
 
     if mode is Mode.BLOCK or blocks is not None:
         count = blocks if blocks is not None else max(2, min(LEAST_BLOCKS, prompts // 2))
@@ -67,11 +68,3 @@ def make_plan(
         "asked for and its vectors do not fit" if mode is Mode.EXACT else f"fewer than {LEAST_BLOCKS} blocks would fit"
     )
     return Plan(exact_units(prompts), Storage.STREAMED, f"exact, streamed, {why}: {size(prompts)}")
-
-
-def _readable(count: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

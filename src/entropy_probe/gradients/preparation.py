@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_probe.gradients.backward_order import sharded_layers
 from entropy_probe.gradients.checkpointing import checkpointing
+from entropy_probe.gradients.modules import Treatment
 from entropy_probe.gradients.treatments import Rules, check_real_rows, prove_rules, short_rows
 from entropy_probe.language_head import HeadMode
 from entropy_probe.policy import Policy, choose_head, input_limits, pad_right
@@ -132,18 +134,31 @@ def prepare(
     size, why = microbatch_size, "asked for"
     if size is None:
         room = ACTIVATION_SHARE * memory_bytes / RESERVE - found.activations.constant
-        fit = int(room / found.activations.of_row(longest))
+        fit = int(room / (found.activations.of_row(longest) + _whole_bytes(policy) / min(batch.group_sizes)))
         # Strips hold rows of similar length, so that rows of mean length tell what a microbatch holds; what must fit, may not.
         size, why = max(1, positions * len(lengths) // total), f"about {positions} positions"
         if size > fit:
             size, why = max(1, fit), "what fits"
         if size < max(batch.group_sizes) <= fit:
             size, why = max(batch.group_sizes), "the responses to one prompt"
+    # Measured by every rank, and where weights are sharded all must run as many forwards.
+    size = int(policy.sharding.ranks.gather_numbers(np.array([size])).min())
     reason = f"{size} responses in a forward ({why}), head {found.head}"
     told = "not in chunks: weights are sharded" if wanted and not chunked else found.head_reason
     if told is not None:
         reason += f" ({told})"
     return replace(found, microbatch_size=size, reason=reason)
+
+
+def _whole_bytes(policy: Policy) -> float:
+    """Of a sharded model: what stands whole on a rank of one prompt's X and Y, of parameters outside of layers."""
+    if not policy.sharding.sharded:
+        return 0.0
+    trainable = policy.trainable()
+    layers = sharded_layers(policy.model, dict.fromkeys(trainable, Treatment.FUNCTION))
+    inside = {name for layer in layers for name in layer.names}
+    outside = sum(p.numel() for name, p in trainable.items() if name not in inside)
+    return 2.0 * outside * max(policy.dtype.itemsize, torch.float32.itemsize)
 
 
 def head_rows(batch: RolloutBatch) -> tuple[Rollout, Rollout]:

@@ -12,13 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.collectives import deal
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.checkpointing import checkpointing
-from entropy_probe.gradients.exchange import reached_anywhere
-from entropy_probe.gradients.fsdp_backward import gradient_rows
 from entropy_probe.gradients.interface import Storage, UnitGradients
-from entropy_probe.policy import Measured, Policy, check_finite, idle_row, pad_right
+from entropy_probe.policy import Measured, Policy, check_finite, pad_right
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
 from entropy_probe.scores import (
@@ -133,37 +130,20 @@ def loss_gradient(
     progress: Progress | None = None,
     description: str = "linear prediction",
 ) -> dict[str, Tensor]:
-    """∇ Σ_i coefficients_i S_i over all responses, by parameter name, float64; parameters not reached are left out.
-
-    Ranks share the responses out; each gets the whole sum, or where weights are sharded its rows of it.
-    """
+    """∇ Σ_i coefficients_i S_i over all responses, by parameter name, float64; parameters not reached are left out."""
     progress = progress if progress is not None else Silent()
-    sharding, parameters = policy.sharding, policy.trainable()
-    shares = deal([response.length for response in responses], sharding.ranks.count)
-    own = shares[sharding.ranks.rank]
-    parts = [range(own.start + part.start, own.start + part.stop) for part in policy.microbatches(len(own))]
-    if sharding.sharded:
-        most = max(len(list(policy.microbatches(len(share)))) for share in shares)
-        parts += [range(0)] * (most - len(parts))
+    parameters = policy.trainable()
     totals: dict[str, Tensor] = {}
+    parts = list(policy.microbatches(len(responses)))
     with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad():
         for part in progress.track(parts, description, len(parts)):
-            rows = responses[part.start : part.stop] if part else [idle_row(responses)]
-            weights = coefficients[part.start : part.stop] if part else torch.zeros(1, dtype=coefficients.dtype)
-            loss = probe_loss(policy.forward_scores(rows), weights)
-            if sharding.sharded:
-                # FSDP2's is the mean over ranks.
-                rows_of_mean = gradient_rows(policy, loss).values()
-                found = [None if rows is None else rows * sharding.ranks.count for rows in rows_of_mean]
-            else:
-                found = list(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
-            _add(totals, found, parameters, torch.float64)
-    if sharding.replicated:
-        reached = reached_anywhere(set(totals), list(parameters), sharding.ranks)
-        for name in parameters:
-            if name in reached and name not in totals:
-                totals[name] = torch.zeros_like(parameters[name], dtype=torch.float64)
-        sharding.ranks.sum_vectors([totals[name] for name in parameters if name in reached])
+            loss = probe_loss(policy.forward_scores(responses[part]), coefficients[part])
+            _add(
+                totals,
+                torch.autograd.grad(loss, list(parameters.values()), allow_unused=True),
+                parameters,
+                torch.float64,
+            )
     return totals
 
 

@@ -87,6 +87,10 @@ class ShardedVectors:
         self._outside = self._whole(self._rest)
         self._order.begin()
 
+    def arrive(self, layer: int) -> None:
+        """It is at a layer's output."""
+        self._order.arrive(layer)
+
     def end_backward(self) -> None:
         """It is over: exchange what has not been."""
         self._order.end()

@@ -19,7 +19,6 @@ from entropy_probe.errors import InputError, first_line
 from entropy_probe.gradients.backward_order import sharded_layers
 from entropy_probe.gradients.capture import Capture, leaked
 from entropy_probe.gradients.checkpointing import checkpointed_layers, checkpointing
-from entropy_probe.gradients.fsdp_backward import gradient_rows
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import (
     Treatment,
@@ -183,9 +182,29 @@ def _alone(
     if not score.requires_grad:
         return score, dict.fromkeys(parameters)
     if policy.sharding.sharded:
-        return score.detach(), gradient_rows(policy, score)  # all ranks take the same
+        return score.detach(), _rows_of_gradient(policy, parameters, score)
     gradients = torch.autograd.grad(score, list(parameters.values()), allow_unused=True)
     return score.detach(), dict(zip(parameters, gradients, strict=True))
+
+
+def _rows_of_gradient(
+    policy: Policy, parameters: Mapping[str, nn.Parameter], score: Tensor
+) -> dict[str, Tensor | None]:
+    """This rank's rows of a gradient that all ranks take alike, layer by layer: no more than a layer's is ever whole.
+
+    FSDP2's own backward would leave just these rows, scaled and summed as a trainer has set it, and take its gradients along.
+    """
+    layers = sharded_layers(policy.model, dict.fromkeys(parameters, Treatment.FUNCTION))
+    inside = {name for layer in layers for name in layer.names}
+    found: dict[str, Tensor | None] = {}
+    rest = [name for name in parameters if name not in inside]
+    for names in (*[layer.names for layer in layers], *([rest] if rest else [])):
+        wanted = [parameters[name] for name in names]
+        for name, whole in zip(
+            names, torch.autograd.grad(score, wanted, retain_graph=True, allow_unused=True), strict=True
+        ):
+            found[name] = None if whole is None else whole.flatten()[policy.sharding.own(name)].clone()
+    return found
 
 
 def _wrong(
@@ -229,7 +248,8 @@ def _wrong(
         units_of_rank = [[1], *([] for _ in range(policy.sharding.ranks.count - 1))]
         if policy.sharding.sharded:
             layers = sharded_layers(policy.model, treatments)
-            vectors = ShardedVectors(shapes, 1, dtype, policy.device, policy.sharding, layers, channels=1)
+            names = [layer.names for layer in layers]
+            vectors = ShardedVectors(shapes, 1, dtype, policy.device, policy.sharding, names, channels=1)
         vectors.open([1])
         strip.mix(Mixing(torch.ones((1, 2), device=policy.device, dtype=dtype), slice(0, 1)))
         leaves = capture.take_leaves()

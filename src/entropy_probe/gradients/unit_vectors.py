@@ -154,6 +154,9 @@ class UnitVectors:
     def begin_backward(self, channels: slice, units_of_rank: Sequence[Sequence[int]]) -> None:
         """Nothing: units are this rank's own."""
 
+    def arrive(self, layer: int) -> None:
+        """Nothing."""
+
     def end_backward(self) -> None:
         """Nothing."""
 

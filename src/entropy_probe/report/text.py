@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from entropy_probe.files import readable_size
 from entropy_probe.report.schema import Report
 
 
@@ -330,17 +331,11 @@ def _ranks(report: Report) -> list[tuple[str, str, str]]:
     if ranks.count <= FEW:
         dealt = f"{', '.join(map(str, ranks.prompts))} prompts"
     sizes = sorted(((sent.bytes, kind) for kind, sent in ranks.sent.items() if sent.bytes), reverse=True)
-    kinds = ", ".join(f"{kind} {_size(count)}" for count, kind in sizes)
-    handed = f"a rank handed over at most {_size(sum(count for count, _ in sizes))}{f' ({kinds})' if kinds else ''}"
+    kinds = ", ".join(f"{kind} {readable_size(count)}" for count, kind in sizes)
+    handed = (
+        f"a rank handed over at most {readable_size(sum(count for count, _ in sizes))}{f' ({kinds})' if kinds else ''}"
+    )
     return [("ranks", f"{ranks.count}", f"{ranks.backend}, {ranks.sharding}: {dealt}; {handed}")]
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000.0
-    return f"{count:.3g} GB"
 
 
 def _facts(report: Report) -> Table:
