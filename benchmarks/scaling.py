@@ -1,6 +1,6 @@
 """What ranks hand over and hold, measured on this machine's gloo ranks and held against the formulas.
 
-    python benchmarks/scaling.py --markdown FILE [--json FILE]     every row, about a quarter of an hour on two cores
+    python benchmarks/scaling.py --markdown FILE [--json FILE]     every row, about ten minutes on two cores
     python benchmarks/scaling.py --quick                           the smallest model, payloads alone
 
 Llamas of 1 and 4 million parameters (four layers, vocabulary 512, tied, float32) after two steps of AdamW, 16 and 32 prompts
@@ -237,7 +237,9 @@ def expected_of(case: Case, shapes: dict[str, torch.Size]) -> list[dict[Kind, in
     rounds = max(map(len, parts))
     found: list[dict[Kind, int]] = []
     for rank, share in enumerate(dealt):
-        of_rank = Share(len(share), openings[rank], rounds, held[rank], sum(held) - held[rank], first=rank == 0)
+        of_rank = Share(
+            len(share), openings[rank], rounds, held[rank], sum(held) - held[rank], max(held), first=rank == 0
+        )
         if case.ranks == 1:
             found.append(dict.fromkeys(Kind, 0))
             continue
@@ -385,13 +387,12 @@ def markdown(rows: Sequence[Row], timed: Sequence[Row], rate: float) -> str:
         lines += ["", "Growth of one process for every parameter more, U = 16, bytes: " + ", ".join(slopes) + "."]
     if timed:
         lines += ["", f"Seconds of the gradients' stage, {REPEATS} repeats interleaved:", ""]
-        lines += ["| sharding, vectors | N = 1 | N = 2 | N = 2 over N = 1: median [all] |", "|" + "---|" * 4]
+        lines += ["| sharding, vectors | N = 1 | N = 2 | N = 2 over N = 1, by repeat |", "|" + "---|" * 4]
         for choice in CHOICES:
             one, two = ([r.seconds for r in timed if r.case.choice == choice and r.case.ranks == n] for n in (1, 2))
-            ratios = sorted(b / a for a, b in zip(one, two, strict=True))
+            ratios = ", ".join(f"{b / a:.2f}" for a, b in zip(one, two, strict=True))
             lines.append(
-                f"| {choice.name} | {min(one):.1f} to {max(one):.1f} | {min(two):.1f} to {max(two):.1f} | "
-                f"{ratios[len(ratios) // 2]:.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}] |"
+                f"| {choice.name} | {min(one):.1f} to {max(one):.1f} | {min(two):.1f} to {max(two):.1f} | {ratios} |"
             )
     lines += ["", f"P from Adam's moments: {rate / 1e9:.2f} billion elements a second on one thread."]
     return "\n".join(lines) + "\n"

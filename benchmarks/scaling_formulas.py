@@ -86,6 +86,7 @@ class Share:
         rounds: microbatches of the rank that has the most.
         held: elements of its spans, about n / N.
         away: those of the others, n less ``held``.
+        most: elements of the rank that holds most, to whose length the others fill their directions up.
         first: whether this is rank 0, whose gradient is the one that rules are proved on.
     """
 
@@ -94,6 +95,7 @@ class Share:
     rounds: int
     held: float
     away: float
+    most: float
     first: bool = False
 
 
@@ -116,7 +118,7 @@ def payload(choice: Choice, share: Share, asked: Asked) -> dict[Kind, float]:
     return {
         Kind.SHARDS: 2 * share.openings * share.away * passes + proof,
         Kind.SUMS: 0,
-        Kind.DIRECTIONS: directions * share.held * share.rounds * asked.backwards,
+        Kind.DIRECTIONS: directions * share.most * share.rounds * asked.backwards,
     }
 
 
@@ -144,7 +146,7 @@ def numbers(choice: Choice, asked: Asked, units: int, responses: int, tokens: in
 
 def few_numbers(ranks: int, tensors: int) -> int:
     """A bound of the rest: digests of inputs, 32 numbers each of every rank, and flags and norms of the parameter tensors."""
-    return 6 * 32 * ranks + 8 * tensors + 64
+    return 10 * 32 * ranks + 10 * tensors + 64
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ class Batch:
         """Of the rank that has the most."""
         held = model.trained / ranks
         rounds = self.own(ranks)
-        return Share(math.ceil(self.units / ranks), rounds, rounds, held, model.trained - held, first=True)
+        return Share(math.ceil(self.units / ranks), rounds, rounds, held, model.trained - held, held, first=True)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ STORED = formulas.Choice(ShardingChoice.REPLICATED, Storage.STORED)
     "case",
     [
         scaling.Case(WIDTH, 6, 2, STORED),
-        # Prompts split over microbatches, and uneven shares.
-        scaling.Case(WIDTH, 3, 2, SHARDED, Estimator.SCORE, microbatch=1),
+        # Prompts split over microbatches, and uneven shares of units and rows.
+        scaling.Case(WIDTH, 4, 3, SHARDED, Estimator.SCORE, microbatch=1),
     ],
     ids=["replicated", "fsdp2"],
 )
-def test_two_ranks_hand_over_what_the_formulas_say(case: scaling.Case, tmp_path: Path) -> None:
+def test_ranks_hand_over_what_the_formulas_say(case: scaling.Case, tmp_path: Path) -> None:
     scaling.write_checkpoint(tmp_path / f"width-{WIDTH}", WIDTH)
     rows = scaling.rollouts_of(case.units, case.tokens)
     write_rollouts(rows, tmp_path / f"rollouts-{case.units}-{case.tokens}.jsonl")
