@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM
 
 from entropy_probe.adam_preconditioner import state_of_optimizer
 from entropy_probe.checkpoints.sharded import decoder_layers, shard_model, sharding_of
@@ -46,7 +47,7 @@ from entropy_probe.settings import Settings
 from entropy_probe.units import exact_units
 from entropy_probe.virtual_step import virtual_step
 from ranks import failed_cases
-from support import lora_model, random_batch, random_rollouts, tiny_model, trained_optimizer
+from support import CONFIGS, lora_model, random_batch, random_rollouts, tiny_model, trained_optimizer
 
 RELATIVE = 1e-9
 SCORE, RAO_BLACKWELL = EntropyTarget(Estimator.SCORE), EntropyTarget(Estimator.RAO_BLACKWELL)
@@ -308,15 +309,18 @@ class Gated(Scaled):
 
 
 def gated_model() -> Any:
-    """Trained are the gated matrix of the first layer, which is all of its layer, and one matrix of the last."""
-    model, seen = made("llama-tied"), [torch.zeros(0)]
+    """Trained are the gated matrix of the last layer, which is all of its layer, and one matrix of the first."""
+    torch.manual_seed(0)
+    config = CONFIGS["llama-tied"]()
+    config.num_hidden_layers = 3  # FSDP2 gathers one layer ahead
+    model, seen = LlamaForCausalLM(config).double(), [torch.zeros(0)]
 
     def remember(_: nn.Module, __: object, named: dict[str, Any]) -> None:
         seen[0] = named["input_ids"]
 
     model.register_forward_pre_hook(remember, with_kwargs=True)
     model.requires_grad_(False)
-    model.model.layers[1].mlp = Gated(model.model.layers[1].mlp, seen)
+    model.model.layers[2].mlp = Gated(model.model.layers[2].mlp, seen)
     model.model.layers[0].mlp.down_proj.weight.requires_grad_()
     return model
 
@@ -338,6 +342,8 @@ def reached_on_one_rank(ranks: Ranks) -> None:
     assert whole.total.kernel is not None
     scale = np.abs(whole.total.kernel).max()
     np.testing.assert_allclose(sharded.total.kernel, whole.total.kernel, rtol=0, atol=RELATIVE * scale)
+    directions = {n: pair.own(n, v).view(sharded.ascent[n].shape) for n, v in whole.ascent.items()}
+    close(response_dots(pair.sharded, batch, [directions]), response_dots(pair.whole, batch, [whole.ascent]))
     ones = torch.ones(len(batch.responses), dtype=torch.float64)
     found, expected = (weighted_gradient(policy, batch, ones) for policy in (pair.sharded, pair.whole))
     for name, gradient in expected.items():
