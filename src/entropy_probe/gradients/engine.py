@@ -139,14 +139,14 @@ def unit_gradients(
         vectors.settle(held)
         reached = reached_anywhere(vectors.reached, list(shapes), sharding.ranks)
         vectors.reached = reached
-        if isinstance(vectors, UnitVectors):
+        if isinstance(vectors, ShardedVectors):
+            shards = vectors
+        else:
             if sharding.replicated:
                 y_sums = own_sums(vectors, own, sharding)
                 if thirds:
                     directions = third_directions(vectors, own, units.sizes, preconditioners, learning_rates, sharding)
             shards = exchanged(vectors, units_of_rank, sharding)
-        else:
-            shards = vectors
         dots = stored_dots(shards, units.sizes, preconditioners, learning_rates, sharding.ranks)
         if not sharding.replicated:
             y_sums = dots.y_sums
@@ -300,7 +300,7 @@ def cross_gradients(
             run.backward(turn, vectors)
         run.share()
     vectors.settle(held)
-    shards = exchanged(vectors, units_of_rank, sharding) if isinstance(vectors, UnitVectors) else vectors
+    shards = vectors if isinstance(vectors, ShardedVectors) else exchanged(vectors, units_of_rank, sharding)
     rows, columns = range(counts[0]), range(counts[0], sum(counts))
     return cross_kernel(shards, rows, columns, preconditioners, learning_rates, sharding.ranks)
 
@@ -429,14 +429,12 @@ def _contracted(
     rules = _proved(policy, batch, rules)
     rows = list(range(len(batch.responses)))
     like = {name: policy.sharding.held(name, p.shape).numel() for name, p in policy.trainable().items()}
+    # In the type that the contractions want: a stack in float64 beside theirs would be 16 bytes a parameter and more.
+    arithmetic = torch.promote_types(policy.dtype, torch.float32)
+    zeros = {name: torch.zeros(count, dtype=arithmetic, device=policy.device) for name, count in like.items()}
     together = {
-        name: torch.stack(
-            [
-                v[name].flatten() if name in v else torch.zeros(count, dtype=policy.dtype, device=policy.device)
-                for v in directions
-            ]
-        )
-        for name, count in like.items()
+        name: torch.stack([v[name].flatten().to(zero) if name in v else zero for v in directions])
+        for name, zero in zeros.items()
     }
     run = _Run(
         policy,
@@ -548,7 +546,8 @@ class _Run:
         if not bool(self.found.scores.isnan().any()):
             return False
         if self.policy.sharding.sharded and max(self.batch.group_sizes) > self.policy.microbatch_size:
-            return True  # a forward that one rank needs for the rest of a prompt is a forward of all
+            # A forward that one rank needs for the rest of a prompt is a forward of all.
+            return bool(self.coefficients.needed_rows(range(1)))
         rows = [range(self.first_row[share.start], self.first_row[share.stop]) for share in self.shares]
         return any(row not in own for own in rows if own for row in self.coefficients.needed_rows(own))
 
