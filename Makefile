@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/entropy-probe demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

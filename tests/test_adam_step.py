@@ -16,6 +16,7 @@ from entropy_probe import AdamState, state_of_optimizer
 from entropy_probe.adam_step import adamw_step, optimizer_step
 
 TOLERANCE = 1e-12
+FUSED_TOLERANCE = 1e-11
 """Of the largest element of Δθ. Learning rates are of θ's size, so that θ⁺ − θ is not lost in θ's last digits."""
 
 KINDS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
@@ -120,7 +121,8 @@ GROUP = st.fixed_dictionaries(
 def test_the_sum_of_the_parts_is_torchs_step(kind: str, **drawn: Any) -> None:
     example = case(kind, **drawn)
     found = step_of(example)
-    assert gap(found.deltas, example.moved) < TOLERANCE
+    # With β₂ = 0 the fused kernel has been seen to round as far as 5.4e-12 from the others.
+    assert gap(found.deltas, example.moved) < (FUSED_TOLERANCE if kind == "fused" else TOLERANCE)
     assert found.gradient_norm == pytest.approx(example.norm, rel=1e-14)
     assert set(found.momentum) == set(found.gradient) == set(found.weight_decay) == {"a", "b"}
 

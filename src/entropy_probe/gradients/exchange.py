@@ -67,15 +67,13 @@ def exchanged(vectors: UnitVectors, units_of_rank: Sequence[Sequence[int]], shar
     """All units' shards from every rank's own units' whole vectors, which are given up on the way.
 
     Args:
-        vectors: of this rank's units, settled.
+        vectors: of this rank's units, settled; ``reached`` says what any rank's responses reach.
         units_of_rank: by rank, all of them.
         sharding: whose elements are whose.
     """
-    ranks = sharding.ranks
-    vectors.reached = reached_anywhere(vectors.reached, list(vectors.values), ranks)
-    if ranks.count == 1:
+    if sharding.ranks.count == 1:
         return vectors
-    own, counts = units_of_rank[ranks.rank], [len(units) for units in units_of_rank]
+    own, counts = units_of_rank[sharding.ranks.rank], [len(units) for units in units_of_rank]
     starts = [0, *itertools.accumulate(counts)]
     dtype, device, channels = vectors.layout
     found: dict[str, Tensor] = {}
