@@ -8,7 +8,7 @@ autograd hands over at the end, are the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakMethod
@@ -40,6 +40,12 @@ def sharded_layers(model: nn.Module, treatments: Mapping[str, Treatment]) -> lis
         at_once = (Treatment.FUNCTION, Treatment.RECOMPUTE)
         found.append(Layer(module, tuple(name for name in names if treatments.get(name) in at_once)))
     return [layer for layer in reversed(found) if layer.names]
+
+
+def outside(layers: Sequence[Sequence[str]], names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that are in no layer."""
+    inside = {name for of_layer in layers for name in of_layer}
+    return [name for name in names if name not in inside]
 
 
 @contextmanager

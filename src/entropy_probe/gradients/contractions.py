@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.collectives import WHOLE, Sharding
-from entropy_probe.gradients.backward_order import BackwardOrder
+from entropy_probe.gradients.backward_order import BackwardOrder, outside
 from entropy_probe.gradients.outer_products import MOST_ROWS, SHORT, OuterProducts
 from entropy_probe.gradients.sequences import IDLE, Strip, row_chunks
 
@@ -53,8 +53,7 @@ class Contractions:
         self._sharding, self._layers = sharding, layers
         self._directions = {} if sharding.sharded else self._own
         self._order = BackwardOrder(layers, self._gather_layer, self._drop_layer)
-        inside = {name for names in layers for name in names}
-        self._rest = [name for name in directions if name not in inside]
+        self._rest = outside(layers, directions)
         self._outer = OuterProducts(self.arithmetic, device)
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_probe.gradients.backward_order import sharded_layers
+from entropy_probe.gradients.backward_order import outside, sharded_layers
 from entropy_probe.gradients.checkpointing import checkpointing
 from entropy_probe.gradients.modules import Treatment
 from entropy_probe.gradients.treatments import Rules, check_real_rows, prove_rules, short_rows
@@ -156,9 +156,8 @@ def _whole_bytes(policy: Policy) -> float:
         return 0.0
     trainable = policy.trainable()
     layers = sharded_layers(policy.model, dict.fromkeys(trainable, Treatment.FUNCTION))
-    inside = {name for layer in layers for name in layer.names}
-    outside = sum(p.numel() for name, p in trainable.items() if name not in inside)
-    return 2.0 * outside * max(policy.dtype.itemsize, torch.float32.itemsize)
+    elements = sum(trainable[name].numel() for name in outside([layer.names for layer in layers], trainable))
+    return 2.0 * elements * max(policy.dtype.itemsize, torch.float32.itemsize)
 
 
 def head_rows(batch: RolloutBatch) -> tuple[Rollout, Rollout]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.collectives import Sharding
-from entropy_probe.gradients.backward_order import BackwardOrder
+from entropy_probe.gradients.backward_order import BackwardOrder, outside
 from entropy_probe.gradients.exchange import swapped
 from entropy_probe.gradients.sequences import Strip
 from entropy_probe.gradients.unit_vectors import UnitVectors
@@ -45,8 +45,7 @@ class ShardedVectors:
         self._sharding = sharding
         self._shapes = dict(shapes)
         self._layers = layers
-        inside = {name for names in layers for name in names}
-        self._rest = [name for name in shapes if name not in inside]
+        self._rest = outside(layers, shapes)
         own = {name: torch.Size([len(range(*sharding.own(name).indices(shapes[name].numel())))]) for name in shapes}
         self._shards = UnitVectors(own, slots, dtype, device, channels)
         self.arithmetic = self._shards.arithmetic

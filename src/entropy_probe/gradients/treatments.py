@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.errors import InputError, first_line
-from entropy_probe.gradients.backward_order import sharded_layers
+from entropy_probe.gradients.backward_order import outside, sharded_layers
 from entropy_probe.gradients.capture import Capture, leaked
 from entropy_probe.gradients.checkpointing import checkpointed_layers, checkpointing
 from entropy_probe.gradients.layers import RULES
@@ -194,11 +194,9 @@ def _rows_of_gradient(
 
     FSDP2's own backward would leave just these rows, scaled and summed as a trainer has set it, and take its gradients along.
     """
-    layers = sharded_layers(policy.model, dict.fromkeys(parameters, Treatment.FUNCTION))
-    inside = {name for layer in layers for name in layer.names}
+    layers = [layer.names for layer in sharded_layers(policy.model, dict.fromkeys(parameters, Treatment.FUNCTION))]
     found: dict[str, Tensor | None] = {}
-    rest = [name for name in parameters if name not in inside]
-    for names in (*[layer.names for layer in layers], *([rest] if rest else [])):
+    for names in filter(None, (*layers, outside(layers, parameters))):
         wanted = [parameters[name] for name in names]
         for name, whole in zip(
             names, torch.autograd.grad(score, wanted, retain_graph=True, allow_unused=True), strict=True
