@@ -411,8 +411,9 @@ class Impossible(nn.Module):
 
 def test_what_one_rank_finds_wrong_all_ranks_refuse() -> None:
     """In a job that nobody watches the others would wait for it."""
-    rows = [replace(row, response_ids=(5, 6, 1)) for row in random_rollouts(4, 2)]
-    batch = group_rollouts([*rows[:-1], replace(rows[-1], response_ids=(5, 22, 1))])
+    rows = [replace(row, response_ids=(5, 6, 7, 8, 9, 10, 1)) for row in random_rollouts(4, 2)]
+    # Late in the response: the beginnings that rules are proved on, by all ranks alike, do not show it.
+    batch = group_rollouts([*rows[:-1], replace(rows[-1], response_ids=(5, 6, 7, 8, 9, 22, 1))])
 
     def work(ranks: Ranks) -> str:
         model = tiny_model(dtype=torch.float64)
