@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers.utils import logging
 
 from entropy_probe.rollouts import write_rollouts
@@ -18,6 +20,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def accelerate_as_new() -> Iterator[None]:
+    """A trainer settles accelerate's precision for its whole process, in which any other file may come next."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
