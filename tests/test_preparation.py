@@ -12,7 +12,7 @@ from torch import nn
 
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
-from entropy_probe.gradients import Storage, engine, prepare, reference, treatments, unit_vectors
+from entropy_probe.gradients import Storage, engine, passes, prepare, reference, treatments, unit_vectors
 from entropy_probe.gradients.preparation import ACTIVATION_SHARE, RESERVE
 from entropy_probe.gradients.sequences import Mixing, Strip
 from entropy_probe.policy import Policy
@@ -140,13 +140,13 @@ def test_bfloat16_vectors_take_half_the_memory_and_keep_two_digits(storage: Stor
 def test_a_bfloat16_models_gradients_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """And planted: summed in bfloat16, 600 equal gradients stop growing at 256."""
     made: list[torch.dtype] = []
-    original = engine.UnitVectors
+    original = passes.UnitVectors
 
     def recorded(shapes: Any, slots: int, dtype: torch.dtype, *rest: Any, **more: Any) -> Any:
         made.append(dtype)
         return original(shapes, slots, dtype, *rest, **more)
 
-    monkeypatch.setattr(engine, "UnitVectors", recorded)
+    monkeypatch.setattr(passes, "UnitVectors", recorded)
     model = support.tiny_model("llama-untied", dtype=torch.bfloat16)
     low = gradients(engine, Policy(model), support.random_batch(4, 3)).total.kernel
     high = gradients(reference, Policy(model.double()), support.random_batch(4, 3)).total.kernel

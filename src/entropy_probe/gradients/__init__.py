@@ -1,9 +1,9 @@
 """Unit gradients X̃_u, Ỹ_u under Adam's geometry, and the dots between them.
 
-One interface (:mod:`~entropy_probe.gradients.interface`), the engine (:mod:`~entropy_probe.gradients.engine`) and a slow
-obvious backend (:mod:`~entropy_probe.gradients.reference`), a planner that fits the vectors into memory
-(:mod:`~entropy_probe.gradients.plan`), and what a model is asked before its first probe
-(:mod:`~entropy_probe.gradients.preparation`).
+One interface (:mod:`~entropy_probe.gradients.interface`), the engine (:mod:`~entropy_probe.gradients.engine`, of
+:mod:`~entropy_probe.gradients.passes` over a batch) and a slow obvious backend (:mod:`~entropy_probe.gradients.reference`), a
+planner that fits the vectors into memory (:mod:`~entropy_probe.gradients.plan`), and what a model is asked before its first
+probe (:mod:`~entropy_probe.gradients.preparation`).
 """
 
 from entropy_probe.gradients.checkpointing import marked
