@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import settings
 from transformers.utils import logging
 
 from entropy_probe.rollouts import write_rollouts
@@ -18,6 +19,9 @@ from support import make_checkpoint, random_rollouts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# A change is judged by the same examples each time; `pytest --hypothesis-profile=default` draws others.
+settings.register_profile("same-examples", derandomize=True)
+settings.load_profile("same-examples")
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
