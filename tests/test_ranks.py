@@ -30,7 +30,7 @@ from entropy_probe import realized
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners, state_of_optimizer
 from entropy_probe.checkpoints import sharding_of
 from entropy_probe.checkpoints.sharded import shard_model
-from entropy_probe.collectives import ALONE, Kind, Payload, Ranks
+from entropy_probe.collectives import ALONE, Kind, Payload, Ranks, even_spans, row_spans
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import exchange, unit_gradients
 from entropy_probe.gradients.treatments import prove_rules
@@ -283,9 +283,6 @@ def gathers_of_parameter_length(found: Found, sharding: ShardingChoice) -> list[
     return unknown
 
 
-MOST_UNITS = {2: 4, 3: 3, 4: 3}
-"""Of the seven, a rank's."""
-
 NOT_COUNTED = 1 << 10
 """Bytes of what the counts themselves are compared by; a gradient of these models is 34 kB."""
 
@@ -299,13 +296,21 @@ def test_no_gradient_is_gathered(folder: Path, count: int, sharding: ShardingCho
         assert gathers_of_parameter_length(of_rank[case], sharding) == []
 
 
+def of_other_ranks(cut: Callable[..., Mapping[str, tuple[slice, ...]]], count: int, rank: int) -> int:
+    """Elements of all parameters that are not in this rank's spans."""
+    shapes = {name: p.shape for name, p in tiny_model().named_parameters()}
+    own = sum(spans[rank].stop - spans[rank].start for spans in cut(shapes, count).values())
+    return sum(shape.numel() for shape in shapes.values()) - own
+
+
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_replicated_ranks_hand_over_shards_and_one_sum(folder: Path, count: int) -> None:
     n = trained_elements(folder, "full/exact")
-    for of_rank in together(folder, count, ShardingChoice.REPLICATED):
+    for rank, of_rank in enumerate(together(folder, count, ShardingChoice.REPLICATED)):
         found = of_rank["full/exact"]
-        # 2 n for every unit of this rank, its own span apart; ΣY once, and for the noise's thirds six sums more.
-        assert found.elements(Kind.SHARDS) <= 2 * n * MOST_UNITS[count] * (count - 1) / count + count
+        # X and Y of every unit of this rank; ΣY once, and for the noise's thirds six sums more.
+        units = found.report.ranks.prompts[rank]
+        assert found.elements(Kind.SHARDS) == 2 * units * of_other_ranks(even_spans, count, rank)
         assert found.elements(Kind.SUMS) == 7 * n
         assert found.elements(Kind.DIRECTIONS) == 0
 
@@ -322,10 +327,11 @@ def test_streamed_replicated_ranks_hand_over_two_sums(folder: Path, count: int) 
 @pytest.mark.parametrize("count", [2, 4])
 def test_sharded_ranks_hand_over_shards_once_and_their_part_of_directions(folder: Path, count: int) -> None:
     n = trained_elements(folder, "full/exact")
-    for of_rank in together(folder, count, ShardingChoice.FSDP2):
+    for rank, of_rank in enumerate(together(folder, count, ShardingChoice.FSDP2)):
         found = of_rank["full/exact"]
-        # 2 n for every unit of this rank, and n where the first rank gives away what the rules are proved with.
-        assert found.elements(Kind.SHARDS) <= (2 * MOST_UNITS[count] + 1) * n
+        # X and Y of every unit of this rank; and the first gives away one gradient, with which the rules are proved.
+        vectors = 2 * found.report.ranks.prompts[rank] + (rank == 0)
+        assert found.elements(Kind.SHARDS) == vectors * of_other_ranks(row_spans, count, rank)
         assert found.elements(Kind.SUMS) == 0
         # Of one layer, or of what is in none, at a time: never of all parameters.
         longest = max(payload.elements for payload in found.sent if payload.kind is Kind.DIRECTIONS)
