@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropy_probe.collectives import ALONE, Kind, Payload, Ranks, deal, even_spans, row_spans
+from entropy_probe.errors import InputError
+from ranks import on_ranks
 
 SHAPES = {"table": torch.Size([7, 3]), "bias": torch.Size([2])}
 
@@ -58,3 +61,20 @@ def test_the_most_that_any_rank_sent_is_by_kind_and_leaves_its_own_gather_out(mo
         Kind.DIRECTIONS: Payload(Kind.DIRECTIONS, 0, 0),
     }
     assert ranks.sent == sent
+
+
+def test_what_one_rank_refuses_all_refuse_in_its_words() -> None:
+    def work(ranks: Ranks) -> list[str | int]:
+        def fails(which: int, words: str) -> int:
+            if ranks.rank >= which:
+                raise InputError(f"{words} {ranks.rank}")
+            return ranks.rank
+
+        found: list[str | int] = [ranks.alike(lambda: fails(3, "never"))]
+        for which, words in ((1, "θ of"), (0, "x")):
+            with pytest.raises(InputError) as refused:
+                ranks.alike(partial(fails, which, words))
+            found.append(str(refused.value))
+        return found
+
+    assert on_ranks(3, work) == [[rank, "θ of 1", "x 0"] for rank in range(3)]

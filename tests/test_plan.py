@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
+from entropy_probe.collectives import Ranks, Sharding
 from entropy_probe.gradients import Storage
-from entropy_probe.units import Mode
+from entropy_probe.gradients.plan import VECTOR_SHARE
+from entropy_probe.inputs import units_on_a_rank
+from entropy_probe.units import Mode, Units, block_units
+from support import random_batch
 from test_invariance import plan
 
 
@@ -22,3 +28,28 @@ def test_what_is_asked_for_is_kept_and_streamed_where_it_does_not_fit() -> None:
     assert shape(memory_bytes=50 * pair, mode=Mode.BLOCK) == (Mode.BLOCK, Storage.STORED, 16)
     assert shape(memory_bytes=5 * pair, mode=Mode.BLOCK) == (Mode.BLOCK, Storage.STREAMED, 16)
     assert shape(memory_bytes=5 * pair, mode=Mode.BLOCK, prompts=6) == (Mode.BLOCK, Storage.STORED, 3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 16])
+@pytest.mark.parametrize("room", [1.1, 1.5, 1.9, 3.2])
+def test_no_rank_is_dealt_more_blocks_than_it_has_memory_for(count: int, room: float) -> None:
+    """Blocks go whole: a number of them that fits all ranks' memory together may leave one rank with twice its share."""
+    batch, pair = random_batch(60, 2), 2 * 1000 * 4
+    sharding = Sharding(Ranks(0, count))
+
+    def most(units: Units) -> float:
+        return units_on_a_rank(sharding, batch, units)
+
+    found = plan(prompts=60, memory_bytes=room * pair / VECTOR_SHARE, most_held=most)
+    if found.storage is Storage.STORED:
+        assert most(found.units) <= room
+        assert len(found.units.ranges) >= 16
+    else:
+        assert all(most(block_units(60, blocks)) > room for blocks in range(16, int(room) * count + 1))
+    asked = plan(prompts=60, blocks=17, memory_bytes=room * pair / VECTOR_SHARE, most_held=most)
+    assert asked.storage is (Storage.STORED if most(asked.units) <= room else Storage.STREAMED)
+
+
+def test_of_shards_every_rank_holds_its_part_of_all() -> None:
+    units = plan(prompts=60).units
+    assert units_on_a_rank(Sharding(Ranks(0, 8), sharded=True), random_batch(60, 2), units) == 60 / 8

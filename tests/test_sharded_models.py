@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
@@ -46,6 +46,7 @@ from entropy_probe.scores import EntropyTarget, Estimator
 from entropy_probe.settings import Settings
 from entropy_probe.units import exact_units
 from entropy_probe.virtual_step import virtual_step
+from entropy_probe.wrappers import gathered_as_held
 from ranks import failed_cases
 from support import CONFIGS, lora_model, random_batch, random_rollouts, tiny_model, trained_optimizer
 
@@ -402,6 +403,70 @@ def live(ranks: Ranks) -> None:
     assert all(p.grad is None for p in again.parameters())
 
 
+def mixed_precision(ranks: Ranks) -> None:
+    """float32 shards that FSDP2 gathers in bfloat16, where a small step would vanish: it is realised in float32 all the same.
+
+    Afterwards FSDP2 gathers what it did before, into the same tensors.
+    """
+    assert ranks.group is not None
+    model = tiny_model("llama-untied")
+    for part in (*decoder_layers(model), model):
+        fully_shard(
+            part,
+            mesh=DeviceMesh.from_group(ranks.group, "cpu"),
+            mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+        )
+    adam = state_of_optimizer(trained_optimizer(model), model).with_learning_rate(1e-5)
+    model.eval()
+    model.zero_grad()
+    policy = Policy(model, sharding=sharding_of(model, ranks))
+    before, scores = policy.in_forwards(), policy.scores(batch_of().responses)
+    for row in probe(model, adam, batch_of(), Settings(noise=False), ranks=ranks).report.realized:
+        assert row.noise_floor is not None
+        assert row.noise_floor < 0.05 * abs(row.predicted)
+        assert row.delta_h == pytest.approx(row.predicted, rel=0.05)
+
+    def fails() -> None:
+        with gathered_as_held(model):
+            assert {p.dtype for p in policy.in_forwards().values()} == {torch.float32}
+            policy.scores(batch_of().responses)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+    after = policy.in_forwards()
+    assert all(p is before[name] and p.dtype == torch.bfloat16 for name, p in after.items())
+    assert torch.equal(policy.scores(batch_of().responses), scores)
+
+
+def no_number_in_a_prompt_in_pieces(ranks: Ranks) -> None:
+    """A prompt of several microbatches is scored ahead by all; NaN then is no score to be found yet, by one rank alone."""
+    model: Any = tiny_model("llama-untied").double()
+    cut(model, ranks)
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"]), with_kwargs=True)
+    model.model.norm.register_forward_hook(
+        lambda _, __, hidden: hidden.masked_fill(((seen[-1] == 22).cumsum(1) > 0)[..., None], torch.nan)
+    )
+    rows = [replace(row, prompt_ids=(3, 4), response_ids=(5, 6, 7, 8, 9, 10, 1)) for row in random_rollouts(4, 4)]
+    batch = group_rollouts([*rows[:-1], replace(rows[-1], response_ids=(5, 6, 7, 8, 22, 10, 1))])
+    policy = Policy(model, 0.8, microbatch_size=2, sharding=sharding_of(model, ranks))
+    like = {name: torch.ones_like(held) for name, held in policy.held().items()}
+    for target in (SCORE, RAO_BLACKWELL):
+        with pytest.raises(InputError, match="prompt_id 'p3'"):
+            unit_gradients(policy, batch, exact_units(4), target, torch.ones(16), like, dict.fromkeys(like, 1.0))
+
+
+def no_casts_are_kept(ranks: Ranks) -> None:
+    """Autocast's cache would hold every layer that FSDP2 has gathered, narrowed, until the pass is over."""
+    pair = Pair.of(tiny_model("llama-tied"), tiny_model("llama-tied"), ranks)
+    kept = {}
+    for name, policy in (("sharded", pair.sharded), ("whole", pair.whole)):
+        with replace(policy, autocast=torch.bfloat16).arithmetic():
+            kept[name] = torch.is_autocast_cache_enabled()
+    assert kept == {"sharded": False, "whole": True}
+
+
 def not_for_one(ranks: Ranks) -> None:
     """A sharded model needs all its ranks, which a live probe is by default not given."""
     model = tiny_model()
@@ -448,6 +513,9 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
     "pending": pending,
     "trainers-settings": trainers_settings,
     "live": live,
+    "mixed-precision": mixed_precision,
+    "no-number": no_number_in_a_prompt_in_pieces,
+    "no-casts-kept": no_casts_are_kept,
     "narrow": narrow,
     "not-for-one": not_for_one,
 }

@@ -155,8 +155,19 @@ def validate_preconditioner(
         sharding: where a rank holds rows of the moments alone, the dots are summed over ranks.
 
     Raises:
-        InputError: names the first parameter whose state is missing, mis-shaped, NaN, infinite or negative, or at t = 0.
+        InputError: names the first parameter whose state is missing, mis-shaped, NaN, infinite or negative, or at t = 0; of
+            shards on all ranks, whichever's it is.
     """
+    if not sharding.sharded:
+        return PreconditionerTest(*_test_dots(state, shapes, seed, sharding))
+    own = sharding.ranks.alike(lambda: _test_dots(state, shapes, seed, sharding))
+    return PreconditionerTest(*map(float, sharding.ranks.sum_numbers(np.array(own))))
+
+
+def _test_dots(
+    state: AdamState, shapes: Mapping[str, torch.Size], seed: int, sharding: Sharding
+) -> tuple[float, float]:
+    """Without P and with it, of what this rank holds."""
     groups = state.group_of()
     preconditioners = Preconditioners(state)
     plain = weighted = 0.0
@@ -178,9 +189,7 @@ def validate_preconditioner(
                 f"parameter {name}: a dot product through 1/(√v̂ + ε) is {dot}; v holds zeros and ε is {groups[name].eps}"
             )
         weighted += dot
-    if sharding.sharded:
-        plain, weighted = map(float, sharding.ranks.sum_numbers(np.array([plain, weighted])))
-    return PreconditionerTest(plain, weighted)
+    return plain, weighted
 
 
 CHUNK = 1 << 20

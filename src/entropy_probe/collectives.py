@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from entropy_probe.errors import InputError
 from entropy_probe.u_statistics import FloatArray
 
 BUCKET = 1 << 26
@@ -32,6 +34,9 @@ class Kind(StrEnum):
     SUMS = "sums"
     SHARDS = "shards"
     DIRECTIONS = "directions"
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,29 @@ class Ranks:
         every = np.zeros((self.count, *values.shape))
         every[self.rank] = values
         return self.sum_numbers(every)
+
+    def alike(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives; where it refuses on one rank it refuses on all, in the same words: they would wait for that one.
+
+        Every rank must call it; ``work`` itself has no collectives.
+
+        Raises:
+            InputError: that of the first rank that has one.
+        """
+        if self.count == 1:
+            return work()
+        problem = ""
+        try:
+            found = work()
+        except InputError as error:
+            problem = str(error)
+        said = np.frombuffer(problem.encode(), dtype=np.uint8).astype(np.float64)
+        lengths = self.gather_numbers(np.array([float(len(said))]))[:, 0].astype(int)
+        if not lengths.any():
+            return found
+        first = int(np.flatnonzero(lengths)[0])
+        every = self.gather_numbers(np.pad(said, (0, lengths.max() - len(said))))
+        raise InputError(bytes(every[first, : lengths[first]].astype(np.uint8)).decode())
 
     def sum_vectors(self, vectors: Sequence[Tensor]) -> None:
         """Σ over ranks, in place; one type, small vectors in one bucket."""

@@ -19,6 +19,7 @@ from entropy_probe.importance_sampling import Weighting
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import AdvantageRule, Estimator, advantages_from_rewards, length_weights
 from entropy_probe.settings import Settings
+from entropy_probe.units import Units
 
 
 def read_evaluation(path: Path, temperature: float | None) -> RolloutBatch:
@@ -79,6 +80,14 @@ def check_cross_memory(
             f"vectors of {prompts} prompts of both batches take {needed / 1e9:.3g} GB, more than half of the "
             f"{memory_bytes / 1e9:.3g} GB that may be used; give fewer prompts, more --memory, or --vectors bfloat16"
         )
+
+
+def units_on_a_rank(sharding: Sharding, batch: RolloutBatch, units: Units) -> float:
+    """How many units' vectors the rank that holds most holds: of shards an N-th, else those dealt to it, whole."""
+    count = sharding.ranks.count
+    if sharding.sharded:
+        return len(units.ranges) / count
+    return float(max(len(share) for share in units.deal(batch.positions, count)))
 
 
 def times_divided(sharding: Sharding, *batches: RolloutBatch) -> float:

@@ -230,7 +230,13 @@ class Policy:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             # Entered also to switch off an autocast that the caller may be in.
             stack.enter_context(
-                torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+                torch.autocast(
+                    self.device.type,
+                    dtype=self.autocast,
+                    enabled=self.autocast is not None,
+                    # FSDP2 gathers into the same tensors each time: kept casts would be the whole model.
+                    cache_enabled=not self.sharding.sharded,
+                )
             )
             try:
                 for module in training:

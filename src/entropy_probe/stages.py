@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from entropy_probe.inputs import (
     resolve_advantages,
     resolve_length_weights,
     times_divided,
+    units_on_a_rank,
 )
 from entropy_probe.noise import LEAST_UNITS, NoiseParts, noise_of
 from entropy_probe.policy import Measured, Policy, end_token_ids
@@ -148,7 +150,8 @@ def make_task(
         prompts=len(batch.groups),
         parameters=sum(parameter.numel() for parameter in trainable.values()),
         bytes_per_value=vector_dtype.itemsize,
-        memory_bytes=memory * times_divided(subject.sharding, batch),
+        memory_bytes=memory,
+        most_held=partial(units_on_a_rank, subject.sharding, batch),
     )
     with clock.stage("prepare"):
         # Planned for both batches: the evaluation's rows may be the longer ones.
@@ -252,7 +255,7 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
     measures = [EntropyMeasure(task.target, settings.weighting)]
     if task.target.estimator is not Estimator.SCORE:
         measures.append(EntropyMeasure(replace(task.target, estimator=Estimator.SCORE), settings.weighting))
-    same_arithmetic = policy.autocast is None and not below_float32(model)
+    same_arithmetic = policy.arithmetic_dtype().itemsize >= torch.float32.itemsize and not below_float32(model)
     with at_least_float32(model):
         realizer = Realizer(
             replace(policy, autocast=None),

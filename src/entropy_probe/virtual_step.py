@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from entropy_probe.wrappers import held_part, reshard
+from entropy_probe.wrappers import gathered_as_held, held_part, reshard
 
 
 @contextmanager
@@ -62,14 +62,16 @@ def _put(parameter: nn.Parameter, values: Tensor) -> None:
 def at_least_float32(model: nn.Module) -> Iterator[None]:
     """Within the block floating parameters and buffers below float32 are float32 copies; afterwards the originals.
 
-    A bfloat16 weight does not move by 1e-6 of itself, so a small step would vanish in it.
+    A bfloat16 weight does not move by 1e-6 of itself, so a small step would vanish in it. Of float32 shards FSDP2's mixed
+    precision gathers no narrower weights either.
     """
     narrow = below_float32(model)
     originals = [tensor.data for tensor in narrow]
     try:
         for tensor in narrow:
             tensor.data = tensor.data.float()
-        yield
+        with gathered_as_held(model):
+            yield
     finally:
         for tensor, original in zip(narrow, originals, strict=True):
             tensor.data = original

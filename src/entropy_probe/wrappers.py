@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,3 +86,53 @@ def reset_sharding(model: nn.Module) -> None:
         if isinstance(module, FSDPModule) and module not in inside:
             inside.update(module.modules())
             getattr(module, "reset_iter_state", module.reshard)()
+
+
+@contextmanager
+def gathered_as_held(model: nn.Module) -> Iterator[None]:
+    """Within the block FSDP2 gathers weights in the type that shards have; afterwards, on every exit, in its mixed precision's.
+
+    A policy with ``param_dtype`` bfloat16 narrows float32 shards whenever it gathers them, and with them any small step. FSDP2
+    has no setting for it once a model is cut: each parameter's type is set here, and what it has gathered so far put aside.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                stack.enter_context(_without_mixed_precision(module))
+        yield
+
+
+@contextmanager
+def _without_mixed_precision(module: FSDPModule) -> Iterator[None]:
+    state: Any = module._get_fsdp_state()
+    mixed = state._mp_policy
+    if mixed.param_dtype is None and mixed.output_dtype is None:
+        yield
+        return
+    plain = replace(mixed, param_dtype=None, output_dtype=None)
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    parameters = [parameter for group in groups if group is not None for parameter in group.fsdp_params]
+    module.reshard()
+    gathered = [(vars(p).pop("_unsharded_param", None), p.all_gather_outputs) for p in parameters]
+
+    def follow(policy: Any) -> None:
+        module.reshard()
+        state._mp_policy = policy
+        for group in groups:
+            if group is not None:
+                group.mp_policy = policy
+        for p in parameters:
+            p.init_dtype_attrs(policy)
+
+    try:
+        follow(plain)
+        for p in parameters:
+            p.all_gather_outputs = []
+        yield
+    finally:
+        follow(mixed)
+        for p, (unsharded, outputs) in zip(parameters, gathered, strict=True):
+            vars(p).pop("_unsharded_param", None)
+            p.all_gather_outputs = outputs
+            if unsharded is not None:
+                p._unsharded_param = unsharded

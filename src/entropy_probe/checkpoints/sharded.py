@@ -8,6 +8,7 @@ parameter, as :func:`entropy_probe.collectives.row_spans` counts them; Adam's mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,8 @@ def load_sharded_checkpoint(
     base = base_of(path, base)
     skeleton = _skeleton(path, base, dtype)
     shard_model(path, skeleton.model, DeviceMesh.from_group(group, torch.device(device).type))
-    try:
-        _materialise(path, skeleton, device)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
+    # Damaged rows are seen by the rank that holds them.
+    ranks.alike(partial(_materialise, path, skeleton, device))
     # Adam's state stays on the CPU, as in one process, wherever the model is.
     adam, mapping = _adam_state(path, skeleton.model, DeviceMesh.from_group(group, "cpu"))
     return validated(
@@ -207,7 +206,10 @@ def _materialise(path: Path, skeleton: Skeleton, device: torch.device | str) -> 
         shard = nn.Parameter(torch.empty_like(place.parameter, device=device), place.parameter.requires_grad)
         place.put(shard)
         tensors[place.name] = shard.detach()
-    _fill(path, {name: (tensors[name], origin) for name, origin in skeleton.origins.items()})
+    try:
+        _fill(path, {name: (tensors[name], origin) for name, origin in skeleton.origins.items()})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
     for name, p in skeleton.model.named_parameters():
         refuse_damaged(path, name, p.to_local())
 

@@ -123,6 +123,8 @@ class Passes:
         if self._rows_of_others():
             # All ranks together, not each all of them.
             self._score_ahead(range(len(self.responses)), self.policy.measure)
+            # On all ranks at once: to one of them its rows' NaN would look like what is not known yet.
+            check_finite(self.found.scores, self.responses)
         rank = self.ranks.rank
         parts = [self._parts(share) for share in self.shares]
         if not self.policy.sharding.sharded:

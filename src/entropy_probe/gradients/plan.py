@@ -6,6 +6,7 @@ default because EXACT was dear; this keeps its intent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from entropy_probe.errors import InputError
@@ -29,8 +30,20 @@ class Plan:
     reason: str
 
 
+def all_in_one_place(units: Units) -> float:
+    """Units whose vectors one process holds."""
+    return float(len(units.ranges))
+
+
 def make_plan(
-    mode: Mode, blocks: int | None, *, prompts: int, parameters: int, bytes_per_value: int, memory_bytes: float
+    mode: Mode,
+    blocks: int | None,
+    *,
+    prompts: int,
+    parameters: int,
+    bytes_per_value: int,
+    memory_bytes: float,
+    most_held: Callable[[Units], float] = all_in_one_place,
 ) -> Plan:
     """Choose units and storage.
 
@@ -40,7 +53,8 @@ def make_plan(
         prompts: B.
         parameters: length of one vector.
         bytes_per_value: of a stored vector's element.
-        memory_bytes: what may be used in all; vectors take at most ``VECTOR_SHARE`` of it.
+        memory_bytes: what one process may use in all; vectors take at most ``VECTOR_SHARE`` of it.
+        most_held: of how many units' vectors the rank that holds most has room to find.
 
     Raises:
         InputError: ``blocks`` with EXACT, or a number of blocks that B does not allow.
@@ -48,7 +62,10 @@ def make_plan(
     if blocks is not None and mode is Mode.EXACT:
         raise InputError("--blocks goes with --mode block; EXACT has one unit a prompt")
     per_unit = 2 * parameters * bytes_per_value
-    fit = int(VECTOR_SHARE * memory_bytes // per_unit)
+    room = VECTOR_SHARE * memory_bytes / per_unit
+
+    def fits(units: Units) -> bool:
+        return most_held(units) <= room
 
     def size(units: int) -> str:
         # Not what was free: the same run would then read differently from one time to the next.
@@ -56,15 +73,22 @@ def make_plan(
 
     if mode is Mode.BLOCK or blocks is not None:
         count = blocks if blocks is not None else max(2, min(LEAST_BLOCKS, prompts // 2))
-        storage = Storage.STORED if count <= fit else Storage.STREAMED
+        units = block_units(prompts, count)
+        storage = Storage.STORED if fits(units) else Storage.STREAMED
         why = "asked for" if blocks is not None else f"by default ({LEAST_BLOCKS}, or half as many as prompts)"
-        return Plan(block_units(prompts, count), storage, f"{count} blocks {why}: {size(count)}")
-    if prompts <= fit:
+        return Plan(units, storage, f"{count} blocks {why}: {size(count)}")
+    exact = exact_units(prompts)
+    if fits(exact):
         why = "asked for" if mode is Mode.EXACT else "its vectors fit"
-        return Plan(exact_units(prompts), Storage.STORED, f"exact, {why}: {size(prompts)}")
-    if mode is Mode.AUTO and fit >= LEAST_BLOCKS:
-        return Plan(block_units(prompts, fit), Storage.STORED, f"{fit} blocks are what fits: {size(prompts)} for exact")
+        return Plan(exact, Storage.STORED, f"exact, {why}: {size(prompts)}")
+    if mode is Mode.AUTO:
+        # Blocks are dealt whole, so that one rank may get one more than its part: fewer are tried until that fits too.
+        most = min(prompts - 1, int(room * prompts / most_held(exact)))
+        for count in range(most, LEAST_BLOCKS - 1, -1):
+            units = block_units(prompts, count)
+            if fits(units):
+                return Plan(units, Storage.STORED, f"{count} blocks are what fits: {size(prompts)} for exact")
     why = (
         "asked for and its vectors do not fit" if mode is Mode.EXACT else f"fewer than {LEAST_BLOCKS} blocks would fit"
     )
-    return Plan(exact_units(prompts), Storage.STREAMED, f"exact, streamed, {why}: {size(prompts)}")
+    return Plan(exact, Storage.STREAMED, f"exact, streamed, {why}: {size(prompts)}")
