@@ -38,7 +38,9 @@ def test_no_rank_is_dealt_more_blocks_than_it_has_memory_for(count: int, room: f
     sharding = Sharding(Ranks(0, count))
 
     def most(units: Units) -> float:
-        return units_on_a_rank(sharding, batch, units)
+        found = units_on_a_rank(sharding, batch, units)
+        assert found == max(len(share) for share in units.deal(batch.positions, count))
+        return found
 
     found = plan(prompts=60, memory_bytes=room * pair / VECTOR_SHARE, most_held=most)
     if found.storage is Storage.STORED:
