@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import spoiled
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
@@ -199,3 +200,15 @@ def test_the_library_refuses_an_optimizer_without_a_second_moment_by_name() -> N
 def _assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     changed = [name for name in expected if found[name] != expected[name]]
     assert not changed
+
+
+def test_fsdp1_is_refused_by_name() -> None:
+    """It cannot be entered without a GPU; what is told apart is the wrapper, inside of the model or around it."""
+    model: Any = tiny_model()
+    adam = state_of_optimizer(trained_optimizer(model), model)
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper._modules["_fsdp_wrapped_module"] = model.model.layers[0]
+    model.model.layers[0] = wrapper
+    with pytest.raises(InputError, match=r"FullyShardedDataParallel \(FSDP1\).*entropy-probe run"):
+        probe(model, adam, random_batch(4, 2))

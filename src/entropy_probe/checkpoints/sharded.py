@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -108,6 +108,11 @@ def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
     Raises:
         InputError: a live model is cut otherwise than by rows over just these ranks.
     """
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise InputError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), whose parameters are parts of flat ones; expected FSDP2 "
+            "(fully_shard) or DDP, or a checkpoint of it with entropy-probe run"
+        )
     reshard(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: p.shape for name, p in parameters.items()}
