@@ -65,18 +65,16 @@ def checkpointing(model: nn.Module, modes: Modes) -> Iterator[None]:
     Raises:
         InputError: see :func:`wrappers`.
     """
-    wrapped = wrappers(model)
-    inside = {wrapper._checkpoint_wrapped_module for wrapper in wrapped}
     head = output_head(model)
     with ExitStack() as stack:
-        for wrapper, contexts in wrapped.items():
+        for wrapper, contexts in wrappers(model).items():
             layer = wrapper._checkpoint_wrapped_module
             # What is put into the head's place for a forward is gone in the backward.
             kept = head is not None and head in wrapper.modules()
             stack.enter_context(forward_is(wrapper, layer if kept else _recomputing(layer, modes, contexts)))
         for layer in checkpointed_layers(model):
-            if layer not in inside:
-                stack.enter_context(forward_is(layer, _recomputing(layer.forward, modes, noop_context_fn)))
+            # One that is wrapped too runs no more often: what the wrapper's backward needs first is the layer's input alone.
+            stack.enter_context(forward_is(layer, _recomputing(layer.forward, modes, noop_context_fn)))
         yield
 
 
@@ -94,10 +92,10 @@ def not_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def wrappers(model: nn.Module) -> dict[CheckpointWrapper, Contexts]:
-    """The model's ``checkpoint_wrapper``s, each with its ``context_fn``.
+    """The model's ``checkpoint_wrapper`` modules, each with its ``context_fn``.
 
     Raises:
-        InputError: one of the reentrant kind, or with a checkpoint function of its own.
+        InputError: one is of the reentrant kind, or has a checkpoint function that is not torch's.
     """
     return {
         module: _contexts_of(name, module.checkpoint_fn)
@@ -109,13 +107,13 @@ def wrappers(model: nn.Module) -> dict[CheckpointWrapper, Contexts]:
 def _contexts_of(name: str, how: Callable[..., Any]) -> Contexts:
     advice = "through which the probe cannot differentiate; wrap it with checkpoint_impl=CheckpointImpl.NO_REENTRANT"
     if not isinstance(how, partial) or how.func is not checkpoint or how.args:
-        own = how.func if isinstance(how, partial) else how
-        raise InputError(f"module {name!r} is wrapped by a checkpoint_fn of its own ({own!r}), {advice}")
+        raise InputError(f"module {name!r} is wrapped with a checkpoint_fn that is not torch's ({how!r}), {advice}")
     # None is torch's default, and means the reentrant kind.
     reentrant = how.keywords.get("use_reentrant")
     if reentrant is None or reentrant:
         raise InputError(
-            f"module {name!r} is wrapped by torch's reentrant checkpoint (CheckpointImpl.REENTRANT, use_reentrant=True), {advice}"
+            f"module {name!r} is wrapped with torch's reentrant checkpoint (CheckpointImpl.REENTRANT, use_reentrant=True), "
+            f"{advice}"
         )
     contexts: Contexts = how.keywords.get("context_fn", noop_context_fn)
     return contexts
