@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -134,6 +135,13 @@ def lora_model(model: Any, *, rank: int = 2, seed: int = 0) -> Any:
             if "lora_B" in name:
                 p.normal_(0, 0.2)
     return adapted
+
+
+def wrapped(model: Any, names: Sequence[str], **how: Any) -> Any:
+    """The model with these modules in torch's checkpoint_wrapper; one inside of another is named before it."""
+    for name in names:
+        model.set_submodule(name, checkpoint_wrapper(model.get_submodule(name), **how))
+    return model
 
 
 def random_rollouts(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -35,6 +36,7 @@ from entropy_probe.gradients import (
     unit_gradients,
     weighted_gradient,
 )
+from entropy_probe.gradients.backward_order import sharded_layers
 from entropy_probe.gradients.modules import Treatment
 from entropy_probe.gradients.preparation import measure_activations
 from entropy_probe.gradients.treatments import prove_rules
@@ -48,7 +50,7 @@ from entropy_probe.units import exact_units
 from entropy_probe.virtual_step import virtual_step
 from entropy_probe.wrappers import gathered_as_held
 from ranks import failed_cases
-from support import CONFIGS, lora_model, random_batch, random_rollouts, tiny_model, trained_optimizer
+from support import CONFIGS, lora_model, random_batch, random_rollouts, tiny_model, trained_optimizer, wrapped
 
 RELATIVE = 1e-9
 SCORE, RAO_BLACKWELL = EntropyTarget(Estimator.SCORE), EntropyTarget(Estimator.RAO_BLACKWELL)
@@ -130,7 +132,11 @@ def gradients(
 
 
 def same_gradients(name: str, target: EntropyTarget, storage: Storage, checkpointed: bool, ranks: Ranks) -> None:
-    pair, batch, found = pair_of(name, ranks), batch_of(), []
+    assert_same_gradients(pair_of(name, ranks), target, storage, checkpointed)
+
+
+def assert_same_gradients(pair: Pair, target: EntropyTarget, storage: Storage, checkpointed: bool) -> None:
+    batch, found = batch_of(), []
     for policy in (pair.sharded, pair.whole):
         if checkpointed:
             with marked(policy.model):
@@ -150,6 +156,23 @@ def same_gradients(name: str, target: EntropyTarget, storage: Storage, checkpoin
     scale = max(float(y.abs().max()) for y in whole.ascent.values())
     for parameter, y in whole.ascent.items():
         close(sharded.ascent[parameter].flatten(), pair.own(parameter, y), scale)
+
+
+def wrapped_layers(around: bool, ranks: Ranks) -> None:
+    """Layers in torch's checkpoint_wrapper, sharded inside of it, as accelerate does, or around it: one process's unwrapped."""
+    again = wrapped(made("llama-tied"), ["model.layers.0", "model.layers.1"])
+    if around:
+        assert ranks.group is not None
+        mesh = DeviceMesh.from_group(ranks.group, "cpu")
+        for wrapper in [module for module in again.modules() if isinstance(module, CheckpointWrapper)]:
+            fully_shard(wrapper, mesh=mesh)
+        fully_shard(again, mesh=mesh)
+    else:
+        cut(again, ranks)
+    whole = Policy(made("llama-tied"), 0.8, microbatch_size=4)
+    pair = Pair(whole, Policy(again, 0.8, microbatch_size=4, sharding=sharding_of(again, ranks)))
+    assert [len(layer.names) for layer in sharded_layers(again, prove_rules(whole, batch_of()).treatments)] == [7, 7]
+    assert_same_gradients(pair, RAO_BLACKWELL, Storage.STREAMED, False)
 
 
 def same_loss_gradient(name: str, prompts: int, ranks: Ranks) -> None:
@@ -500,6 +523,8 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
     **{f"gradients-{name}": partial(same_gradients, name, SCORE, Storage.STORED, False) for name in ("gpt2", "gemma2")},
     "gradients-mixtral": partial(same_gradients, "mixtral", RAO_BLACKWELL, Storage.STORED, False),
     "gradients-checkpointed": partial(same_gradients, "gpt2-frozen", RAO_BLACKWELL, Storage.STREAMED, True),
+    "wrapped-layers": partial(wrapped_layers, False),
+    "layers-wrapped-and-sharded-around": partial(wrapped_layers, True),
     "loss": partial(same_loss_gradient, "llama-tied", 5),
     "loss-idle": partial(same_loss_gradient, "llama-tied", 1),
     "dots": partial(same_row_dots, "lora"),

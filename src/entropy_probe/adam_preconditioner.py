@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError
-from entropy_probe.wrappers import held_part, reshard, unwrap
+from entropy_probe.wrappers import held_part, named_parameters, reshard, unwrap
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -269,7 +269,7 @@ def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ad
         raise InputError(f"the optimizer is {type(optimizer).__name__}; the probe needs torch.optim.Adam or AdamW")
     model = unwrap(model)
     reshard(model)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model)}
     groups: list[AdamGroup] = []
     moments: dict[str, AdamMoments] = {}
     for group in optimizer.param_groups:

@@ -35,7 +35,7 @@ from entropy_probe.language_head import (
 )
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.wrappers import held_part, reset_sharding, reshard, without_accelerate_autocast
+from entropy_probe.wrappers import held_part, named_parameters, reset_sharding, reshard, without_accelerate_autocast
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Policy:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, tied ones once, in the order of ``named_parameters``."""
         reshard(self.model)
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in named_parameters(self.model) if p.requires_grad}
 
     def held(self) -> dict[str, Tensor]:
         """What this rank holds of each trainable parameter, without gradient: all of it, or its rows."""
@@ -202,7 +202,7 @@ class Policy:
                 continue
             module.unshard()
             gathered: nn.Module = module  # type: ignore[assignment]  # to mypy FSDPModule is no module
-            own = gathered.named_parameters(path)
+            own = named_parameters(gathered, path)
             found.update({name: p for name, p in own if p.requires_grad and not isinstance(p, DTensor)})
             module.reshard()
         pending = [name for name, p in found.items() if p.grad is not None]

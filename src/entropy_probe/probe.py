@@ -49,7 +49,7 @@ from entropy_probe.stages import (
 from entropy_probe.step_parts import predict_parts
 from entropy_probe.u_statistics import FloatArray, cross_statistics
 from entropy_probe.what_if import learning_rate_for_fall
-from entropy_probe.wrappers import unwrap
+from entropy_probe.wrappers import named_parameters, unwrap
 
 DEFAULTS = Settings()
 
@@ -157,7 +157,7 @@ def probe(
     if settings.learning_rate is not None:
         adam = adam.with_learning_rate(settings.learning_rate)
     sharding = sharding_of(model, ranks)
-    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: p.shape for name, p in named_parameters(model) if p.requires_grad}
     test = validate_preconditioner(adam, shapes, seed=settings.seed, sharding=sharding)
     for rows in (batch, evaluation):
         if rows is not None:
@@ -195,7 +195,7 @@ def _check_same_state(subject: Subject) -> None:
     steps = {name: moments.step for name, moments in subject.adam.moments.items()}
     found = {"optimizer settings": digest_of_settings(subject.adam.groups, steps)}
     if subject.sharding.replicated:
-        weights = {name: p.detach() for name, p in subject.model.named_parameters()}
+        weights = {name: p.detach() for name, p in named_parameters(subject.model)}
         buffers = {name: b for name, b in subject.model.named_buffers() if b.numel()}
         found |= {"weights": digest_of_tensors(weights | buffers), "optimizer state": digest_of_adam(subject.adam)}
     check_same_inputs(subject.sharding.ranks, found)

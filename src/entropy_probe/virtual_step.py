@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from entropy_probe.wrappers import gathered_as_held, held_part, reshard
+from entropy_probe.wrappers import gathered_as_held, held_part, named_parameters, reshard
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def virtual_step(model: nn.Module, deltas: Mapping[str, Tensor], scale: float = 
         ValueError: a name that the model does not have.
     """
     reshard(model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     unknown = sorted(set(deltas) - set(parameters))
     if unknown:
         raise ValueError(f"the step names parameters that the model does not have: {', '.join(unknown[:3])}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -26,6 +27,16 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def named_parameters(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by the names they would have were nothing in ``module`` wrapped for checkpointing or offloading.
+
+    Such a wrapper leaves itself out of names only where it is the one that is asked, so that a layer would tell others than the
+    model that it is part of. ``path`` is the module's own in the model, by which names then begin.
+    """
+    for name, parameter in module.named_parameters(path):
+        yield name.replace(_CHECKPOINT_PREFIX, ""), parameter
 
 
 def held_part(tensor: Tensor) -> Tensor:

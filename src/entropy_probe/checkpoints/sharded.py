@@ -51,7 +51,7 @@ from entropy_probe.checkpoints.skeleton import (
 from entropy_probe.checkpoints.weight_files import SafetensorsWeights, StoredWeights, own_rows
 from entropy_probe.collectives import Ranks, Sharding, even_spans, row_spans
 from entropy_probe.errors import InputError, first_line
-from entropy_probe.wrappers import held_part, reshard
+from entropy_probe.wrappers import held_part, named_parameters, reshard
 
 
 def load_sharded_checkpoint(
@@ -114,7 +114,7 @@ def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
             "(fully_shard) or DDP, or a checkpoint of it with entropy-probe run"
         )
     reshard(model)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in named_parameters(model) if p.requires_grad}
     shapes = {name: p.shape for name, p in parameters.items()}
     cut = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
     if not cut:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.modules import Treatment
+from entropy_probe.wrappers import named_parameters
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def sharded_layers(model: nn.Module, treatments: Mapping[str, Treatment]) -> lis
         if not path or module in inside or FSDPModule not in type(module).__mro__:
             continue
         inside.update(module.modules())
-        names = (f"{path}.{name}" for name, p in module.named_parameters() if p.dim() == 2)
+        names = (name for name, p in named_parameters(module, path) if p.dim() == 2)
         at_once = (Treatment.FUNCTION, Treatment.RECOMPUTE)
         found.append(Layer(module, tuple(name for name in names if treatments.get(name) in at_once)))
     return [layer for layer in reversed(found) if layer.names]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.gradients.backward_order import outside, sharded_layers
-from entropy_probe.gradients.checkpointing import checkpointing
+from entropy_probe.gradients.checkpointing import checkpointing, wrappers
 from entropy_probe.gradients.modules import Treatment
 from entropy_probe.gradients.treatments import Rules, check_real_rows, prove_rules, short_rows
 from entropy_probe.language_head import HeadMode
@@ -107,8 +107,10 @@ def prepare(
             microbatch is planned anew.
 
     Raises:
-        InputError: see :func:`~entropy_probe.gradients.treatments.prove_rules`; or ``earlier`` is another model's.
+        InputError: see :func:`~entropy_probe.gradients.treatments.prove_rules` and
+            :func:`~entropy_probe.gradients.checkpointing.wrappers`; or ``earlier`` is another model's.
     """
+    wrappers(policy.model)  # Refused before a forward, which some would fail in words of their own.
     lengths = [response.length for response in batch.responses]
     longest, total = max(lengths), sum(lengths)
     positions = min(total, POSITIONS.get(policy.device.type, MOST_POSITIONS))

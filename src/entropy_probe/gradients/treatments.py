@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from entropy_probe.errors import InputError, first_line
 from entropy_probe.gradients.backward_order import outside, sharded_layers
 from entropy_probe.gradients.capture import Capture, leaked
-from entropy_probe.gradients.checkpointing import checkpointed_layers, checkpointing
+from entropy_probe.gradients.checkpointing import checkpointed_layers, checkpointing, not_checkpointing
 from entropy_probe.gradients.layers import RULES
 from entropy_probe.gradients.modules import (
     Treatment,
@@ -93,7 +93,8 @@ def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
         name: first_treatment(module, parameters[name]) for module, names in owners.items() for name in names.values()
     }
     with policy.arithmetic(), torch.enable_grad():
-        score, alone = _alone(policy, parameters, rows[1])
+        with not_checkpointing(policy.model):
+            score, alone = _alone(policy, parameters, rows[1])
         if not bool(score.isfinite()):
             check_finite(policy.scores(batch.responses), batch.responses)  # names the prompt
         while True:
