@@ -189,7 +189,7 @@ def _check_same_arguments(
 
 
 def _check_same_state(subject: Subject) -> None:
-    """Weights and moments where all ranks have all; of shards every rank has others."""
+    """Weights and moments where all ranks have all; of shards every rank has others, and loading compares what is stored."""
     if subject.sharding.ranks.count == 1:
         return
     steps = {name: moments.step for name, moments in subject.adam.moments.items()}

@@ -8,6 +8,7 @@ parameter, as :func:`entropy_probe.collectives.row_spans` counts them; Adam's mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,22 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state, map_adam_state
+from entropy_probe.checkpoints.adam_state import OptimizerFile, OptimizerMapping, map_adam_state
 from entropy_probe.checkpoints.distributed_folders import (
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
+    DistributedOptimizer,
     DistributedWeights,
-    read_optimizer,
 )
 from entropy_probe.checkpoints.hf import (
     Checkpoint,
-    base_of,
+    Sources,
     folder_of,
+    keeps_weights_distributed,
     refuse_damaged,
     refuse_without_config,
     refuse_without_weights,
+    sources_of,
     validated,
 )
 from entropy_probe.checkpoints.skeleton import (
@@ -47,10 +50,21 @@ from entropy_probe.checkpoints.skeleton import (
     non_persistent_on_meta,
     places,
 )
+from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.checkpoints.weight_files import SafetensorsWeights, StoredWeights, own_rows
 from entropy_probe.collectives import Ranks, Sharding, even_spans, row_spans
 from entropy_probe.errors import InputError, first_line
+from entropy_probe.same_inputs import check_same_inputs, digest_of_settings, digest_of_tensors
 from entropy_probe.wrappers import held_part, reshard
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint's files, opened; of their tensors nothing is read yet. ``adapter`` is None for full weights."""
+
+    model: StoredWeights
+    adapter: StoredWeights | None
+    optimizer: OptimizerFile | DistributedOptimizer
 
 
 def load_sharded_checkpoint(
@@ -70,7 +84,8 @@ def load_sharded_checkpoint(
     process will do as a group of one.
 
     Raises:
-        InputError: anything missing, damaged or of another kind, in one line; also what only some ranks see.
+        InputError: anything missing, damaged or of another kind, in one line; also what only some ranks see. All ranks are
+            told, and before anything is loaded, which of them was given another checkpoint.
         ValueError: the process group is not that of ``ranks``.
     """
     group = ranks.group if ranks.group is not None else dist.group.WORLD
@@ -84,17 +99,21 @@ def load_sharded_checkpoint(
             f"{path} has neither optimizer.pt nor {OPTIMIZER_FOLDER}; the probe needs Adam's state "
             "(a Trainer leaves it out with save_only_model=True)"
         )
-    base = base_of(path, base)
-    skeleton = _skeleton(path, base, dtype)
-    shard_model(path, skeleton.model, DeviceMesh.from_group(group, torch.device(device).type))
+    sources = sources_of(path, base)
+    refuse_without_config(sources.configuration)
     try:
+        stored = _opened(sources)
+        # Ranks that hold models of two shapes would wait for each other in FSDP2's collectives.
+        _refuse_other_checkpoints(ranks, sources, stored)
+        skeleton = _skeleton(sources, stored, dtype)
+        shard_model(path, skeleton.model, DeviceMesh.from_group(group, torch.device(device).type))
         _materialise(path, skeleton, device)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
     # Adam's state stays on the CPU, as in one process, wherever the model is.
-    adam, mapping = _adam_state(path, skeleton.model, DeviceMesh.from_group(group, "cpu"))
+    adam, mapping = _adam_state(stored.optimizer, skeleton.model, DeviceMesh.from_group(group, "cpu"))
     return validated(
-        folder_of(path, base, skeleton.model),
+        folder_of(sources, skeleton.model),
         adam,
         mapping,
         learning_rate=learning_rate,
@@ -168,23 +187,48 @@ def shard_model(path: Path, model: Any, mesh: DeviceMesh) -> None:
         raise InputError(f"{path}: FSDP2 cannot shard this model: {first_line(error)}; {ADVICE}") from error
 
 
-def _skeleton(path: Path, base: Path | None, dtype: torch.dtype) -> Skeleton:
-    own = path if base is None else base
-    refuse_without_config(own)
-    try:
-        skeleton = full_skeleton(own, _weights(own), dtype)
-        if base is not None:
-            skeleton = adapter_skeleton(path, skeleton, _adapter_weights(path), dtype)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
+def _opened(sources: Sources) -> Stored:
+    path = sources.path
+    file = path / "optimizer.pt"
+    return Stored(
+        _weights(sources.model),
+        _adapter_weights(path) if sources.adapter else None,
+        OptimizerFile.of_file(file) if file.is_file() else DistributedOptimizer.of_folder(path / OPTIMIZER_FOLDER),
+    )
+
+
+def _refuse_other_checkpoints(ranks: Ranks, sources: Sources, stored: Stored) -> None:
+    """Every rank looks at the same few elements of every tensor: its own rows would be others than rank 0's."""
+    if ranks.count == 1:
+        return
+    weights, base = (stored.model, None) if stored.adapter is None else (stored.adapter, stored.model)
+    files = [sources.configuration / "config.json", sources.generation]
+    files += [sources.path / "adapter_config.json"] if sources.adapter else []
+    check_same_inputs(
+        ranks,
+        {
+            "configuration": digest_of_settings([None if file is None else file.read_bytes() for file in files]),
+            "weights": digest_of_tensors(weights.sample()),
+            "base weights": digest_of_tensors({} if base is None else base.sample()),
+            "optimizer state": digest_of_tensors(stored.optimizer.sample()),
+            "optimizer settings": digest_of_settings(stored.optimizer.settings),
+            "trainer step": digest_of_settings(read_trainer_state(sources.path).global_step),
+        },
+    )
+
+
+def _skeleton(sources: Sources, stored: Stored, dtype: torch.dtype) -> Skeleton:
+    skeleton = full_skeleton(sources, stored.model, dtype)
+    if stored.adapter is not None:
+        skeleton = adapter_skeleton(sources.path, skeleton, stored.adapter, dtype)
     lost = non_persistent_on_meta(skeleton.model)
     if lost:
-        raise InputError(f"{path}: buffer {lost[0]} has values only where weights have; {ADVICE}")
+        raise InputError(f"{sources.path}: buffer {lost[0]} has values only where weights have; {ADVICE}")
     return skeleton
 
 
 def _weights(path: Path) -> StoredWeights:
-    if (path / MODEL_FOLDER).is_dir() and not any(path.glob("*.safetensors")):
+    if keeps_weights_distributed(path):
         return DistributedWeights.of_folder(path / MODEL_FOLDER)
     refuse_without_weights(path)
     return SafetensorsWeights.of_folder(path)
@@ -226,16 +270,18 @@ def _fill(path: Path, targets: Mapping[str, tuple[Tensor, Origin]]) -> None:
                     )
 
 
-def _adam_state(path: Path, model: nn.Module, mesh: DeviceMesh) -> tuple[AdamState, OptimizerMapping]:
-    if not (path / "optimizer.pt").is_file():
-        folder = path / OPTIMIZER_FOLDER
+def _adam_state(
+    stored: OptimizerFile | DistributedOptimizer, model: nn.Module, mesh: DeviceMesh
+) -> tuple[AdamState, OptimizerMapping]:
+    if isinstance(stored, DistributedOptimizer):
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        saved = read_optimizer(folder, trainable, mesh)
-        return map_adam_state(saved, model, folder, lambda name, moment: held_part(moment))
+        saved = stored.read(trainable, mesh)
+        return map_adam_state(saved, model, stored.folder.path, lambda name, moment: held_part(moment))
     rows = {name: own_rows(p) for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    return load_adam_state(
-        path / "optimizer.pt",
+    return map_adam_state(
+        stored.saved,
         model,
+        stored.path,
         # A copy: a view would keep the mapped file.
         lambda name, moment: moment[rows[name]].clone(memory_format=torch.contiguous_format),
     )

@@ -61,7 +61,13 @@ ON_SEVERAL_RANKS = {"run"}
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Trainer or TRL checkpoint.")
 ]
-BaseOption = Annotated[Path | None, typer.Option(help="Folder of the base model, for an adapter checkpoint.")]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the base model, for an adapter checkpoint; for full weights without a config.json, as accelerate's "
+        "shards are, the model that training started from: of that the configuration alone is read."
+    ),
+]
 DTypeOption = Annotated[DType, typer.Option(help="Weights and arithmetic.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")]
