@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from entropy_probe.cli import watch
 from entropy_probe.cli.launch import Job, Launch, failure_of
 from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.report import plots
+from entropy_probe.rollouts import read_rollouts
 from entropy_probe.same_inputs import check_same_inputs, digest_of_batch
 from entropy_probe.settings import ShardingChoice
 from spoiled import Place
@@ -36,6 +37,11 @@ APP = importlib.import_module("entropy_probe.cli.app")
 FORK = multiprocessing.get_context("fork")
 PROMPTLY = 8.0
 """Seconds: the others look five times a second, and have one to end by themselves."""
+
+REWARDS = """
+def one(prompt, response, row):
+    return 1.0
+"""
 
 pytestmark = pytest.mark.timeout(60)
 Work = Callable[[Ranks], object]
@@ -281,6 +287,40 @@ def test_ranks_that_fail_alike_say_it_once_and_name_no_rank(pair: Pair) -> None:
     outcomes = pair.run(work)
     assert codes(outcomes) == [2, 2]
     assert lines(outcomes) == ["entropy-probe: no such checkpoint"]
+
+
+@pytest.mark.parametrize("sharding", list(ShardingChoice))
+def test_two_ranks_sample_what_one_process_does(pair: Pair, sharding: ShardingChoice) -> None:
+    prompts = [f'{{"prompt_id": "{n}", "prompt_ids": {[3 + n, 4, 5][: 2 + n % 2]}}}\n' for n in range(5)]
+    (pair.place.root / "prompts.jsonl").write_text("".join(prompts))
+    (pair.place.root / "even_rewards.py").write_text(REWARDS)
+    command = ["sample", pair.place.checkpoint, "--prompts", "prompts.jsonl", "--reward", "even_rewards:one"]
+    command += ["--responses", "3", "--max-new-tokens", "6", "--batch", "4", "--device", "cpu", "--dtype", "float64"]
+    alone = run_command(*command, "--out", "one.jsonl")
+    first, second = pair.run(wait_in_a_collective, *command, "--out", "two.jsonl", "--sharding", sharding.value)
+    assert codes([first, second]) == [0, 0], first.err + second.err
+    assert first.out == alone.out.replace("one.jsonl", "two.jsonl")
+    assert second.out == first.err == second.err == ""
+    assert read_rollouts(Path("two.jsonl")) == [
+        replace(row, logprobs=pytest.approx(row.logprobs, rel=1e-10)) for row in read_rollouts(Path("one.jsonl"))
+    ]
+
+
+def test_ranks_with_different_prompts_are_told_so(pair: Pair) -> None:
+    (pair.place.root / "prompts.jsonl").write_text('{"prompt_ids": [3, 4]}\n')
+    (pair.place.root / "even_rewards.py").write_text(REWARDS)
+    read = APP.read_prompts
+
+    def other(path: Path, tokenizer: Any) -> list[Any]:
+        found = read(path, tokenizer)
+        return found if os.environ["RANK"] == "0" else found * 2
+
+    pair.monkeypatch.setattr(APP, "read_prompts", other)
+    command = ["sample", pair.place.checkpoint, "--prompts", "prompts.jsonl", "--reward", "even_rewards:one"]
+    outcomes = pair.run(wait_in_a_collective, *command, "--responses", "3", "--out", "two.jsonl", "--device", "cpu")
+    assert codes(outcomes) == [2, 2]
+    assert "rank 1 was given other prompts than rank 0" in "".join(lines(outcomes))
+    assert not Path("two.jsonl").exists()
 
 
 @pytest.mark.parametrize(

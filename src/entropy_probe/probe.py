@@ -31,8 +31,8 @@ from entropy_probe.same_inputs import (
     check_same_inputs,
     digest_of_adam,
     digest_of_batch,
+    digest_of_model,
     digest_of_settings,
-    digest_of_tensors,
 )
 from entropy_probe.settings import Settings, ShardingChoice, dtype_name
 from entropy_probe.stages import (
@@ -189,15 +189,13 @@ def _check_same_arguments(
 
 
 def _check_same_state(subject: Subject) -> None:
-    """Weights and moments where all ranks have all; of shards every rank has others."""
+    """Weights and moments where all ranks have all; of shards every rank has others, and loading compares what is stored."""
     if subject.sharding.ranks.count == 1:
         return
     steps = {name: moments.step for name, moments in subject.adam.moments.items()}
     found = {"optimizer settings": digest_of_settings(subject.adam.groups, steps)}
     if subject.sharding.replicated:
-        weights = {name: p.detach() for name, p in named_parameters(subject.model)}
-        buffers = {name: b for name, b in subject.model.named_buffers() if b.numel()}
-        found |= {"weights": digest_of_tensors(weights | buffers), "optimizer state": digest_of_adam(subject.adam)}
+        found |= {"weights": digest_of_model(subject.model), "optimizer state": digest_of_adam(subject.adam)}
     check_same_inputs(subject.sharding.ranks, found)
 
 

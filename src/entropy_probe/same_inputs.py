@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.collectives import Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.rollouts import RolloutBatch, row_from_rollout
+from entropy_probe.wrappers import named_parameters
 
 CHUNK = 1 << 22
 """Elements whose bits stand as int64 at a time."""
@@ -64,6 +65,12 @@ def digest_of_settings(*settings: object) -> bytes:
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Of names, shapes, types and checksums of the bits: of weights."""
     return _sha256(*(_line(name, tensor) for name, tensor in tensors.items()))
+
+
+def digest_of_model(model: nn.Module) -> bytes:
+    """Of weights and buffers that are whole."""
+    weights = {name: p.detach() for name, p in named_parameters(model)}
+    return digest_of_tensors(weights | {name: b for name, b in model.named_buffers() if b.numel()})
 
 
 def digest_of_adam(adam: AdamState) -> bytes:

@@ -32,6 +32,7 @@ from entropy_probe.errors import InputError
 from entropy_probe.policy import Policy, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import PromptId, Rollout, read_rows
+from entropy_probe.same_inputs import check_same_inputs, digest_of_model, digest_of_settings
 
 Reward = Callable[[str, str, dict[str, Any]], float]
 """``f(prompt, response, row) -> float``: texts without special tokens, and the prompt's row with all its columns."""
@@ -175,6 +176,18 @@ def read_prompts(path: Path, tokenizer: Any = None) -> list[Prompt]:
     if len({prompt.prompt_id for prompt in prompts}) < len(prompts):
         raise InputError(f"{path} uses a prompt_id twice; give each prompt its own, or none")
     return prompts
+
+
+def check_same_sampling(policy: Policy, prompts: Sequence[Prompt], settings: SamplingSettings) -> None:
+    """Refuse to share out a generation of which ranks were given different parts; every rank must call it.
+
+    Raises:
+        InputError: which part, and on which ranks.
+    """
+    parts = {"prompts": digest_of_settings(prompts), "settings": digest_of_settings(settings)}
+    if policy.sharding.replicated:
+        parts["weights"] = digest_of_model(policy.model)
+    check_same_inputs(policy.sharding.ranks, parts)
 
 
 def check_prompts(

@@ -24,6 +24,7 @@ from entropy_probe.adam_preconditioner import (
     moments_from_entry,
 )
 from entropy_probe.checkpoints.decay_rules import RULES
+from entropy_probe.checkpoints.samples import windows
 from entropy_probe.errors import InputError, first_line
 
 FOREIGN_STATES = (
@@ -48,6 +49,42 @@ class OptimizerMapping:
     rivals: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class OptimizerFile:
+    """A file's state_dict, its tensors mapped and not yet read."""
+
+    path: Path
+    saved: Mapping[str, Any]
+
+    @staticmethod
+    def of_file(path: Path) -> OptimizerFile:
+        """Read the file's structure.
+
+        Raises:
+            InputError: no file, not loadable without executing a pickle, or no optimizer's state_dict.
+        """
+        saved = _read(path)
+        _refuse_malformed(saved["state"], saved["param_groups"], path)
+        return OptimizerFile(path, saved)
+
+    @property
+    def settings(self) -> object:
+        """The groups, as stored."""
+        return self.saved["param_groups"]
+
+    def sample(self) -> dict[str, Tensor]:
+        """Steps, and elements of the first, the middle and the last row of every moment; the names say index and shape."""
+        found: dict[str, Tensor] = {}
+        for index, entry in self.saved["state"].items():
+            for field, value in entry.items():
+                tensor = torch.tensor(value) if isinstance(value, int | float) else value
+                # What else there may be is refused when it is mapped to names.
+                if isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_complex():
+                    for number, window in enumerate(windows(tensor.shape)):
+                        found[f"{index} {field} {tuple(tensor.shape)} {number}"] = tensor[window]
+        return found
+
+
 Part = Callable[[str, Tensor], Tensor]
 """Takes, of a named parameter's whole moment, the part that this rank holds, in memory of its own."""
 
@@ -65,19 +102,18 @@ def load_adam_state(path: Path, model: nn.Module, part: Part | None = None) -> t
     Raises:
         InputError: no file, not loadable without executing a pickle, another optimizer's state, or no rule fits.
     """
-    return map_adam_state(_read(path), model, path, part)
+    return map_adam_state(OptimizerFile.of_file(path).saved, model, path, part)
 
 
 def map_adam_state(
     saved: Mapping[str, Any], model: nn.Module, path: Path, part: Part | None = None
 ) -> tuple[AdamState, OptimizerMapping]:
-    """The same of an optimizer's state_dict that was read from ``path``.
+    """The same of an optimizer's state_dict that was read from ``path``: ``state`` by index, ``param_groups``.
 
     Raises:
-        InputError: another optimizer's state, malformed, or no rule fits.
+        InputError: another optimizer's state, or no rule fits.
     """
     state, saved_groups = saved["state"], saved["param_groups"]
-    _refuse_malformed(state, saved_groups, path)
     _refuse_foreign(state, saved_groups, path)
     named, mapping = _map_names(state, saved_groups, model, path)
     try:

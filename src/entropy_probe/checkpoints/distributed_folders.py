@@ -13,6 +13,7 @@ import io
 import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from entropy_probe.errors import InputError, first_line
 
 MODEL_FOLDER = "pytorch_model_fsdp_0"
 OPTIMIZER_FOLDER = "optimizer_0"
+
+BLOCK = 4096
+"""Bytes that are read at one place of a stored part to tell folders apart."""
 
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
@@ -49,6 +53,10 @@ ALLOWED = {
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
 }
 """Everything that a .metadata names: records of shapes, types and places. None of it does anything when called."""
+
+
+Part = tuple[tuple[int, ...], str, int, int]
+"""A stored part of a tensor: where it is in the tensor, its file, where it is in that, and its length in bytes."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -128,6 +136,42 @@ class DistributedFolder:
             if isinstance(stored, TensorStorageMetadata)
         }
 
+    def sample(self, keys: Collection[str]) -> dict[str, Tensor]:
+        """Bytes of the first, the middle and the last stored part of every tensor, the same on all ranks.
+
+        Of each the middle, and the end, where torch writes a checksum of all of it. The names say key, whole shape, type and
+        place.
+
+        Raises:
+            InputError: a file or part of one is missing or damaged.
+        """
+        stored = self.tensors()
+        known = {key: f"{key} {tuple(stored[key].size)} {stored[key].properties.dtype}" for key in keys}
+        parts: dict[str, list[Part]] = {key: [] for key in sorted(known)}
+        found: dict[str, Tensor] = {}
+        try:
+            for index, part in self.metadata.storage_data.items():
+                if index.fqn in parts:
+                    at = tuple(index.offset or ())
+                    parts[index.fqn].append((at, str(part.relative_path), int(part.offset), int(part.length)))
+            places = [
+                (file, start, min(BLOCK, length), f"{known[key]} {at}")
+                for key, all_parts in parts.items()
+                for at, file, offset, length in _three(sorted(all_parts))
+                for start in sorted({offset + max(0, length - BLOCK) // 2, offset + max(0, length - BLOCK)})
+            ]
+            for file, blocks in groupby(sorted(places), key=lambda place: place[0]):
+                with (self.path / file).open("rb") as opened:
+                    for _, start, length, name in blocks:
+                        opened.seek(start)
+                        content = opened.read(length)
+                        if len(content) < length:
+                            raise EOFError(f"{file} ends before {name}")
+                        found[f"{name} {start}"] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        except Exception as error:  # a damaged file's metadata may name anything
+            raise InputError(f"{self.path} is damaged or incomplete: {first_line(error, 200)}") from error
+        return found
+
     def read(self, targets: Mapping[str, Tensor | None]) -> dict[str, Any]:
         """Fill the tensors, of a DTensor this rank's part; give the values of the other keys, whose target is None.
 
@@ -173,6 +217,14 @@ class DistributedWeights:
         stored = self.folder.tensors()
         return {key: tuple(stored[own].size) for key, own in self.keys.items()}
 
+    def sample(self) -> dict[str, Tensor]:
+        """A few bytes of every tensor, the same on all ranks.
+
+        Raises:
+            InputError: a file or part of one is missing or damaged.
+        """
+        return self.folder.sample(self.keys.values())
+
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         """Copy into every target what is stored under its key: of a DTensor this rank's rows alone.
 
@@ -182,55 +234,85 @@ class DistributedWeights:
         self.folder.read({self.keys[key]: target for key, target in targets.items()})
 
 
-def read_optimizer(path: Path, trainable: Collection[str], mesh: DeviceMesh) -> dict[str, Any]:
-    """A folder's optimizer as ``optimizer.pt`` would hold it, with names as ``param_names`` and DTensors of ``mesh``.
+@dataclass(frozen=True)
+class DistributedOptimizer:
+    """A folder's optimizer: its groups, ``params`` being names, and where the state is; ``prefix`` is that of all keys."""
 
-    Raises:
-        InputError: not an optimizer's folder, damaged, or its parameters are not those of the model, ``trainable``.
-    """
-    folder = DistributedFolder.open(path)
-    stored = folder.tensors()
-    prefix = "optimizer." if any(key.startswith("optimizer.") for key in folder.metadata.state_dict_metadata) else ""
-    settings = folder.read(
-        {key: None for key in folder.metadata.state_dict_metadata if key.startswith(f"{prefix}param_groups.")}
-    )
-    groups: dict[int, dict[str, Any]] = {}
-    for key, value in settings.items():
-        number, _, name = key.removeprefix(f"{prefix}param_groups.").partition(".")
-        if number.isdecimal() and name:
-            groups.setdefault(int(number), {})[name] = value
-    if not groups or not all(isinstance(group.get("params"), list) for group in groups.values()):
-        raise InputError(f"{path} holds no groups with their parameters' names; expected accelerate's optimizer folder")
-    names = [str(name) for number in sorted(groups) for name in groups[number]["params"]]
-    # Names are known here: another order of the same shapes must not be guessed.
-    strangers = sorted(set(names) ^ set(trainable))
-    if strangers:
-        raise InputError(
-            f"{path} and the model do not train the same parameters: {', '.join(strangers[:3])}"
-            f"{f' and {len(strangers) - 3} more' if len(strangers) > 3 else ''}; is it the optimizer of another model?"
-        )
-    index = {name: number for number, name in enumerate(names)}
-    entries: dict[int, dict[str, Tensor]] = {}
-    targets: dict[str, Tensor | None] = {}
-    for key, tensor in stored.items():
-        name, _, field = key.removeprefix(f"{prefix}state.").rpartition(".")
-        if not key.startswith(f"{prefix}state.") or name not in index:
-            continue
-        target = _empty(tensor, mesh)
-        entries.setdefault(index[name], {})[field] = target
-        targets[key] = target
-    folder.read(targets)
-    return {
-        "state": entries,
-        "param_groups": [
-            groups[number]
-            | {
-                "params": [index[str(name)] for name in groups[number]["params"]],
-                "param_names": [str(name) for name in groups[number]["params"]],
-            }
-            for number in sorted(groups)
-        ],
-    }
+    folder: DistributedFolder
+    prefix: str
+    settings: tuple[Mapping[str, Any], ...]
+
+    @staticmethod
+    def of_folder(path: Path) -> DistributedOptimizer:
+        """Read the metadata and the groups.
+
+        Raises:
+            InputError: not an optimizer's folder, or damaged.
+        """
+        folder = DistributedFolder.open(path)
+        keys = folder.metadata.state_dict_metadata
+        prefix = "optimizer." if any(key.startswith("optimizer.") for key in keys) else ""
+        of_groups = f"{prefix}param_groups."
+        groups: dict[int, dict[str, Any]] = {}
+        for key, value in folder.read({key: None for key in keys if key.startswith(of_groups)}).items():
+            number, _, name = key.removeprefix(of_groups).partition(".")
+            if number.isdecimal() and name:
+                groups.setdefault(int(number), {})[name] = value
+        if not groups or not all(isinstance(group.get("params"), list) for group in groups.values()):
+            raise InputError(
+                f"{path} holds no groups with their parameters' names; expected accelerate's optimizer folder"
+            )
+        return DistributedOptimizer(folder, prefix, tuple(groups[number] for number in sorted(groups)))
+
+    def sample(self) -> dict[str, Tensor]:
+        """A few bytes of every step and moment, the same on all ranks.
+
+        Raises:
+            InputError: a file or part of one is missing or damaged.
+        """
+        return self.folder.sample([key for key in self.folder.tensors() if key.startswith(f"{self.prefix}state.")])
+
+    def read(self, trainable: Collection[str], mesh: DeviceMesh) -> dict[str, Any]:
+        """As ``optimizer.pt`` would hold it, with names as ``param_names`` and DTensors of ``mesh``.
+
+        Raises:
+            InputError: damaged, or its parameters are not those of the model, ``trainable``.
+        """
+        names = [str(name) for group in self.settings for name in group["params"]]
+        # Names are known here: another order of the same shapes must not be guessed.
+        strangers = sorted(set(names) ^ set(trainable))
+        if strangers:
+            raise InputError(
+                f"{self.folder.path} and the model do not train the same parameters: {', '.join(strangers[:3])}"
+                f"{f' and {len(strangers) - 3} more' if len(strangers) > 3 else ''}; is it the optimizer of another model?"
+            )
+        index = {name: number for number, name in enumerate(names)}
+        entries: dict[int, dict[str, Tensor]] = {}
+        targets: dict[str, Tensor | None] = {}
+        for key, tensor in self.folder.tensors().items():
+            name, _, field = key.removeprefix(f"{self.prefix}state.").rpartition(".")
+            if not key.startswith(f"{self.prefix}state.") or name not in index:
+                continue
+            target = _empty(tensor, mesh)
+            entries.setdefault(index[name], {})[field] = target
+            targets[key] = target
+        self.folder.read(targets)
+        return {
+            "state": entries,
+            "param_groups": [
+                {
+                    **group,
+                    "params": [index[str(name)] for name in group["params"]],
+                    "param_names": [str(name) for name in group["params"]],
+                }
+                for group in self.settings
+            ],
+        }
+
+
+def _three(parts: list[Part]) -> list[Part]:
+    """The first, the middle and the last."""
+    return [parts[number] for number in sorted({0, len(parts) // 2, len(parts) - 1}) if parts]
 
 
 def _empty(stored: TensorStorageMetadata, mesh: DeviceMesh) -> Tensor:

@@ -14,25 +14,59 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, validate_preconditioner
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
+from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER, DistributedFolder
 from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError, first_line
 from entropy_probe.files import read_json
 from entropy_probe.policy import input_limits
 
+BY_ROWS = "only run reads accelerate's shards, under torchrun with --sharding fsdp2"
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a model's parts are.
+
+    Attributes:
+        path: the checkpoint's folder.
+        base: the model under an adapter; the one whose configuration describes full weights that come without; else None.
+        adapter: whether the folder holds a PEFT adapter.
+    """
+
+    path: Path
+    base: Path | None
+    adapter: bool
+
+    @property
+    def configuration(self) -> Path:
+        """Whose config.json describes the whole model."""
+        return self.path if self.base is None else self.base
+
+    @property
+    def model(self) -> Path:
+        """Whose weights are the whole model's: the base's under an adapter, else the checkpoint's."""
+        return self.base if self.adapter and self.base is not None else self.path
+
+    @property
+    def generation(self) -> Path | None:
+        """The generation_config.json that goes with the whole model; None where there is none."""
+        files = [folder / "generation_config.json" for folder in (self.model, self.configuration)]
+        return next((file for file in files if file.is_file()), None)
 
 
 @dataclass(frozen=True)
 class ModelFolder:
     """A causal language model read from a folder.
 
-    ``kind`` is "full" or "lora" (any PEFT adapter); ``base`` is the base model's folder for an adapter, else None.
-    ``context_length`` is None where the architecture sets no limit.
+    ``kind`` is "full" or "lora" (any PEFT adapter); ``base`` is the base model's folder for an adapter, and for full weights
+    without a configuration of their own the folder that has it, else None. ``context_length`` is None where the architecture
+    sets no limit.
     """
 
     path: Path
@@ -83,6 +117,8 @@ def load_checkpoint(
     # The small file first: a missing optimizer should not cost the loading of a large model.
     optimizer = path / "optimizer.pt"
     if path.is_dir() and not optimizer.is_file():
+        if (path / OPTIMIZER_FOLDER).is_dir():
+            raise InputError(f"{path} has Adam's state in {OPTIMIZER_FOLDER}/; {BY_ROWS}")
         raise InputError(
             f"{path} has no optimizer.pt; the probe needs Adam's state (a Trainer leaves it out with save_only_model=True)"
         )
@@ -123,37 +159,56 @@ def load_model(
     """Read the weights of a folder, full or adapter over base, in ``dtype``.
 
     Raises:
-        InputError: no such folder, no safetensors, damaged or incomplete weights, or an adapter without its base.
+        InputError: no such folder, no safetensors, damaged or incomplete weights, an adapter without its base, or no
+            configuration.
     """
-    base = base_of(path, base)
-    model = _load_full(path, dtype) if base is None else _load_adapter(path, _load_full(base, dtype), dtype, trainable)
+    sources = sources_of(path, base)
+    if keeps_weights_distributed(path):
+        raise InputError(f"{path} has its weights in {MODEL_FOLDER}/; {BY_ROWS}")
+    model = _load_full(sources, dtype)
+    if sources.adapter:
+        model = _load_adapter(path, model, dtype, trainable)
     for name, p in model.named_parameters():
         refuse_damaged(path, name, p)
-    return folder_of(path, base, model.to(device))
+    return folder_of(sources, model.to(device))
 
 
-def base_of(path: Path, base: Path | None) -> Path | None:
-    """The base model's folder of an adapter, given or named in its configuration; None for full weights.
+def sources_of(path: Path, base: Path | None) -> Sources:
+    """Where a checkpoint's parts are; the base of an adapter is the given one, or that named in its configuration.
 
     Raises:
-        InputError: no such folder, an adapter without its base, or a base without an adapter.
+        InputError: no such folder, an adapter without its base or its configuration, or a base that neither lies under an
+            adapter nor describes weights that come without config.json.
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; expected a checkpoint folder such as checkpoint-100")
     if (path / "adapter_config.json").is_file():
-        return _base_folder(path, base)
-    if base is not None:
-        raise InputError(f"{path} holds no adapter_config.json, so --base has nothing to be the base of; drop it")
-    return None
+        return Sources(path, _base_folder(path, base), adapter=True)
+    _refuse_adapter_without_config(path)
+    if (path / "config.json").is_file():
+        if base is not None:
+            raise InputError(f"{path} holds no adapter_config.json, so --base has nothing to be the base of; drop it")
+        return Sources(path, None, adapter=False)
+    if base is None:
+        raise InputError(
+            f"{path} has no config.json; expected a Hugging Face checkpoint folder, or the folder of the model that training "
+            "started from with --base (accelerate's shards come without a configuration)"
+        )
+    return Sources(path, _base_folder(path, base), adapter=False)
 
 
-def folder_of(path: Path, base: Path | None, model: Any) -> ModelFolder:
-    """What the probe knows of a loaded model; ``base`` is an adapter's."""
+def keeps_weights_distributed(path: Path) -> bool:
+    """Whether accelerate's folder of shards is all the weights that a checkpoint has."""
+    return (path / MODEL_FOLDER).is_dir() and not any(path.glob("*.safetensors"))
+
+
+def folder_of(sources: Sources, model: Any) -> ModelFolder:
+    """What the probe knows of a loaded model."""
     vocabulary, context_length = input_limits(model)
     return ModelFolder(
-        path=path,
-        kind="full" if base is None else "lora",
-        base=base,
+        path=sources.path,
+        kind="lora" if sources.adapter else "full",
+        base=sources.base,
         model=model,
         architecture=str(model.config.get_text_config().model_type),
         vocabulary=vocabulary,
@@ -199,11 +254,27 @@ def expert_kernels(dtype: torch.dtype) -> dict[str, str]:
     return {} if old or dtype is not torch.float64 else {"experts_implementation": "eager"}
 
 
-def _load_full(path: Path, dtype: torch.dtype) -> Any:
-    refuse_without_config(path)
+def _refuse_adapter_without_config(path: Path) -> None:
+    """The Trainer leaves adapter_config.json out of what accelerate writes in shards."""
+    adapter: str | None = None
+    if (path / "adapter_model.safetensors").is_file() and not (path / "config.json").is_file():
+        adapter = "adapter_model.safetensors"
+    elif keeps_weights_distributed(path):
+        keys = DistributedFolder.open(path / MODEL_FOLDER).tensors()
+        adapter = next((key for key in keys if "lora_" in key or "base_model.model." in key), None)
+    if adapter is not None:
+        raise InputError(
+            f"{path} holds an adapter's weights ({adapter}) and no adapter_config.json; write it there from the model that was "
+            'trained: model.peft_config["default"].save_pretrained(folder)'
+        )
+
+
+def _load_full(sources: Sources, dtype: torch.dtype) -> Any:
+    path = sources.model
+    refuse_without_config(sources.configuration)
     refuse_without_weights(path)
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(sources.configuration, local_files_only=True, trust_remote_code=False)
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -215,6 +286,7 @@ def _load_full(path: Path, dtype: torch.dtype) -> Any:
             # A tensor of another shape is then listed by name below instead of raised without it.
             ignore_mismatched_sizes=True,
             **expert_kernels(dtype),
+            **_generation(sources, config),
         )
     except Exception as error:  # configuration classes compute with what config.json says and raise anything
         raise InputError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error
@@ -226,6 +298,16 @@ def _load_full(path: Path, dtype: torch.dtype) -> Any:
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; the file is truncated or of another model"
             )
     return _in_type(model, dtype)
+
+
+def _generation(sources: Sources, config: Any) -> dict[str, Any]:
+    """Keyword arguments for weights without a configuration, beside which transformers would look for one to generate by."""
+    if sources.configuration == sources.model:
+        return {}
+    if sources.generation is None:
+        return {"generation_config": GenerationConfig.from_model_config(config)}
+    found = GenerationConfig.from_pretrained(sources.generation.parent, local_files_only=True)
+    return {"generation_config": found}
 
 
 def _in_type(model: Any, dtype: torch.dtype) -> Any:

@@ -59,15 +59,15 @@ class Inspection:
         return sum(parameter.problem is not None for parameter in self.parameters)
 
 
-def list_files(path: Path) -> list[FoundFile]:
-    """The files of a checkpoint folder; an adapter needs no config.json of its own."""
-    adapter = (path / "adapter_config.json").is_file()
+def list_files(path: Path, base: Path | None = None) -> list[FoundFile]:
+    """The files of a checkpoint folder; an adapter, and who gives a base, needs no config.json there."""
+    described = base is not None or (path / "adapter_config.json").is_file()
     return [
         FoundFile(
             pattern,
             purpose,
             tuple(sorted(file.name for file in path.glob(pattern))),
-            needed and not (adapter and pattern == "config.json"),
+            needed and not (described and pattern == "config.json"),
         )
         for pattern, purpose, needed in EXPECTED_FILES
     ]

@@ -8,6 +8,8 @@ parameter, as :func:`entropy_probe.collectives.row_spans` counts them; Adam's mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,20 +25,23 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state, map_adam_state
+from entropy_probe.checkpoints.adam_state import OptimizerFile, OptimizerMapping, map_adam_state
 from entropy_probe.checkpoints.distributed_folders import (
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
+    DistributedOptimizer,
     DistributedWeights,
-    read_optimizer,
 )
 from entropy_probe.checkpoints.hf import (
     Checkpoint,
-    base_of,
+    ModelFolder,
+    Sources,
     folder_of,
+    keeps_weights_distributed,
     refuse_damaged,
     refuse_without_config,
     refuse_without_weights,
+    sources_of,
     validated,
 )
 from entropy_probe.checkpoints.skeleton import (
@@ -48,10 +53,24 @@ from entropy_probe.checkpoints.skeleton import (
     non_persistent_on_meta,
     places,
 )
+from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.checkpoints.weight_files import SafetensorsWeights, StoredWeights, own_rows
 from entropy_probe.collectives import Ranks, Sharding, even_spans, row_spans
 from entropy_probe.errors import InputError, first_line
+from entropy_probe.same_inputs import check_same_inputs, digest_of_settings, digest_of_tensors
 from entropy_probe.wrappers import held_part, named_parameters, reshard
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint's files, opened; of their tensors nothing is read yet.
+
+    ``adapter`` is None for full weights, ``optimizer`` where only the model is wanted.
+    """
+
+    model: StoredWeights
+    adapter: StoredWeights | None
+    optimizer: OptimizerFile | DistributedOptimizer | None
 
 
 def load_sharded_checkpoint(
@@ -71,35 +90,66 @@ def load_sharded_checkpoint(
     process will do as a group of one.
 
     Raises:
-        InputError: anything missing, damaged or of another kind, in one line; also what only some ranks see.
+        InputError: anything missing, damaged or of another kind, in one line; also what only some ranks see. All ranks are
+            told, and before anything is loaded, which of them was given another checkpoint.
         ValueError: the process group is not that of ``ranks``.
     """
-    group = ranks.group if ranks.group is not None else dist.group.WORLD
-    if group is None:
-        raise InputError("--sharding fsdp2 needs a process group; start with torchrun, or use --sharding replicated")
-    if dist.get_world_size(group) != ranks.count:
-        raise ValueError(f"{ranks.count} ranks over a process group of {dist.get_world_size(group)}")
+    group = _group_of(ranks)
     # The small file first: a missing optimizer should not cost the loading of a large model.
     if path.is_dir() and not (path / "optimizer.pt").is_file() and not (path / OPTIMIZER_FOLDER).is_dir():
         raise InputError(
             f"{path} has neither optimizer.pt nor {OPTIMIZER_FOLDER}; the probe needs Adam's state "
             "(a Trainer leaves it out with save_only_model=True)"
         )
-    base = base_of(path, base)
-    skeleton = _skeleton(path, base, dtype)
+    folder, optimizer = _loaded(sources_of(path, base), ranks, dtype, device, with_optimizer=True)
+    assert optimizer is not None
+    # Adam's state stays on the CPU, as in one process, wherever the model is.
+    adam, mapping = _adam_state(optimizer, folder.model, DeviceMesh.from_group(group, "cpu"))
+    return validated(
+        folder, adam, mapping, learning_rate=learning_rate, seed=seed, sharding=sharding_of(folder.model, ranks)
+    )
+
+
+def load_sharded_model(
+    path: Path,
+    ranks: Ranks,
+    *,
+    base: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> ModelFolder:
+    """The same of the weights alone, to sample from.
+
+    Raises:
+        InputError: anything missing, damaged or of another kind, in one line, on all ranks.
+        ValueError: the process group is not that of ``ranks``.
+    """
+    return _loaded(sources_of(path, base), ranks, dtype, device, with_optimizer=False)[0]
+
+
+def _group_of(ranks: Ranks) -> dist.ProcessGroup:
+    group = ranks.group if ranks.group is not None else dist.group.WORLD
+    if group is None:
+        raise InputError("--sharding fsdp2 needs a process group; start with torchrun, or use --sharding replicated")
+    if dist.get_world_size(group) != ranks.count:
+        raise ValueError(f"{ranks.count} ranks over a process group of {dist.get_world_size(group)}")
+    return group
+
+
+def _loaded(
+    sources: Sources, ranks: Ranks, dtype: torch.dtype, device: torch.device | str, *, with_optimizer: bool
+) -> tuple[ModelFolder, OptimizerFile | DistributedOptimizer | None]:
+    """The model with this rank's rows, and the optimizer's files if wanted; which rank was given others is told before."""
+    group, path = _group_of(ranks), sources.path
+    refuse_without_config(sources.configuration)
+    stored = ranks.alike(partial(_opened, sources, with_optimizer))
+    # Ranks that hold models of two shapes would wait for each other in FSDP2's collectives.
+    _refuse_other_checkpoints(ranks, sources, stored)
+    skeleton = _skeleton(sources, stored, dtype)
     shard_model(path, skeleton.model, DeviceMesh.from_group(group, torch.device(device).type))
     # Damaged rows are seen by the rank that holds them.
     ranks.alike(partial(_materialise, path, skeleton, device))
-    # Adam's state stays on the CPU, as in one process, wherever the model is.
-    adam, mapping = _adam_state(path, skeleton.model, DeviceMesh.from_group(group, "cpu"))
-    return validated(
-        folder_of(path, base, skeleton.model),
-        adam,
-        mapping,
-        learning_rate=learning_rate,
-        seed=seed,
-        sharding=sharding_of(skeleton.model, ranks),
-    )
+    return folder_of(sources, skeleton.model), stored.optimizer
 
 
 def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
@@ -172,23 +222,64 @@ def shard_model(path: Path, model: Any, mesh: DeviceMesh) -> None:
         raise InputError(f"{path}: FSDP2 cannot shard this model: {first_line(error)}; {ADVICE}") from error
 
 
-def _skeleton(path: Path, base: Path | None, dtype: torch.dtype) -> Skeleton:
-    own = path if base is None else base
-    refuse_without_config(own)
+def _opened(sources: Sources, with_optimizer: bool) -> Stored:
+    path = sources.path
+    file, optimizer = path / "optimizer.pt", None
+    with _readable(path):
+        if with_optimizer:
+            optimizer = (
+                OptimizerFile.of_file(file)
+                if file.is_file()
+                else DistributedOptimizer.of_folder(path / OPTIMIZER_FOLDER)
+            )
+        return Stored(_weights(sources.model), _adapter_weights(path) if sources.adapter else None, optimizer)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        skeleton = full_skeleton(own, _weights(own), dtype)
-        if base is not None:
-            skeleton = adapter_skeleton(path, skeleton, _adapter_weights(path), dtype)
+        yield
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
+
+
+def _refuse_other_checkpoints(ranks: Ranks, sources: Sources, stored: Stored) -> None:
+    """Every rank looks at the same few elements of every tensor: its own rows would be others than rank 0's."""
+    if ranks.count > 1:
+        check_same_inputs(ranks, ranks.alike(partial(_digests, sources, stored)))
+
+
+def _digests(sources: Sources, stored: Stored) -> dict[str, bytes]:
+    weights, base = (stored.model, None) if stored.adapter is None else (stored.adapter, stored.model)
+    files = [sources.configuration / "config.json", sources.generation]
+    files += [sources.path / "adapter_config.json"] if sources.adapter else []
+    with _readable(sources.path):
+        found = {
+            "configuration": digest_of_settings([None if file is None else file.read_bytes() for file in files]),
+            "weights": digest_of_tensors(weights.sample()),
+            "base weights": digest_of_tensors({} if base is None else base.sample()),
+        }
+        if stored.optimizer is not None:
+            found |= {
+                "optimizer state": digest_of_tensors(stored.optimizer.sample()),
+                "optimizer settings": digest_of_settings(stored.optimizer.settings),
+                "trainer step": digest_of_settings(read_trainer_state(sources.path).global_step),
+            }
+    return found
+
+
+def _skeleton(sources: Sources, stored: Stored, dtype: torch.dtype) -> Skeleton:
+    skeleton = full_skeleton(sources, stored.model, dtype)
+    if stored.adapter is not None:
+        skeleton = adapter_skeleton(sources.path, skeleton, stored.adapter, dtype)
     lost = non_persistent_on_meta(skeleton.model)
     if lost:
-        raise InputError(f"{path}: buffer {lost[0]} has values only where weights have; {ADVICE}")
+        raise InputError(f"{sources.path}: buffer {lost[0]} has values only where weights have; {ADVICE}")
     return skeleton
 
 
 def _weights(path: Path) -> StoredWeights:
-    if (path / MODEL_FOLDER).is_dir() and not any(path.glob("*.safetensors")):
+    if keeps_weights_distributed(path):
         return DistributedWeights.of_folder(path / MODEL_FOLDER)
     refuse_without_weights(path)
     return SafetensorsWeights.of_folder(path)
@@ -211,10 +302,8 @@ def _materialise(path: Path, skeleton: Skeleton, device: torch.device | str) -> 
         shard = nn.Parameter(torch.empty_like(place.parameter, device=device), place.parameter.requires_grad)
         place.put(shard)
         tensors[place.name] = shard.detach()
-    try:
+    with _readable(path):
         _fill(path, {name: (tensors[name], origin) for name, origin in skeleton.origins.items()})
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
     for name, p in skeleton.model.named_parameters():
         refuse_damaged(path, name, p.to_local())
 
@@ -233,16 +322,18 @@ def _fill(path: Path, targets: Mapping[str, tuple[Tensor, Origin]]) -> None:
                     )
 
 
-def _adam_state(path: Path, model: nn.Module, mesh: DeviceMesh) -> tuple[AdamState, OptimizerMapping]:
-    if not (path / "optimizer.pt").is_file():
-        folder = path / OPTIMIZER_FOLDER
+def _adam_state(
+    stored: OptimizerFile | DistributedOptimizer, model: nn.Module, mesh: DeviceMesh
+) -> tuple[AdamState, OptimizerMapping]:
+    if isinstance(stored, DistributedOptimizer):
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        saved = read_optimizer(folder, trainable, mesh)
-        return map_adam_state(saved, model, folder, lambda name, moment: held_part(moment))
+        saved = stored.read(trainable, mesh)
+        return map_adam_state(saved, model, stored.folder.path, lambda name, moment: held_part(moment))
     rows = {name: own_rows(p) for name, p in model.named_parameters() if isinstance(p, DTensor)}
-    return load_adam_state(
-        path / "optimizer.pt",
+    return map_adam_state(
+        stored.saved,
         model,
+        stored.path,
         # A copy: a view would keep the mapped file.
         lambda name, moment: moment[rows[name]].clone(memory_format=torch.contiguous_format),
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from entropy_probe.checkpoints.hf import LOAD_ERRORS, expert_kernels
+from entropy_probe.checkpoints.hf import LOAD_ERRORS, Sources, expert_kernels
 from entropy_probe.checkpoints.weight_files import StoredWeights
 from entropy_probe.errors import InputError, first_line
 
@@ -81,27 +81,28 @@ def places(model: nn.Module) -> list[Place]:
     return [Place(name, p, tuple(holders[id(p)])) for name, p in model.named_parameters()]
 
 
-def full_skeleton(path: Path, weights: StoredWeights, dtype: torch.dtype) -> Skeleton:
-    """The causal language model that a folder's config.json describes.
+def full_skeleton(sources: Sources, weights: StoredWeights, dtype: torch.dtype) -> Skeleton:
+    """The causal language model that config.json describes, without an adapter.
 
     Raises:
         InputError: no such model can be built, or the stored keys and shapes are not one to one the model's.
     """
+    path = sources.configuration
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with _UnfilledOnMeta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False, **expert_kernels(dtype)
             )
-        if (path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        if sources.generation is not None:
+            model.generation_config = GenerationConfig.from_pretrained(sources.generation.parent, local_files_only=True)
     except Exception as error:  # configuration classes compute with what config.json says and raise anything
         raise InputError(f"{path} cannot be built as a causal language model: {first_line(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{path} holds quantised weights, which cannot be read by rows; {ADVICE}")
     _parameters_to_meta(model, dtype)
     _settle_buffers(model, dtype)
-    origins = _match(path, model.eval(), weights)
+    origins = _match(sources.model, model.eval(), weights)
     return Skeleton(model, origins)
 
 

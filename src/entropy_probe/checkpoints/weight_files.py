@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from entropy_probe.checkpoints.samples import windows
 from entropy_probe.errors import InputError
 from entropy_probe.files import read_json
 
@@ -26,6 +27,9 @@ class StoredWeights(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """By key."""
+
+    def sample(self) -> dict[str, Tensor]:
+        """A few elements of every tensor, the same on all ranks; the names say key and whole shape."""
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         """Copy into every target, in its type, what is stored under its key: of a DTensor this rank's rows alone."""
@@ -74,6 +78,23 @@ class SafetensorsWeights:
                     places[key] = file
                     shapes[key] = tuple(opened.get_slice(key).get_shape())
         return SafetensorsWeights(places, shapes)
+
+    def sample(self) -> dict[str, Tensor]:
+        """Elements of the first, the middle and the last row of every tensor, in the type that is stored.
+
+        Raises:
+            OSError, SafetensorError: a file is damaged.
+        """
+        found: dict[str, Tensor] = {}
+        for file in sorted(set(self.files.values())):
+            with safe_open(file, framework="pt") as opened:
+                for key in sorted(key for key, place in self.files.items() if place == file):
+                    shape = self.shapes[key]
+                    for number, window in enumerate(windows(shape)):
+                        # Of a single number there is no slice.
+                        part = opened.get_slice(key)[window] if shape else opened.get_tensor(key)
+                        found[f"{key} {shape} {number}"] = part
+        return found
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         """Copy into every target what is stored under its key: of a DTensor this rank's rows alone.

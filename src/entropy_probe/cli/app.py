@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from entropy_probe.checkpoints import load_model
+from entropy_probe.checkpoints import load_model, load_sharded_model, sharding_of
 from entropy_probe.cli.bar import TerminalProgress
 from entropy_probe.cli.inspection import print_inspection
 from entropy_probe.cli.launch import Job
@@ -36,6 +37,7 @@ from entropy_probe.report.text import print_report
 from entropy_probe.rollouts import count_cut, write_rollouts
 from entropy_probe.sampling import (
     SamplingSettings,
+    check_same_sampling,
     end_tokens,
     load_reward,
     load_tokenizer,
@@ -56,14 +58,23 @@ app = typer.Typer(
 
 # Newer versions of typer carry their own copy of click; this reaches the class of either one.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
-ON_SEVERAL_RANKS = {"run"}
+ON_SEVERAL_RANKS = {"run", "sample"}
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Trainer or TRL checkpoint.")
 ]
-BaseOption = Annotated[Path | None, typer.Option(help="Folder of the base model, for an adapter checkpoint.")]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the base model, for an adapter checkpoint; for full weights without a config.json, as accelerate's "
+        "shards are, the model that training started from: of that the configuration alone is read."
+    ),
+]
 DTypeOption = Annotated[DType, typer.Option(help="Weights and arithmetic.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
+ShardingOption = Annotated[
+    ShardingChoice, typer.Option(help="What torchrun's ranks hold: all parameters each, or FSDP2's shards.")
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the report as JSON.")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Write report.json, kernel.npy and plots there.")
@@ -81,7 +92,7 @@ def check_ranks(context: typer.Context) -> None:
     if job.count > 1 and context.invoked_subcommand not in ON_SEVERAL_RANKS:
         raise InputError(
             f"{context.invoked_subcommand} runs in one process, and torchrun started {job.count}; leave torchrun out, "
-            "or use run"
+            "or use run or sample"
         )
 
 
@@ -208,9 +219,7 @@ def run(
     ] = False,
     base: BaseOption = None,
     device: DeviceOption = Device.AUTO,
-    sharding: Annotated[
-        ShardingChoice, typer.Option(help="What torchrun's ranks hold: all parameters each, or FSDP2's shards.")
-    ] = ShardingChoice.REPLICATED,
+    sharding: ShardingOption = ShardingChoice.REPLICATED,
     seed: Annotated[int, typer.Option(help="Of the preconditioner's test vectors, and of --resample.")] = 0,
     json_file: JsonOption = None,
     out: OutOption = None,
@@ -333,6 +342,7 @@ def replay(
 
 @app.command()
 def sample(
+    context: typer.Context,
     checkpoint: CheckpointArgument,
     prompts: Annotated[Path, typer.Option(metavar="FILE", help="JSON Lines with prompt or prompt_ids.")],
     reward: Annotated[str, typer.Option(metavar="MODULE:FUNCTION", help="f(prompt, response, row) -> float.")],
@@ -350,37 +360,45 @@ def sample(
     base: BaseOption = None,
     dtype: DTypeOption = DType.FLOAT32,
     device: DeviceOption = Device.AUTO,
+    sharding: ShardingOption = ShardingChoice.REPLICATED,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
 ) -> None:
     """Sample rollouts from a checkpoint's whole distribution, with exact token ids."""
+    job: Job = context.obj
     if out.suffix not in {".jsonl", ".parquet"}:
         raise InputError(f"--out {out} ends in {out.suffix!r}; rollouts are written as .jsonl or .parquet")
-    check_writable(out)
-    score = load_reward(reward)
-    folder = load_model(checkpoint, base=base, dtype=dtype.torch_dtype, device=device.torch_device, trainable=False)
-    tokenizer = load_tokenizer(folder.tokenizer_folders)
-    settings = SamplingSettings(
-        responses=responses,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        eos_ids=tuple(eos_id) if eos_id else end_tokens(folder.model, tokenizer),
-        batch_size=batch,
-    )
-    found = sample_rollouts(
-        Policy(folder.model, temperature),
-        read_prompts(prompts, tokenizer),
-        settings,
-        score,
-        tokenizer,
-        TerminalProgress(),
-    )
-    write_rollouts(found, out)
-    ends = ", ".join(map(str, settings.eos_ids)) or "none"
-    _console().print(
-        f"{len(found)} responses written to {out}; end tokens: {ends}; "
-        f"{count_cut(found)} of them were cut at {max_new_tokens} tokens"
-    )
+    own_device = job.device(device.torch_device)
+    with job.ranks(own_device) as ranks:
+        first = ranks.rank == 0
+        if first:
+            check_writable(out)
+        score = load_reward(reward)
+        load = (
+            partial(load_model, trainable=False)
+            if sharding is ShardingChoice.REPLICATED
+            else partial(load_sharded_model, ranks=ranks)
+        )
+        folder = load(checkpoint, base=base, dtype=dtype.torch_dtype, device=own_device)
+        tokenizer = load_tokenizer(folder.tokenizer_folders)
+        asked = read_prompts(prompts, tokenizer)
+        settings = SamplingSettings(
+            responses=responses,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            eos_ids=tuple(eos_id) if eos_id else end_tokens(folder.model, tokenizer),
+            batch_size=batch,
+        )
+        policy = Policy(folder.model, temperature, sharding=sharding_of(folder.model, ranks))
+        check_same_sampling(policy, asked, settings)
+        found = sample_rollouts(policy, asked, settings, score, tokenizer, TerminalProgress() if first else Silent())
+        if first:
+            write_rollouts(found, out)
+            ends = ", ".join(map(str, settings.eos_ids)) or "none"
+            _console().print(
+                f"{len(found)} responses written to {out}; end tokens: {ends}; "
+                f"{count_cut(found)} of them were cut at {max_new_tokens} tokens"
+            )
 
 
 @app.command()

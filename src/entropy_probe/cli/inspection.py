@@ -17,7 +17,7 @@ def print_inspection(path: Path, base: Path | None, console: Console) -> bool:
         InputError: see :func:`entropy_probe.checkpoints.inspection.inspect_checkpoint`.
     """
     if path.is_dir():
-        console.print(_files(path))
+        console.print(_files(path, base))
     inspection = inspect_checkpoint(path, base)
     folder, mapping = inspection.folder, inspection.mapping
     console.print(
@@ -37,9 +37,9 @@ def print_inspection(path: Path, base: Path | None, console: Console) -> bool:
     return inspection.problems == 0
 
 
-def _files(path: Path) -> Table:
+def _files(path: Path, base: Path | None) -> Table:
     table = Table("file", "for", "found", box=None, pad_edge=False)
-    for file in list_files(path):
+    for file in list_files(path, base):
         table.add_row(
             file.pattern, file.purpose, ", ".join(file.names) or ("MISSING" if file.required else "none (optional)")
         )

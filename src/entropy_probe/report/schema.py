@@ -353,7 +353,8 @@ class PreconditionerDots:
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """What was probed; None where a live model has no such thing. ``adam_step`` is a list where parameters differ."""
+    """What was probed; None where a live model has no such thing. ``adam_step`` is a list where parameters differ; ``base`` is
+    the model under an adapter, or with ``kind`` "full" the folder that the configuration came from."""
 
     path: str | None
     base: str | None
