@@ -145,8 +145,8 @@ def numbers(choice: Choice, asked: Asked, units: int, responses: int, tokens: in
 
 
 def few_numbers(ranks: int, tensors: int) -> int:
-    """A bound of the rest: digests of inputs, 32 numbers each of every rank, and flags and norms of the parameter tensors."""
-    return 10 * 32 * ranks + 10 * tensors + 64
+    """A bound of the rest: 17 digests of inputs, 32 numbers of every rank each, flags and norms of parameter tensors."""
+    return 17 * 32 * ranks + 10 * tensors + 64
 
 
 @dataclass(frozen=True)

@@ -87,11 +87,11 @@ def test_what_only_ranks_read_by_rows_is_said_to_be_so(adapter: bool, tmp_path: 
     if not adapter:
         # Whether there are an adapter's weights in it is asked first.
         save({"model": base.state_dict()}, storage_writer=FileSystemWriter(path / MODEL_FOLDER), no_dist=True)
-    with pytest.raises(InputError, match=f"{MODEL_FOLDER}/; only run reads .* --sharding fsdp2"):
+    with pytest.raises(InputError, match=f"{MODEL_FOLDER}/; .* run and sample, .*--sharding fsdp2"):
         load_checkpoint(path, base=given)
     (path / "optimizer.pt").unlink()
     (path / OPTIMIZER_FOLDER).mkdir()
-    with pytest.raises(InputError, match=f"{OPTIMIZER_FOLDER}/; only run reads .* --sharding fsdp2"):
+    with pytest.raises(InputError, match=f"{OPTIMIZER_FOLDER}/; .* run and sample, .*--sharding fsdp2"):
         load_checkpoint(path, base=given)
 
 
@@ -122,3 +122,14 @@ def test_dots_of_float32_vectors_are_taken_in_float64(storage: Storage) -> None:
     one = unit_gradients(mixed, batch, exact_units(5), a + 0.3, a, {n: 1e-3 * q for n, q in p.items()}, rates)
     # Scaling by √P in bfloat16 would round each element; in float32 the dots scale as P does.
     assert cross_statistics(one.total).u_cross == pytest.approx(1e-3 * cross_statistics(found.total).u_cross, rel=1e-5)
+
+
+def test_adams_state_of_a_full_state_dict_is_named_as_what_is_not_read(tmp_path: Path) -> None:
+    model = tiny_model()
+    path = save_checkpoint(model, trained_optimizer(model), tmp_path / "checkpoint")
+    (path / "optimizer.pt").rename(path / "optimizer.bin")
+    with pytest.raises(InputError, match=r"optimizer\.bin, as FSDP writes it with FULL_STATE_DICT.*SHARDED_STATE_DICT"):
+        load_checkpoint(path)
+    (path / "optimizer.bin").unlink()
+    with pytest.raises(InputError, match=r"no optimizer\.pt and no optimizer_0/"):
+        load_checkpoint(path)

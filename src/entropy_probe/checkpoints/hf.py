@@ -25,7 +25,7 @@ from entropy_probe.errors import InputError, first_line
 from entropy_probe.files import read_json
 from entropy_probe.policy import input_limits
 
-BY_ROWS = "only run reads accelerate's shards, under torchrun with --sharding fsdp2"
+BY_ROWS = "accelerate's shards are read by run and sample, under torchrun with --sharding fsdp2"
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
@@ -116,12 +116,9 @@ def load_checkpoint(
     """
     # The small file first: a missing optimizer should not cost the loading of a large model.
     optimizer = path / "optimizer.pt"
-    if path.is_dir() and not optimizer.is_file():
-        if (path / OPTIMIZER_FOLDER).is_dir():
-            raise InputError(f"{path} has Adam's state in {OPTIMIZER_FOLDER}/; {BY_ROWS}")
-        raise InputError(
-            f"{path} has no optimizer.pt; the probe needs Adam's state (a Trainer leaves it out with save_only_model=True)"
-        )
+    if path.is_dir() and not optimizer.is_file() and (path / OPTIMIZER_FOLDER).is_dir():
+        raise InputError(f"{path} has Adam's state in {OPTIMIZER_FOLDER}/; {BY_ROWS}")
+    refuse_without_optimizer(path)
     folder = load_model(path, base=base, dtype=dtype, device=device)
     return validated(folder, *load_adam_state(optimizer, folder.model), learning_rate=learning_rate, seed=seed)
 
@@ -224,6 +221,25 @@ def refuse_damaged(path: Path, name: str, weight: Tensor) -> None:
     """
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"{path}: weight {name} holds NaN or an infinite value; the weights are damaged")
+
+
+def refuse_without_optimizer(path: Path) -> None:
+    """Refuse a folder without Adam's state in a form that is read.
+
+    Raises:
+        InputError: it has neither optimizer.pt nor accelerate's shards.
+    """
+    if not path.is_dir() or (path / "optimizer.pt").is_file() or (path / OPTIMIZER_FOLDER).is_dir():
+        return
+    if (path / "optimizer.bin").is_file():
+        raise InputError(
+            f"{path} has Adam's state in optimizer.bin, as FSDP writes it with FULL_STATE_DICT, which is not read; save it "
+            "with SHARDED_STATE_DICT"
+        )
+    raise InputError(
+        f"{path} has no optimizer.pt and no {OPTIMIZER_FOLDER}/; the probe needs Adam's state (a Trainer leaves it out with "
+        "save_only_model=True)"
+    )
 
 
 def refuse_without_config(path: Path) -> None:

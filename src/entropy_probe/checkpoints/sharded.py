@@ -40,6 +40,7 @@ from entropy_probe.checkpoints.hf import (
     keeps_weights_distributed,
     refuse_damaged,
     refuse_without_config,
+    refuse_without_optimizer,
     refuse_without_weights,
     sources_of,
     validated,
@@ -96,11 +97,7 @@ def load_sharded_checkpoint(
     """
     group = _group_of(ranks)
     # The small file first: a missing optimizer should not cost the loading of a large model.
-    if path.is_dir() and not (path / "optimizer.pt").is_file() and not (path / OPTIMIZER_FOLDER).is_dir():
-        raise InputError(
-            f"{path} has neither optimizer.pt nor {OPTIMIZER_FOLDER}; the probe needs Adam's state "
-            "(a Trainer leaves it out with save_only_model=True)"
-        )
+    refuse_without_optimizer(path)
     folder, optimizer = _loaded(sources_of(path, base), ranks, dtype, device, with_optimizer=True)
     assert optimizer is not None
     # Adam's state stays on the CPU, as in one process, wherever the model is.
