@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ from entropy_probe.checkpoints.distributed_folders import (
     SafeReader,
 )
 from entropy_probe.checkpoints.samples import WIDTH, windows
-from entropy_probe.checkpoints.sharded import decoder_layers, load_sharded_checkpoint, shard_model
+from entropy_probe.checkpoints.sharded import _adam_state, decoder_layers, load_sharded_checkpoint, shard_model
 from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.policy import end_token_ids
@@ -275,6 +276,26 @@ def damage_on_one_rank(root: Path, ranks: Ranks) -> None:
     dist.barrier()
     with pytest.raises(InputError, match=f"{NORM} holds NaN"):
         load_sharded_checkpoint(folder, ranks)
+
+
+def adams_shards_damaged_on_one_rank(root: Path, ranks: Ranks) -> None:
+    """A part of Adam's state that the other rank does not read."""
+
+    def read(*_: object) -> None:
+        if ranks.rank == 1:
+            raise InputError("its part is gone")
+
+    with (
+        mock.patch("entropy_probe.checkpoints.sharded._adam_state", lambda *given: read() or _adam_state(*given)),
+        pytest.raises(InputError, match="its part is gone"),
+    ):
+        load_sharded_checkpoint(root / "llama-tied", ranks)
+
+
+def a_file_that_one_rank_lacks(root: Path, ranks: Ranks) -> None:
+    """Told alike by all, where the first thing that is looked for is missing on one disk."""
+    with pytest.raises(InputError, match="gone is not a folder"):
+        load_sharded_checkpoint(root / ("gone" if ranks.rank == 1 else "llama-tied"), ranks)
 
 
 def copied(root: Path, name: str, new: str, ranks: Ranks) -> Path:
@@ -571,6 +592,8 @@ CASES: Mapping[str, Callable[[Path, Ranks], None]] = {
     "alone": alone_alike,
     "reads": no_more_than_a_shard_is_read,
     "nan": damage_on_one_rank,
+    "adams-shards": adams_shards_damaged_on_one_rank,
+    "lacking": a_file_that_one_rank_lacks,
     "single-number": single_number,
     **{f"refused-{name}": partial(refused, name) for name in REFUSALS},
     **{f"copied-{name}": partial(copies_will_do, name) for name in ("llama-tied", "lora", "distributed-llama-tied")},

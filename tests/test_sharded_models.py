@@ -426,19 +426,20 @@ def live(ranks: Ranks) -> None:
     assert all(p.grad is None for p in again.parameters())
 
 
-def mixed_precision(ranks: Ranks) -> None:
+BRAIN = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def mixed_precision(layers: MixedPrecisionPolicy, root: MixedPrecisionPolicy, ranks: Ranks) -> None:
     """float32 shards that FSDP2 gathers in bfloat16, where a small step would vanish: it is realised in float32 all the same.
 
     Afterwards FSDP2 gathers what it did before, into the same tensors.
     """
     assert ranks.group is not None
     model = tiny_model("llama-untied")
-    for part in (*decoder_layers(model), model):
-        fully_shard(
-            part,
-            mesh=DeviceMesh.from_group(ranks.group, "cpu"),
-            mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
-        )
+    mesh = DeviceMesh.from_group(ranks.group, "cpu")
+    for layer in list(decoder_layers(model)):
+        fully_shard(layer, mesh=mesh, mp_policy=layers)
+    fully_shard(model, mesh=mesh, mp_policy=root)
     adam = state_of_optimizer(trained_optimizer(model), model).with_learning_rate(1e-5)
     model.eval()
     model.zero_grad()
@@ -458,7 +459,8 @@ def mixed_precision(ranks: Ranks) -> None:
     with pytest.raises(KeyboardInterrupt):
         fails()
     after = policy.in_forwards()
-    assert all(p is before[name] and p.dtype == torch.bfloat16 for name, p in after.items())
+    assert all(p is before[name] for name, p in after.items())
+    assert policy.arithmetic_dtype() == torch.bfloat16
     assert torch.equal(policy.scores(batch_of().responses), scores)
 
 
@@ -538,7 +540,13 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
     "pending": pending,
     "trainers-settings": trainers_settings,
     "live": live,
-    "mixed-precision": mixed_precision,
+    "mixed-precision": partial(mixed_precision, BRAIN, BRAIN),
+    "mixed-precision-of-layers": partial(
+        mixed_precision, replace(BRAIN, output_dtype=torch.float32), MixedPrecisionPolicy()
+    ),
+    "mixed-precision-of-outputs": partial(
+        mixed_precision, MixedPrecisionPolicy(), MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+    ),
     "no-number": no_number_in_a_prompt_in_pieces,
     "no-casts-kept": no_casts_are_kept,
     "narrow": narrow,

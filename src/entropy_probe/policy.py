@@ -35,7 +35,14 @@ from entropy_probe.language_head import (
 )
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.wrappers import held_part, named_parameters, reset_sharding, reshard, without_accelerate_autocast
+from entropy_probe.wrappers import (
+    held_part,
+    mixed_precision,
+    named_parameters,
+    reset_sharding,
+    reshard,
+    without_accelerate_autocast,
+)
 
 
 @dataclass(frozen=True)
@@ -163,18 +170,9 @@ class Policy:
         return next(self.model.parameters()).dtype
 
     def arithmetic_dtype(self) -> torch.dtype:
-        """The type that forwards multiply in: autocast's, or that of the weights, which FSDP2's mixed precision may narrow."""
-        if self.autocast is not None:
-            return self.autocast
-        for module in self.model.modules() if self.sharding.sharded else ():
-            if isinstance(module, FSDPModule):
-                module.unshard()
-                own: nn.Module = module
-                gathered = [p.dtype for p in own.parameters() if not isinstance(p, DTensor) and p.is_floating_point()]
-                module.reshard()
-                if gathered:
-                    return gathered[0]
-        return self.dtype
+        """The narrowest type in forwards: autocast's or that of the weights, or of FSDP2's mixed precision in any module."""
+        own = self.dtype if self.autocast is None else self.autocast
+        return min((own, *mixed_precision(self.model)), key=lambda dtype: dtype.itemsize)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, tied ones once, in the order of ``named_parameters``."""

@@ -255,7 +255,7 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
     measures = [EntropyMeasure(task.target, settings.weighting)]
     if task.target.estimator is not Estimator.SCORE:
         measures.append(EntropyMeasure(replace(task.target, estimator=Estimator.SCORE), settings.weighting))
-    same_arithmetic = policy.arithmetic_dtype().itemsize >= torch.float32.itemsize and not below_float32(model)
+    same_arithmetic = policy.arithmetic_dtype() == policy.dtype and not below_float32(model)
     with at_least_float32(model):
         realizer = Realizer(
             replace(policy, autocast=None),

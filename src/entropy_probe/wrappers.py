@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
@@ -97,6 +98,12 @@ def reset_sharding(model: nn.Module) -> None:
         if isinstance(module, FSDPModule) and module not in inside:
             inside.update(module.modules())
             getattr(module, "reset_iter_state", module.reshard)()
+
+
+def mixed_precision(model: nn.Module) -> set[torch.dtype]:
+    """The types that FSDP2 gathers weights in, or gives a module's outputs in, where its policies name any."""
+    policies: list[Any] = [m._get_fsdp_state()._mp_policy for m in model.modules() if isinstance(m, FSDPModule)]
+    return {dtype for policy in policies for dtype in (policy.param_dtype, policy.output_dtype) if dtype is not None}
 
 
 @contextmanager

@@ -89,26 +89,23 @@ Part = Callable[[str, Tensor], Tensor]
 """Takes, of a named parameter's whole moment, the part that this rank holds, in memory of its own."""
 
 
-def load_adam_state(path: Path, model: nn.Module, part: Part | None = None) -> tuple[AdamState, OptimizerMapping]:
+def load_adam_state(path: Path, model: nn.Module) -> tuple[AdamState, OptimizerMapping]:
     """Read an optimizer state file and map it onto the model's trainable parameters.
 
     A parameter without an entry is left out of ``AdamState.moments``; ``validate_preconditioner`` names it.
 
-    Args:
-        path: the file.
-        model: whole or sharded; of sharded parameters the whole shape counts.
-        part: for a rank that holds a part of every parameter.
-
     Raises:
         InputError: no file, not loadable without executing a pickle, another optimizer's state, or no rule fits.
     """
-    return map_adam_state(OptimizerFile.of_file(path).saved, model, path, part)
+    return map_adam_state(OptimizerFile.of_file(path).saved, model, path)
 
 
 def map_adam_state(
     saved: Mapping[str, Any], model: nn.Module, path: Path, part: Part | None = None
 ) -> tuple[AdamState, OptimizerMapping]:
     """The same of an optimizer's state_dict that was read from ``path``: ``state`` by index, ``param_groups``.
+
+    Of a sharded model's parameters the whole shape counts, and ``part`` takes what a rank holds.
 
     Raises:
         InputError: another optimizer's state, or no rule fits.

@@ -95,13 +95,11 @@ def load_sharded_checkpoint(
             told, and before anything is loaded, which of them was given another checkpoint.
         ValueError: the process group is not that of ``ranks``.
     """
-    group = _group_of(ranks)
-    # The small file first: a missing optimizer should not cost the loading of a large model.
-    refuse_without_optimizer(path)
-    folder, optimizer = _loaded(sources_of(path, base), ranks, dtype, device, with_optimizer=True)
+    folder, optimizer = _loaded(path, base, ranks, dtype, device, with_optimizer=True)
     assert optimizer is not None
     # Adam's state stays on the CPU, as in one process, wherever the model is.
-    adam, mapping = _adam_state(optimizer, folder.model, DeviceMesh.from_group(group, "cpu"))
+    mesh = DeviceMesh.from_group(_group_of(ranks), "cpu")
+    adam, mapping = ranks.alike(partial(_adam_state, optimizer, folder.model, mesh))
     return validated(
         folder, adam, mapping, learning_rate=learning_rate, seed=seed, sharding=sharding_of(folder.model, ranks)
     )
@@ -121,7 +119,7 @@ def load_sharded_model(
         InputError: anything missing, damaged or of another kind, in one line, on all ranks.
         ValueError: the process group is not that of ``ranks``.
     """
-    return _loaded(sources_of(path, base), ranks, dtype, device, with_optimizer=False)[0]
+    return _loaded(path, base, ranks, dtype, device, with_optimizer=False)[0]
 
 
 def _group_of(ranks: Ranks) -> dist.ProcessGroup:
@@ -134,11 +132,18 @@ def _group_of(ranks: Ranks) -> dist.ProcessGroup:
 
 
 def _loaded(
-    sources: Sources, ranks: Ranks, dtype: torch.dtype, device: torch.device | str, *, with_optimizer: bool
+    path: Path,
+    base: Path | None,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    with_optimizer: bool,
 ) -> tuple[ModelFolder, OptimizerFile | DistributedOptimizer | None]:
     """The model with this rank's rows, and the optimizer's files if wanted; which rank was given others is told before."""
-    group, path = _group_of(ranks), sources.path
-    refuse_without_config(sources.configuration)
+    group = _group_of(ranks)
+    # What one rank's disk lacks would leave the others waiting.
+    sources = ranks.alike(partial(_sources, path, base, with_optimizer))
     stored = ranks.alike(partial(_opened, sources, with_optimizer))
     # Ranks that hold models of two shapes would wait for each other in FSDP2's collectives.
     _refuse_other_checkpoints(ranks, sources, stored)
@@ -217,6 +222,15 @@ def shard_model(path: Path, model: Any, mesh: DeviceMesh) -> None:
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
     except (ValueError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{path}: FSDP2 cannot shard this model: {first_line(error)}; {ADVICE}") from error
+
+
+def _sources(path: Path, base: Path | None, with_optimizer: bool) -> Sources:
+    # The small file first: a missing optimizer should not cost the loading of a large model.
+    if with_optimizer:
+        refuse_without_optimizer(path)
+    sources = sources_of(path, base)
+    refuse_without_config(sources.configuration)
+    return sources
 
 
 def _opened(sources: Sources, with_optimizer: bool) -> Stored:

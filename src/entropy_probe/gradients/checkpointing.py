@@ -150,7 +150,11 @@ def _recomputing(original: Callable[..., Any], modes: Modes, contexts: Contexts)
 
 
 def _with_modes(modes: Callable[[], AbstractContextManager[Any]], contexts: Contexts) -> Any:
-    """The layer's own contexts, and the forward's modes around the second."""
+    """The layer's own contexts, and the forward's modes around the second.
+
+    A layer runs once more in each of several backwards, and each time in a second context made anew, which is not told what the
+    first has recorded.
+    """
     during, _ = contexts()
     if isinstance(during, _CachingTorchDispatchMode):
         # Selective checkpointing hands what it kept to one backward alone, and the probe runs several: all is recomputed.
