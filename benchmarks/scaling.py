@@ -298,7 +298,8 @@ def check(case: Case, found: Sequence[Found], expected: Sequence[dict[Kind, int]
                     f"{case}, rank {rank}: {mine.elements[kind]} elements of {kind} handed over, {theirs[kind]} by the formula"
                 )
         rest = mine.elements[Kind.NUMBERS] - theirs[Kind.NUMBERS]
-        most = 0 if case.ranks == 1 else formulas.few_numbers(case.ranks, tensors)
+        rounds = math.ceil((case.units / case.ranks + 1) * RESPONSES / case.microbatch) if case.choice.sharded else 0
+        most = 0 if case.ranks == 1 else formulas.few_numbers(case.ranks, tensors, rounds)
         if case.split:
             # Scores that a microbatch does not hold are taken by forwards of their own, at most once a run over the batch.
             most += 3 * case.units * RESPONSES * (1 + case.tokens)
