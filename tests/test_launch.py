@@ -40,6 +40,8 @@ PROMPTLY = 8.0
 
 REWARDS = """
 def one(prompt, response, row):
+    with open("calls", "a") as calls:
+        calls.write(".")
     return 1.0
 """
 
@@ -297,10 +299,13 @@ def test_two_ranks_sample_what_one_process_does(pair: Pair, sharding: ShardingCh
     command = ["sample", pair.place.checkpoint, "--prompts", "prompts.jsonl", "--reward", "even_rewards:one"]
     command += ["--responses", "3", "--max-new-tokens", "6", "--batch", "4", "--device", "cpu", "--dtype", "float64"]
     alone = run_command(*command, "--out", "one.jsonl")
+    assert Path("calls").read_text() == "." * 15
     first, second = pair.run(wait_in_a_collective, *command, "--out", "two.jsonl", "--sharding", sharding.value)
     assert codes([first, second]) == [0, 0], first.err + second.err
     assert first.out == alone.out.replace("one.jsonl", "two.jsonl")
     assert second.out == first.err == second.err == ""
+    # Once a response, on one of the ranks: they share the work, and do not both do all of it.
+    assert Path("calls").read_text() == "." * 30
     assert read_rollouts(Path("two.jsonl")) == [
         replace(row, logprobs=pytest.approx(row.logprobs, rel=1e-10)) for row in read_rollouts(Path("one.jsonl"))
     ]
