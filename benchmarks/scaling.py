@@ -43,7 +43,7 @@ from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState,
 from entropy_probe.collectives import Kind, Ranks, even_spans, row_spans
 from entropy_probe.gradients.batching import microbatches
 from entropy_probe.noise import LEAST_UNITS
-from entropy_probe.probe import probe_checkpoint
+from entropy_probe.pipeline import probe_checkpoint
 from entropy_probe.rollouts import Rollout, group_rollouts, write_rollouts
 from entropy_probe.scores import Estimator
 from entropy_probe.settings import Settings

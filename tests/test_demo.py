@@ -15,8 +15,8 @@ from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.demo import demo_files, demo_folder
 from entropy_probe.gradients import loss_gradient
 from entropy_probe.inputs import resolve_advantages, resolve_length_weights
+from entropy_probe.pipeline import probe_checkpoint
 from entropy_probe.policy import Policy
-from entropy_probe.probe import probe_checkpoint
 from entropy_probe.rollouts import read_batch
 from entropy_probe.scores import LengthWeight
 

@@ -13,7 +13,7 @@ from support import (
     run_command,
 )
 
-PROBE = importlib.import_module("entropy_probe.probe")
+PROBE = importlib.import_module("entropy_probe.pipeline")
 
 
 @pytest.mark.parametrize(

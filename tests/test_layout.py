@@ -19,7 +19,7 @@ FLOORS = {
     # 3: what needs a model
     "gradients": 3, "realized": 3, "sampling": 3, "sweep": 3, "resampling": 3,
     # 4: the method and what it says
-    "assemble": 4, "realized_rows": 4, "diagnostics": 4, "inputs": 4, "stages": 4, "probe": 4, "replay": 4,
+    "assemble": 4, "realized_rows": 4, "diagnostics": 4, "inputs": 4, "stages": 4, "pipeline": 4, "replay_check": 4,
     # 5: edges
     "cli": 5, "integrations": 5, "__main__": 5, "__init__": 5,
 }  # fmt: skip

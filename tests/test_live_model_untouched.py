@@ -141,11 +141,11 @@ def test_a_probe_that_fails_at_any_forward_leaves_everything_as_it_was(
     "target",
     [
         "entropy_probe.gradients.contractions:Contractions.add_outer",
-        "entropy_probe.probe.cross_statistics",
+        "entropy_probe.pipeline.cross_statistics",
         "torch:Tensor.double",
         "entropy_probe.realized.entropy_change",
         "entropy_probe.realized_rows.adamw_deltas",
-        "entropy_probe.probe.assemble_report",
+        "entropy_probe.pipeline.assemble_report",
         "torch.autograd.grad",
     ],
 )

@@ -13,8 +13,8 @@ import support
 from entropy_probe.adam_preconditioner import state_of_optimizer
 from entropy_probe.gradients import response_parts, unit_gradients
 from entropy_probe.noise import LEAST_UNITS, THIRDS, NoiseParts, noise_parts, within_covariance
+from entropy_probe.pipeline import probe
 from entropy_probe.policy import Measured, Policy
-from entropy_probe.probe import probe
 from entropy_probe.rollouts import group_rollouts
 from entropy_probe.scores import EntropyTarget, Estimator
 from entropy_probe.settings import Settings

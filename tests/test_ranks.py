@@ -34,8 +34,8 @@ from entropy_probe.collectives import ALONE, Kind, Payload, Ranks, even_spans, r
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import exchange, unit_gradients
 from entropy_probe.gradients.treatments import prove_rules
+from entropy_probe.pipeline import ProbeResult, probe, probe_checkpoint
 from entropy_probe.policy import Policy
-from entropy_probe.probe import ProbeResult, probe, probe_checkpoint
 from entropy_probe.report import Report
 from entropy_probe.rollouts import group_rollouts, write_rollouts
 from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator

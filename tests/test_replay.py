@@ -28,10 +28,10 @@ from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.demo import demo_folder
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
-from entropy_probe.replay import case, gradient_causes
-from entropy_probe.replay.sections import forwards
-from entropy_probe.replay.settings import TOLERANCE
-from entropy_probe.replay.suspicions import Findings
+from entropy_probe.replay_check import case, gradient_causes
+from entropy_probe.replay_check.sections import forwards
+from entropy_probe.replay_check.settings import TOLERANCE
+from entropy_probe.replay_check.suspicions import Findings
 from entropy_probe.report.replay_schema import ReplayReport
 from entropy_probe.rollouts import Rollout, group_rollouts, read_rollouts, write_rollouts
 from entropy_probe.scores import AdvantageRule, LengthWeight
@@ -447,7 +447,7 @@ def test_candidates_are_tried_once_and_the_recorded_loss_first(loose: Path, monk
         tried.append([a for _, _, a in gradient_causes._other_advantages(found)])
         return Findings([], 0)
 
-    monkeypatch.setattr(importlib.import_module("entropy_probe.replay.run"), "find_suspicions", look)
+    monkeypatch.setattr(importlib.import_module("entropy_probe.replay_check.run"), "find_suspicions", look)
     run(loose, ReplaySettings(length_weight=LengthWeight.GRPO))
     rules, advantages = tried
     assert rules[0] is LengthWeight.DAPO

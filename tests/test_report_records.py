@@ -194,7 +194,7 @@ def test_units_entropy_and_realised_rows_are_those_of_the_batch_and_the_steps(mo
         seen.update(found)
         return assemble_report(**found)
 
-    monkeypatch.setattr(importlib.import_module("entropy_probe.probe"), "assemble_report", keep)
+    monkeypatch.setattr(importlib.import_module("entropy_probe.pipeline"), "assemble_report", keep)
     model = support.tiny_model()
     model.model.norm.weight.requires_grad_(False)
     adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-2), model)

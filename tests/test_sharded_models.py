@@ -41,8 +41,8 @@ from entropy_probe.gradients.modules import Treatment
 from entropy_probe.gradients.preparation import measure_activations
 from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.language_head import HeadMode
+from entropy_probe.pipeline import probe
 from entropy_probe.policy import Policy
-from entropy_probe.probe import probe
 from entropy_probe.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.scores import EntropyTarget, Estimator
 from entropy_probe.settings import Settings

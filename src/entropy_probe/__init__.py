@@ -3,8 +3,8 @@
 from entropy_probe.adam_preconditioner import AdamState, state_of_optimizer
 from entropy_probe.collectives import Ranks
 from entropy_probe.errors import InputError
-from entropy_probe.probe import ProbeResult, probe, probe_checkpoint
-from entropy_probe.replay import ReplaySettings, replay
+from entropy_probe.pipeline import ProbeResult, probe, probe_checkpoint
+from entropy_probe.replay_check import ReplaySettings, replay
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
 from entropy_probe.settings import Settings
 

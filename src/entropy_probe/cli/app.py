@@ -26,11 +26,11 @@ from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.linearity import SweepRange
+from entropy_probe.pipeline import ProbeResult, probe_checkpoint
 from entropy_probe.policy import Policy
-from entropy_probe.probe import ProbeResult, probe_checkpoint
 from entropy_probe.progress import Progress, Silent
-from entropy_probe.replay import ReplaySettings
-from entropy_probe.replay import replay as replay_step
+from entropy_probe.replay_check import ReplaySettings
+from entropy_probe.replay_check import replay as replay_step
 from entropy_probe.report.files import check_report_folder, write_json, write_report_folder
 from entropy_probe.report.replay_text import print_replay
 from entropy_probe.report.text import print_report

@@ -13,7 +13,7 @@ from entropy_probe.checkpoints import TrainerState
 from entropy_probe.gradients import loss_gradient
 from entropy_probe.policy import Policy
 from entropy_probe.progress import Progress
-from entropy_probe.replay.settings import GRADIENT_TOLERANCE, MIXED_TOLERANCE, TOLERANCE
+from entropy_probe.replay_check.settings import GRADIENT_TOLERANCE, MIXED_TOLERANCE, TOLERANCE
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import AdvantageRule, LengthWeight
 from entropy_probe.update_comparison import GradientComparison, UpdateComparison, compare_updates

@@ -2,8 +2,8 @@
 
 The loss gradient −Ȳ of the recorded rows, clipped, stepped by AdamW from N's moments, against the weights of N + 1; entropy and
 gradient norm against the trainer's log; and where they disagree, causes that are tried one by one
-(:mod:`~entropy_probe.replay.suspicions`). ``training_args.bin`` is a pickle and is never read: what is not in ``optimizer.pt``
-comes from the rows, where the recorder wrote it, or from the settings.
+(:mod:`~entropy_probe.replay_check.suspicions`). ``training_args.bin`` is a pickle and is never read: what is not in
+``optimizer.pt`` comes from the rows, where the recorder wrote it, or from the settings.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from entropy_probe.gradients import loss_gradient, prepare
 from entropy_probe.inputs import free_memory, resolve_advantages, resolve_length_weights
 from entropy_probe.policy import Policy, check_finite, check_fits
 from entropy_probe.progress import Clock, Progress, Silent
-from entropy_probe.replay import pairs, sections
-from entropy_probe.replay.case import Replayed, against
-from entropy_probe.replay.settings import (
+from entropy_probe.replay_check import pairs, sections
+from entropy_probe.replay_check.case import Replayed, against
+from entropy_probe.replay_check.settings import (
     ReplaySettings,
     check_recorded,
     recorded_count,
@@ -32,7 +32,7 @@ from entropy_probe.replay.settings import (
     resolve_max_grad_norm,
     trained_mixed,
 )
-from entropy_probe.replay.suspicions import Findings, find_suspicions
+from entropy_probe.replay_check.suspicions import Findings, find_suspicions
 from entropy_probe.report.replay_schema import ReplayConfig, ReplayReport
 from entropy_probe.rollouts import read_batch
 from entropy_probe.settings import Settings

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from entropy_probe.progress import Progress
-from entropy_probe.replay.case import Cause, Replayed
-from entropy_probe.replay.gradient_causes import one_thing_else, two_things_else
-from entropy_probe.replay.optimizer_causes import optimizer_causes
-from entropy_probe.replay.row_causes import miscounted_rows, one_row
+from entropy_probe.replay_check.case import Cause, Replayed
+from entropy_probe.replay_check.gradient_causes import one_thing_else, two_things_else
+from entropy_probe.replay_check.optimizer_causes import optimizer_causes
+from entropy_probe.replay_check.row_causes import miscounted_rows, one_row
 from entropy_probe.report.replay_schema import Suspicion
 
 LEFT_OVER = 0.1

@@ -11,7 +11,7 @@ from entropy_probe.diagnostics import LENGTH_WEIGHT_OF_LOSS
 from entropy_probe.errors import InputError
 from entropy_probe.inputs import resolve_length_weights
 from entropy_probe.progress import Progress
-from entropy_probe.replay.case import Cause, Replayed
+from entropy_probe.replay_check.case import Cause, Replayed
 from entropy_probe.scores import (
     AdvantageRule,
     LengthWeight,

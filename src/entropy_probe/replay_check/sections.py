@@ -12,10 +12,10 @@ from entropy_probe import diagnostics
 from entropy_probe.adam_step import gradient_norm
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.policy import Measured, end_token_ids
-from entropy_probe.replay.case import Replayed
-from entropy_probe.replay.row_causes import WHOLE_FILE, incomplete, surplus
-from entropy_probe.replay.settings import MIXED_TOLERANCE, recorded_count, recorded_number
-from entropy_probe.replay.suspicions import Findings
+from entropy_probe.replay_check.case import Replayed
+from entropy_probe.replay_check.row_causes import WHOLE_FILE, incomplete, surplus
+from entropy_probe.replay_check.settings import MIXED_TOLERANCE, recorded_count, recorded_number
+from entropy_probe.replay_check.suspicions import Findings
 from entropy_probe.report import Evidence
 from entropy_probe.report.replay_schema import (
     GradientSection,

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from entropy_probe.adam_preconditioner import AdamGroup, AdamState
 from entropy_probe.adam_step import adamw_step
-from entropy_probe.replay.case import Cause, Replayed
-from entropy_probe.replay.settings import recorded_number
+from entropy_probe.replay_check.case import Cause, Replayed
+from entropy_probe.replay_check.settings import recorded_number
 from entropy_probe.update_comparison import fitted_factor
 
 USUAL_MAX_GRAD_NORM = 1.0
