@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import state_of_optimizer
+from entropy_probe.stored_precision import spacing, storage_type
 from entropy_probe.update_comparison import (
     compare_gradients,
     compare_updates,
     fitted_factor,
     micro_batch_entropy,
     recovered_gradient,
-    spacing,
-    storage_type,
 )
 
 SHAPES = {"a": (200, 50), "b": (3000,)}

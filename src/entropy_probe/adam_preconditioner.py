@@ -42,7 +42,8 @@ class AdamMoments:
 class AdamGroup:
     """Settings of one parameter group, and the parameters' names in the optimizer's order.
 
-    ``decoupled_weight_decay`` tells AdamW (true) from Adam with L2 (false).
+    ``decoupled_weight_decay`` tells AdamW (true) from Adam with L2 (false); ``fused`` torch's fused kernel, whose arithmetic is
+    float32 whatever the weights are held in.
     """
 
     names: tuple[str, ...]
@@ -54,6 +55,7 @@ class AdamGroup:
     amsgrad: bool
     maximize: bool
     decoupled_weight_decay: bool
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -334,4 +336,5 @@ def group_from_settings(group: Mapping[str, Any], names: Sequence[str]) -> AdamG
         maximize=bool(group.get("maximize", False)),
         # Written by torch from 2.7 on; the Trainer's default has always been AdamW.
         decoupled_weight_decay=bool(group.get("decoupled_weight_decay", True)),
+        fused=bool(group.get("fused", False)),
     )

@@ -125,9 +125,16 @@ def adamw_deltas(
     found = {}
     for name, group in state.group_of().items():
         if name in ascent and name in parameters:
-            step = _parameter_step(parameters[name], state.moments.get(name), group, ascent[name], factor)
-            found[name] = step.momentum + step.gradient + step.weight_decay
+            found[name] = adamw_delta(parameters[name], state.moments.get(name), group, ascent[name], factor)
     return found
+
+
+def adamw_delta(
+    parameter: Tensor, moments: AdamMoments | None, group: AdamGroup, ascent: Tensor, clip_factor: float = 1.0
+) -> Tensor:
+    """Δθ of :func:`adamw_step` of one parameter, float64."""
+    step = _parameter_step(parameter, moments, group, ascent, clip_factor)
+    return step.momentum + step.gradient + step.weight_decay
 
 
 @dataclass(frozen=True)

@@ -414,6 +414,12 @@ def _unit_id(batch: RolloutBatch, prompts: range, mode: Mode) -> Any:
 def _row(realized: RealizedChange, max_grad_norm: float | None) -> RealizedRow:
     change, weights = realized.change, realized.change.weights
     reasons = {}
+    if realized.kept is None:
+        reasons["rounded"] = (
+            "the step before any rounding of the weights"
+            if realized.step == "adamw"
+            else "the preconditioned step is not the optimizer's own, which alone is stored"
+        )
     if weights.pareto_reason is not None:
         reasons["pareto_k"] = reasons["delta_h_psis"] = weights.pareto_reason
     elif change.delta_h_smoothed is None:
@@ -439,6 +445,7 @@ def _row(realized: RealizedChange, max_grad_norm: float | None) -> RealizedRow:
         noise_floor=realized.noise_floor,
         step_norm=realized.step_norm,
         note=realized.note or _note(realized, max_grad_norm),
+        rounded=None if realized.kept is None else realized.kept.how.value,
         null_reasons=reasons,
     )
 
@@ -482,4 +489,6 @@ def _note(realized: RealizedChange, max_grad_norm: float | None) -> str:
     note = NOTES[realized.step, realized.batch]
     if realized.step != "adamw":
         return note
-    return note + ("; no gradient clipping" if max_grad_norm is None else f"; gradient clipped at {max_grad_norm:g}")
+    note += "; no gradient clipping" if max_grad_norm is None else f"; gradient clipped at {max_grad_norm:g}"
+    kept = realized.kept
+    return note if kept is None else f"{note}; rounded {kept.how.adverb} as its weights are stored: {kept.said}"

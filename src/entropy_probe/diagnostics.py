@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,7 @@ from entropy_probe.realized import RealizedChange
 from entropy_probe.report import Evidence
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import LengthWeight, by_group
+from entropy_probe.stored_precision import Rounding
 from entropy_probe.sweep import SweepCurve
 from entropy_probe.two_batches import TwoBatchStatistics
 from entropy_probe.u_statistics import CrossStatistics
@@ -277,8 +279,8 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
     for row in rows:
         weights = row.change.weights
         # All measures of a step on a batch have the same weights.
-        first, which = (row.step, row.batch) not in said, f"{row.step} step ({row.batch} batch)"
-        said.add((row.step, row.batch))
+        first, which = (row.title, row.batch) not in said, f"{row.title} step ({row.batch} batch)"
+        said.add((row.title, row.batch))
         if first and weights.is_low:
             found.append(
                 Evidence(
@@ -311,6 +313,35 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                 )
             )
     return found
+
+
+def rounding_warnings(rows: Sequence[RealizedChange], how: Rounding) -> list[Evidence]:
+    """Weights that the optimizer holds in a narrow type, where most of a small step is lost; or a rounding of none."""
+    pairs = [(plain, row, row.kept) for plain, row in pairwise(rows) if plain.kept is None and row.kept is not None]
+    if not pairs and how is Rounding.STOCHASTIC:
+        return [
+            Evidence(
+                "no_weights_rounded",
+                "stochastic rounding of the weights was asked for, and the optimizer holds none in bfloat16 or float16: its "
+                "moments, or the weights, are wider",
+                "Leave weight rounding out",
+            )
+        ]
+    if not pairs or not pairs[0][2].moved_in_float32:
+        return []
+    plain, row, kept = pairs[0]
+    unit = row.measure.target.unit.replace("-", " ")
+    seen = (
+        f"Adam's moments are stored in {kept.types} and the weights hold no more, so there is no float32 copy of them: {kept.said}. "
+        f"Rounded {kept.how.adverb}, as it is stored, the adamw step changes entropy by {row.change.delta_h:+.3g} nats {unit}, "
+        f"unrounded by {plain.change.delta_h:+.3g}; δH₁ and the optimizer's own step to first order are of the unrounded one"
+    )
+    advice = "Read the rounded rows for what this run does. To move every weight, load the model in float32 (autocast may stay)"
+    if kept.how is Rounding.STOCHASTIC:
+        advice += "; the rounding is one draw, and another seed gives another"
+    else:
+        advice += "; if your optimizer rounds stochastically, set weight rounding to stochastic"
+    return [Evidence("weights_stored_narrow", seen, advice)]
 
 
 def sweep_warnings(curves: Sequence[SweepCurve]) -> list[Evidence]:

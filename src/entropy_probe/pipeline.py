@@ -252,6 +252,7 @@ def _probe_as_marked(
         *diagnostics.end_token_warnings(batch, end_token_ids(subject.model)),
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals, policy.sharding),
         *diagnostics.coverage_warnings(gradients.coverage),
+        *diagnostics.rounding_warnings(realized.rows, settings.weight_rounding),
         *diagnostics.realized_warnings(realized.rows),
         *diagnostics.sweep_warnings(realized.curves),
         *(replace(warning, seen=f"evaluation rollouts: {warning.seen}") for warning in realized.of_evaluation),
@@ -327,4 +328,5 @@ def _config(task: Task) -> ConfigSection:
         device=str(task.policy.device),
         seed=settings.seed,
         max_grad_norm=settings.max_grad_norm,
+        weight_rounding=settings.weight_rounding,
     )

@@ -29,6 +29,7 @@ from entropy_probe.importance_sampling import (
 from entropy_probe.policy import Measured, Policy
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.rounded_step import Kept, mean_kept
 from entropy_probe.scores import EntropyTarget, EntropyUnit, response_entropies
 from entropy_probe.u_statistics import FloatArray
 from entropy_probe.virtual_step import virtual_step
@@ -100,7 +101,7 @@ class RealizedChange:
     ``noise_floor`` is max |ΔH(ε Δθ) − ε predicted| over eight ε from 1e-8 to 1e-6, where the true difference is of order ε²,
     each with the weights also rounded at random (:func:`rounding_noise`): float32 weights would not move by 1e-6 of a small
     step, and the same arithmetic twice would print 0 and hide the noise. ``step_norm`` is ‖Δθ‖;
-    ``note`` says what is particular to the row.
+    ``note`` says what is particular to the row; ``kept`` what rounding leaves of a step that is rounded as it is stored.
     """
 
     step: str
@@ -112,15 +113,35 @@ class RealizedChange:
     noise_floor: float
     step_norm: float
     note: str | None = None
+    kept: Kept | None = None
+
+    @property
+    def title(self) -> str:
+        """Which step it is of."""
+        return step_title(self.step, self.kept)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Δθ by parameter name, what it is called, and how it was made (``virtual``, or a real one on a ``clone``)."""
+    """Δθ by parameter name, what it is called, and how it was made (``virtual``, or a real one on a ``clone``).
+
+    ``kept`` is None unless it is rounded as the weights are stored.
+    """
 
     name: str
     method: str
     deltas: Mapping[str, Tensor]
+    kept: Kept | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name, with its rounding."""
+        return step_title(self.name, self.kept)
+
+
+def step_title(name: str, kept: Kept | None) -> str:
+    """A step's name, with its rounding where it is rounded as the weights are stored."""
+    return name if kept is None else f"{name} rounded {kept.how.adverb}"
 
 
 @dataclass(frozen=True)
@@ -163,14 +184,22 @@ def realize(
     floors = [0.0 for _ in predictions]
     sharding = policy.sharding
     generator = rounding_generator(sharding)
-    for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step.name} step", len(FLOOR_FACTORS)):
+    for factor in progress.track(FLOOR_FACTORS, f"numerical floor, {step.title} step", len(FLOOR_FACTORS)):
         tiny = measure_after(policy, batch, step, scale=factor, rounding=generator, entropies=entropies)
         gaps = [abs(p.measure.change(batch, before, tiny).delta_h - factor * p.linear) for p in predictions]
         floors = [max(floor, gap) for floor, gap in zip(floors, gaps, strict=True)]
     norm = gradient_norm(step.deltas, sharding)
     return [
         RealizedChange(
-            step.name, step.method, batch_name, p.measure, p.measure.change(batch, before, after), p.linear, floor, norm
+            step.name,
+            step.method,
+            batch_name,
+            p.measure,
+            p.measure.change(batch, before, after),
+            p.linear,
+            floor,
+            norm,
+            kept=step.kept,
         )
         for p, floor in zip(predictions, floors, strict=True)
     ]
@@ -207,7 +236,7 @@ def measure_after(
     if not bool(found.scores.isfinite().all()):
         times = "" if scale == 1.0 else f"{scale:.3g} times "
         raise InputError(
-            f"after {times}the {step.name} step a log-probability is {float(found.scores[~found.scores.isfinite()][0])}: the "
+            f"after {times}the {step.title} step a log-probability is {float(found.scores[~found.scores.isfinite()][0])}: the "
             f"step leaves the range of the number type; give a smaller {'learning rate' if scale == 1.0 else '--sweep'}"
         )
     return found
@@ -242,6 +271,7 @@ def average(rows: Sequence[RealizedChange]) -> RealizedChange:
         predicted=sum(row.predicted for row in rows) / count,
         noise_floor=max(row.noise_floor for row in rows),
         step_norm=sum(row.step_norm for row in rows) / count,
+        kept=mean_kept([row.kept for row in rows if row.kept is not None]),
     )
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.adam_step import adamw_deltas, preconditioned_step
+from entropy_probe.adam_step import adamw_deltas, clip_factor, gradient_norm, preconditioned_step
 from entropy_probe.gradients import Rules, response_dots, weighted_gradient
 from entropy_probe.policy import Measured, Policy, check_finite
 from entropy_probe.progress import Progress
 from entropy_probe.realized import HELD_OUT, EntropyMeasure, Predicted, RealizedChange, Step, average, realize
 from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.rounded_step import NEAREST, RoundingRule, rounded_adamw
 from entropy_probe.scores import EntropyCoefficients
 from entropy_probe.u_statistics import FloatArray
 
@@ -37,6 +38,7 @@ class Realizer:
         rules: of this very policy, or None.
         progress: told of long work.
         max_grad_norm: at which the adamw step clips its gradient; None does not.
+        rounding: of weights that the optimizer holds in a narrow type.
     """
 
     policy: Policy
@@ -47,6 +49,7 @@ class Realizer:
     rules: Rules | None
     progress: Progress
     max_grad_norm: float | None = None
+    rounding: RoundingRule = NEAREST
 
     def measured(self, batch: RolloutBatch) -> Measured:
         """Scores (and entropies where a measure needs them) at θ.
@@ -59,14 +62,24 @@ class Realizer:
         return found
 
     def steps(self, ascent: Mapping[str, Tensor]) -> list[Step]:
-        """The preconditioned step and the optimizer's own, from Ȳ."""
-        adamw = adamw_deltas(
-            self.policy.held(), self.adam, ascent, max_grad_norm=self.max_grad_norm, sharding=self.policy.sharding
-        )
-        return [
+        """The preconditioned step and the optimizer's own, from Ȳ; the latter also rounded, where weights are of a narrow type.
+
+        Raises:
+            InputError: the rounded step leaves the range of the narrow type.
+        """
+        theta, sharding = self.policy.held(), self.policy.sharding
+        adamw = adamw_deltas(theta, self.adam, ascent, max_grad_norm=self.max_grad_norm, sharding=sharding)
+        steps = [
             Step("preconditioned", "virtual", preconditioned_step(ascent, self.preconditioners, self.learning_rates)),
             Step("adamw", "virtual", adamw),
         ]
+        factor = clip_factor(gradient_norm(ascent, sharding), self.max_grad_norm)
+        rounded = rounded_adamw(
+            theta, self.adam, ascent, adamw, clip_factor=factor, rule=self.rounding, sharding=sharding
+        )
+        if rounded is not None:
+            steps.append(Step("adamw", "virtual", rounded.deltas, rounded.kept))
+        return steps
 
     def changes(self, batch: RolloutBatch, steps: Sequence[Step]) -> FloatArray:
         """dS, then d Σ_t H_t where a measure needs it, of every response along every step: [N, M, steps]."""

@@ -127,7 +127,7 @@ def resample(
         found += [
             replace(row, method=RESAMPLED, change=row.measure.resampled(batch, before, fresh, after), note=note)
             for row in rows
-            if row.step == step.name
+            if row.title == step.title
         ]
     return found
 

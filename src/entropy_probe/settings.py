@@ -11,6 +11,7 @@ from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.linearity import SweepRange
 from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
+from entropy_probe.stored_precision import Rounding
 from entropy_probe.units import Mode
 
 
@@ -47,8 +48,9 @@ class Settings:
         vector_dtype: of stored unit vectors; None takes that of the weights, float32 at least. bfloat16 halves the memory.
         gradient_checkpointing: layers keep their inputs alone and run once more in the backward; a live model's own setting
             counts too.
-        seed: of the validator's test vectors and of fresh responses.
+        seed: of the validator's test vectors, of fresh responses and of stochastic rounding.
         max_grad_norm: at which the trainer clips the gradient; None does not clip.
+        weight_rounding: of an optimizer that holds the weights in bfloat16 or float16; the checkpoint does not say.
         what_if_learning_rate: to say what a step at this learning rate would do.
         what_if_max_grad_norm: to say what a step clipped at this norm would do.
         what_if_no_negatives: to say what the update from responses with advantages above zero alone would do: one more pass.
@@ -77,6 +79,7 @@ class Settings:
     gradient_checkpointing: bool = False
     seed: int = 0
     max_grad_norm: float | None = None
+    weight_rounding: Rounding = Rounding.NEAREST
     what_if_learning_rate: float | None = None
     what_if_max_grad_norm: float | None = None
     what_if_no_negatives: bool = False

@@ -46,6 +46,7 @@ from entropy_probe.realized_rows import Realizer
 from entropy_probe.report import CheckpointSection, Evidence
 from entropy_probe.resampling import Resampling, plan_resampling, resample
 from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.rounded_step import RoundingRule
 from entropy_probe.scores import AdvantageRule, EntropyTarget, Estimator
 from entropy_probe.settings import Settings, dtype_name
 from entropy_probe.step_parts import Estimate, StepPrediction
@@ -266,6 +267,7 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
             rules if same_arithmetic else None,
             progress,
             max_grad_norm=settings.max_grad_norm,
+            rounding=RoundingRule(settings.weight_rounding, settings.seed),
         )
         before = Measured(gradients.scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
         steps = realizer.steps(gradients.ascent)

@@ -154,12 +154,16 @@ def sweep(
     factors: Sequence[float],
     progress: Progress,
 ) -> list[SweepCurve]:
-    """:func:`sweep_step` of every step, whose realised changes on this batch are among ``rows``."""
+    """:func:`sweep_step` of every step, whose realised changes on this batch are among ``rows``.
+
+    A step that is rounded as the weights are stored is passed by: α times it is no step of that optimizer.
+    """
     return [
         curve
         for step in steps
+        if step.kept is None
         for curve in sweep_step(
-            policy, batch, before, step, [row for row in rows if row.step == step.name], factors, progress
+            policy, batch, before, step, [row for row in rows if row.title == step.title], factors, progress
         )
     ]
 

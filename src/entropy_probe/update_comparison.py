@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
-
-STORAGE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Narrowest first; whatever none of them holds is float64."""
+from entropy_probe.stored_precision import shrunk_then_added, spacing, storage_type
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def compare_updates(
         if size > 0.0 or name in computed:
             stored = storage_type(new)
             floor += _squared(spacing(new, stored) / 2)
-            rounding += _squared(_as_stepped(theta, delta, decays.get(name, 0.0), stored) - (theta + delta))
+            rounding += _squared(shrunk_then_added(theta, delta, decays.get(name, 0.0), stored) - (theta + delta))
     if real == 0.0:
         raise ValueError("the weights did not move")
     ordered = sorted(errors.items(), key=lambda item: -item[1][0])
@@ -101,29 +99,6 @@ def compare_updates(
             for name, (gap, size) in ordered
         ),
     )
-
-
-def _as_stepped(theta: Tensor, delta: Tensor, decay: float, stored: torch.dtype) -> Tensor:
-    """θ + Δ as torch's AdamW leaves it: θ times 1 − η λ, whose factor is a float32, rounded; then the rest added, rounded."""
-    factor = float(torch.tensor(1.0 - decay, dtype=torch.promote_types(stored, torch.float32)))
-    shrunk = (theta * factor).to(stored).double()
-    return (shrunk + (delta + decay * theta)).to(stored).double()
-
-
-def storage_type(weights: Tensor) -> torch.dtype:
-    """The narrowest type that holds every element exactly: what the weights were stored in, whatever they are loaded as."""
-    for dtype in STORAGE_TYPES:
-        if torch.equal(weights.to(dtype).to(weights.dtype), weights):
-            return dtype
-    return torch.float64
-
-
-def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """ulp: the distance between neighbours in ``dtype`` at each value's size, float64."""
-    limits = torch.finfo(dtype)
-    exponent = torch.frexp(values.double().abs().clamp(min=limits.smallest_normal))[1]
-    # |x| = m 2^e with m in [½, 1), and eps is the distance above 1 = ½ · 2¹.
-    return torch.ldexp(torch.full_like(values, limits.eps, dtype=torch.float64), exponent - 1)
 
 
 def recovered_gradient(

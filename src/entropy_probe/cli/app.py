@@ -46,6 +46,7 @@ from entropy_probe.sampling import (
 )
 from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
 from entropy_probe.settings import Settings, ShardingChoice
+from entropy_probe.stored_precision import Rounding
 from entropy_probe.units import Mode
 
 app = typer.Typer(
@@ -173,6 +174,9 @@ def run(
         float | None,
         typer.Option(metavar="X", help="Clip the adamw step's gradient as the trainer does; 0, the default, does not."),
     ] = None,
+    weight_rounding: Annotated[
+        Rounding, typer.Option(help="How the optimizer rounds weights that it holds in bfloat16 or float16.")
+    ] = Rounding.NEAREST,
     what_if_learning_rate: Annotated[
         float | None, typer.Option(metavar="X", help="Also say what a step at this learning rate would do.")
     ] = None,
@@ -220,7 +224,9 @@ def run(
     base: BaseOption = None,
     device: DeviceOption = Device.AUTO,
     sharding: ShardingOption = ShardingChoice.REPLICATED,
-    seed: Annotated[int, typer.Option(help="Of the preconditioner's test vectors, and of --resample.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the preconditioner's test vectors, --resample and --weight-rounding stochastic.")
+    ] = 0,
     json_file: JsonOption = None,
     out: OutOption = None,
 ) -> None:
@@ -252,6 +258,7 @@ def run(
         memory_bytes=None if memory is None else memory * 1e9,
         seed=seed,
         max_grad_norm=max_grad_norm or None,
+        weight_rounding=weight_rounding,
         what_if_learning_rate=what_if_learning_rate,
         what_if_max_grad_norm=what_if_max_grad_norm,
         what_if_no_negatives=what_if_no_negatives,

@@ -27,7 +27,7 @@ def plot_predicted_and_realized(report: Report, path: Path) -> None:
             label="that estimator's own linear term" if place == 1 else None,
         )  # fmt: skip
         batch = "fresh responses" if row.method == "resampled" else f"{row.batch} batch"
-        labels.append(f"{row.step} step,\n{batch}, {row.estimator}")
+        labels.append(f"{row.title} step,\n{batch}, {row.estimator}")
     axes.axvline(0.0, color=NEUTRAL, linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)

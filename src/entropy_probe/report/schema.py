@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from entropy_probe.stored_precision import Rounding
+
 SCHEMA = 1
 
 
@@ -257,7 +259,10 @@ class EntropySection:
 
 @dataclass(frozen=True)
 class RealizedRow:
-    """One realised step beside its own linear prediction; see :mod:`entropy_probe.realized`."""
+    """One realised step beside its own linear prediction; see :mod:`entropy_probe.realized`.
+
+    ``rounded`` is "nearest" or "stochastic" where the step is rounded as the weights are stored, else null.
+    """
 
     step: str
     batch: str
@@ -277,7 +282,13 @@ class RealizedRow:
     noise_floor: float
     step_norm: float
     note: str
+    rounded: str | None
     null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Which step it is of, as text and plots name it."""
+        return self.step if self.rounded is None else f"{self.step} rounded {Rounding(self.rounded).adverb}"
 
 
 @dataclass(frozen=True)
@@ -341,6 +352,7 @@ class ConfigSection:
     device: str
     seed: int
     max_grad_norm: float | None
+    weight_rounding: str
 
 
 @dataclass(frozen=True)

@@ -275,14 +275,14 @@ def _realized(report: Report) -> RenderableType:
         table.add_column(column, justify="right", no_wrap=True)
     for row in report.realized:
         table.add_row(
-            f"{row.step} ({row.batch}{', resampled' if row.method == 'resampled' else ''}), {row.estimator}",
+            f"{row.title} ({row.batch}{', resampled' if row.method == 'resampled' else ''}), {row.estimator}",
             _signed(row.delta_h, row.se),
             f"{row.predicted:+.4g}",
             f"{row.ess_fraction:.3f}",
             "none" if row.pareto_k is None else f"{row.pareto_k:.2f}",
             f"{row.noise_floor:.0e}",
         )
-    said = dict.fromkeys(f"{row.step} ({row.method}): {row.note}" for row in report.realized)
+    said = dict.fromkeys(f"{row.title} ({row.method}): {row.note}" for row in report.realized)
     notes = [Text(note, style="dim") for note in said]
     missing = {row.null_reasons["pareto_k"] for row in report.realized if row.pareto_k is None}
     notes += [Text(f"k̂ none: {reason}", style="dim") for reason in sorted(missing)]
