@@ -165,8 +165,8 @@ def _refuse_lost(counts: FloatArray, state: AdamState) -> None:
         least = min(group.eps for group in state.groups if group.names)
         vanishes = float(torch.tensor(least, dtype=dtype)) == 0.0
         raise InputError(
-            f"Adam's moments are stored in {name} and the weights hold no more; in that type the adamw step makes {int(found[3])} of "
-            f"{int(found[0])} weights infinite or NaN"
+            f"Adam's moments are stored in {name} and the weights hold no more; in that type the adamw step makes "
+            f"{int(found[3])} of {int(found[0])} weights infinite or NaN"
             + (f" (Adam's ε of {least:g} is 0 in {name})" if vanishes else "")
             + "; train with float32 weights, or give a smaller learning rate"
             + (" or a larger ε" if vanishes else "")
