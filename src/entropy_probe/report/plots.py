@@ -27,12 +27,14 @@ def plot_predicted_and_realized(report: Report, path: Path) -> None:
             label="that estimator's own linear term" if place == 1 else None,
         )  # fmt: skip
         batch = "fresh responses" if row.method == "resampled" else f"{row.batch} batch"
-        labels.append(f"{row.title} step,\n{batch}, {row.estimator}")
+        rounded = row.title.removeprefix(row.step)
+        labels.append(f"{row.step} step{rounded},\n{batch}, {row.estimator}")
     axes.axvline(0.0, color=NEUTRAL, linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlabel(f"entropy change, nats {report.first_order.entropy.replace('-', ' ')} (95 % intervals)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False, fontsize=8)
+    # Below the whole figure: long names of steps leave the axes too narrow for it.
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     _save(figure, path)
 
 
