@@ -348,7 +348,7 @@ def delta_h(ratios: FloatArray, v: FloatArray, v_after: FloatArray, weighting: W
 def measure_cost(repeats: int) -> Cost:
     """The bundled checkpoint and rollouts; one warm-up of each."""
     files = demo_files()
-    loaded, batch = load_checkpoint(files.checkpoint, learning_rate=1.0), read_batch(files.rollouts)
+    loaded, batch = load_checkpoint(files.checkpoint), read_batch(files.rollouts)
     preparation = prepare(Policy(loaded.model, batch.temperature), batch, memory_bytes=MEMORY)
     policy = preparation.applied(Policy(loaded.model, batch.temperature))
     parameters = policy.trainable()

@@ -48,7 +48,7 @@ def one_geometry(batch: RolloutBatch) -> str:
     policy, p = Policy(checkpoint.model), Preconditioners(checkpoint.adam)
     x = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     advantages, _ = resolve_advantages(batch, None)
-    y = advantages * resolve_length_weights(batch, Settings(length_weight=LengthWeight.GUIDE))
+    y = advantages * resolve_length_weights(batch, LengthWeight.GUIDE)
     units, rates = exact_units(len(batch.groups)), dict.fromkeys(p, 1.0)
     one = unit_gradients(policy, batch, units, x, y, p, rates).total
     both = unit_gradients(policy, batch, units, x, y, {name: v**2 for name, v in p.items()}, rates).total

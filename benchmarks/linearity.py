@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from entropy_probe import Settings, read_batch
+from entropy_probe import read_batch
 from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.demo import demo_files, demo_folder
@@ -148,8 +148,8 @@ def lines(checkpoint: Path, rollouts: Path, prompts: int | None = None) -> list[
     update, held_out = halves(read_batch(rollouts), prompts)
     loaded = load_checkpoint(checkpoint, dtype=torch.float64)
     policy = Policy(loaded.model, update.temperature, microbatch_size=256)
-    settings = Settings(length_weight=LengthWeight.DR_GRPO, max_completion_length=demo_files().max_completion_length)
-    coefficients = resolve_advantages(update, None)[0] * resolve_length_weights(update, settings) / len(update.groups)
+    weights = resolve_length_weights(update, LengthWeight.DR_GRPO, demo_files().max_completion_length)
+    coefficients = resolve_advantages(update, None)[0] * weights / len(update.groups)
     realizer = Realizer(
         policy=policy,
         preconditioners=Preconditioners(loaded.adam),

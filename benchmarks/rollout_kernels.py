@@ -83,7 +83,7 @@ class Case:
 def checkpoint_case(folder: Path, prompts: int, responses: int, seed: int) -> Case:
     """Sums of two numbers drawn afresh, rewarded where they are right, as the bundled run was; Dr. GRPO throughout."""
     longest = demo_files().max_completion_length
-    loaded = load_checkpoint(folder, learning_rate=1.0)
+    loaded = load_checkpoint(folder)
     tokenizer = load_tokenizer([folder, demo_folder() / "base"])
     asked = []
     for number, (a, b) in enumerate(np.random.default_rng(seed).integers(10, 100, size=(prompts, 2))):

@@ -92,7 +92,7 @@ def test_the_recorded_batch_and_adamw_reproduce_the_next_checkpoint(kind: str) -
     checkpoint = load_checkpoint(path)
     policy = Policy(checkpoint.model, batch.temperature)
     advantages, _ = resolve_advantages(batch, None)
-    weights = resolve_length_weights(batch, Settings(length_weight=LengthWeight.DR_GRPO))
+    weights = resolve_length_weights(batch, LengthWeight.DR_GRPO)
     ascent = loss_gradient(policy, batch.responses, advantages * weights / len(batch.groups))
     norm = float(torch.sqrt(sum((g**2).sum() for g in ascent.values())))
     logged = [e for e in _log(DATA / kind / f"checkpoint-{after}") if e.get("step") == after]

@@ -96,7 +96,7 @@ def test_rollouts_of_another_step_or_another_loss_are_named() -> None:
     assert "checkpoint-20" in step.advice
     (loss,) = pairing_warnings(batch, 20, LengthWeight.GUIDE)
     assert loss.code == "other_loss"
-    assert "--length-weight dr_grpo" in loss.advice
+    assert "length weight to dr_grpo" in loss.advice
     assert pairing_warnings(recorded(), None, LengthWeight.GUIDE) == []
     (one,) = pairing_warnings(recorded(), 20, LengthWeight.BNPO)
     assert one.code == "one_micro_batch"

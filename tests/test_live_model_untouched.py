@@ -170,8 +170,8 @@ def test_a_probe_that_refuses_leaves_everything_as_it_was() -> None:
     live = live_model()
     adam = state_of_optimizer(live.optimizer, live.model)
     before = live.state()
-    with pytest.raises(InputError, match="max-completion-length"):
-        probe(live.model, adam, random_batch(4, 2), Settings(length_weight="dr_grpo"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="max_completion_length"):
+        probe(live.model, adam, random_batch(4, 2), Settings(length_weight=LengthWeight.DR_GRPO))
     with pytest.raises(InputError, match="5 blocks"):
         probe(live.model, adam, random_batch(4, 2), Settings(blocks=5))
     with pytest.raises(InputError, match="vocabulary"):

@@ -517,8 +517,8 @@ BAD: dict[str, tuple[str, str, str, list[str], list[str]]] = {
     "no-folder": ("checkpoint-2", "checkpoint-9", "step-00003.jsonl", [], ["checkpoint-9 is not a folder"]),
     "no-rows": ("checkpoint-2", "checkpoint-3", "step-00009.jsonl", [], ["step-00009.jsonl"]),
     "half-precision": ("checkpoint-2", "checkpoint-3", "step-00003.jsonl", ["--dtype", "bfloat16"], ["bfloat16"]),
-    "clip": ("checkpoint-2", "checkpoint-3", "step-00003.jsonl", ["--max-grad-norm", "-1"], ["max-grad-norm is -1"]),
-    "clip-nan": ("checkpoint-2", "checkpoint-3", "step-00003.jsonl", ["--max-grad-norm", "nan"], ["max-grad-norm is nan"]),
+    "clip": ("checkpoint-2", "checkpoint-3", "step-00003.jsonl", ["--max-grad-norm", "-1"], ["max_grad_norm is -1"]),
+    "clip-nan": ("checkpoint-2", "checkpoint-3", "step-00003.jsonl", ["--max-grad-norm", "nan"], ["max_grad_norm is nan"]),
 }  # fmt: skip
 
 
@@ -562,7 +562,7 @@ def test_weights_that_did_not_move_and_rows_that_name_no_loss_are_refused(dapo: 
     with pytest.raises(InputError, match="moved nothing"):
         run(dapo, after=still)
     nameless = edited(dapo, tmp_path, lambda rows: [replace(row, loss_type=None) for row in rows])
-    with pytest.raises(InputError, match="give --length-weight"):
+    with pytest.raises(InputError, match="set the length weight"):
         run(dapo, rollouts=nameless)
 
 

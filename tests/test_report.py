@@ -24,7 +24,7 @@ from entropy_probe.policy import Policy
 from entropy_probe.report import Report, write_report_folder
 from entropy_probe.report.text import headline, print_report, quantity
 from entropy_probe.rollouts import RolloutBatch, group_rollouts
-from entropy_probe.scores import EntropyTarget, Estimator
+from entropy_probe.scores import EntropyTarget, Estimator, LengthWeight
 from entropy_probe.u_statistics import CrossStatistics, cross_statistics
 from entropy_probe.units import exact_units
 from enumerable import EnumerablePolicy
@@ -244,7 +244,7 @@ class StrongSignal:
         """As the probe does up to its first row: the statistics, and the warnings about their interval."""
         batch = self.batch(seed)
         p = Preconditioners(self.adam)
-        y = resolve_advantages(batch, None)[0] * resolve_length_weights(batch, Settings())
+        y = resolve_advantages(batch, None)[0] * resolve_length_weights(batch, LengthWeight.GUIDE)
         target = EntropyTarget(Settings().estimator, Settings().entropy)
         rates = {name: group.learning_rate for name, group in self.adam.group_of().items()}
         gradients = unit_gradients(Policy(self.policy), batch, exact_units(32), target, y, p, rates)

@@ -98,7 +98,7 @@ def test_the_guides_weight_is_the_prompts_longest_response() -> None:
 
 
 def test_missing_constants_and_single_responses_are_refused() -> None:
-    with pytest.raises(InputError, match="max-completion-length"):
+    with pytest.raises(InputError, match="max_completion_length"):
         length_weights(LENGTHS, SIZES, LengthWeight.DR_GRPO)
     with pytest.raises(InputError, match="at least as long"):
         length_weights(LENGTHS, SIZES, LengthWeight.DR_GRPO, max_completion_length=5)

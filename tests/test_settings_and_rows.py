@@ -31,7 +31,7 @@ def test_length_weights_take_the_settings_constant_first_and_the_windows_from_th
     lengths = [len(r.response_ids) for r in batch.responses]
 
     def found(rule: LengthWeight, constant: int | None = None, of: RolloutBatch = batch) -> list[float]:
-        return resolve_length_weights(of, Settings(length_weight=rule, max_completion_length=constant)).tolist()
+        return resolve_length_weights(of, rule, constant).tolist()
 
     assert found(LengthWeight.DR_GRPO) == pytest.approx([1 / (2 * 50)] * 6)
     assert found(LengthWeight.DR_GRPO, 80) == pytest.approx([1 / (2 * 80)] * 6)

@@ -176,7 +176,7 @@ def assert_same(found: Checkpoint, expected: Checkpoint, ranks: Ranks, *, base: 
     for field in ("kind", "architecture", "vocabulary", "context_length"):
         assert getattr(found.folder, field) == getattr(expected.folder, field)
     assert found.folder.base == base
-    assert (found.stored_learning_rates, found.trainer_step) == (expected.stored_learning_rates, expected.trainer_step)
+    assert (found.adam.learning_rates, found.trainer_step) == (expected.adam.learning_rates, expected.trainer_step)
     assert end_token_ids(found.model) == end_token_ids(expected.model)
 
 
@@ -206,8 +206,8 @@ def distributed_alike(name: str, root: Path, ranks: Ranks) -> None:
     else:
         with pytest.raises(InputError, match=r"no config\.json; .*--base"):
             load_sharded_checkpoint(folder, ranks)
-    expected = load_checkpoint(root / name, base=base_of(name, root), learning_rate=2e-4)
-    found = load_sharded_checkpoint(folder, ranks, base=base, learning_rate=2e-4)
+    expected = load_checkpoint(root / name, base=base_of(name, root))
+    found = load_sharded_checkpoint(folder, ranks, base=base)
     assert_same(found, expected, ranks, base=base)
     said = describe_checkpoint(found)
     assert (said.kind, said.base) == ("lora" if name == "lora" else "full", str(base))

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,14 @@ from entropy_probe.policy import Policy
 from entropy_probe.report.schema import AdamWPart, FallSection, WhatIfRow, WhatIfSection
 from entropy_probe.report.text import print_report, step_sentence
 from entropy_probe.rollouts import RolloutBatch, group_rollouts
-from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator, entropy_coefficients, entropy_ratio
+from entropy_probe.scores import (
+    EntropyTarget,
+    EntropyUnit,
+    Estimator,
+    LengthWeight,
+    entropy_coefficients,
+    entropy_ratio,
+)
 from entropy_probe.step_parts import PARTS, StepPrediction, predict_parts
 from entropy_probe.units import Mode, Units, block_units, exact_units
 from entropy_probe.virtual_step import virtual_step
@@ -45,7 +53,7 @@ DEFAULTS = Settings()
 
 
 def coefficients(batch: RolloutBatch) -> Tensor:
-    return resolve_advantages(batch, None)[0] * resolve_length_weights(batch, Settings())
+    return resolve_advantages(batch, None)[0] * resolve_length_weights(batch, LengthWeight.GUIDE)
 
 
 @functools.cache
@@ -440,25 +448,32 @@ def test_the_realised_step_is_clipped_and_says_so() -> None:
     assert rows["adamw"].step_norm != pytest.approx(others["adamw"].step_norm, rel=1e-3)
     assert rows["adamw"].note.endswith("gradient clipped at 0.05")
     assert others["adamw"].note.endswith("no gradient clipping")
-    assert "--max-grad-norm" in free.adamw.null_reasons["max_grad_norm"]
+    assert "neither settings nor rows say" in free.adamw.null_reasons["max_grad_norm"]
+    assert (free.adamw.max_grad_norm_source, clipped.adamw.max_grad_norm_source) == ("unknown", "given")
     assert clipped.config.max_grad_norm == clipped.adamw.max_grad_norm == MAX_GRAD_NORM
     # The row's linear term holds the diagonal, the prediction does not; without the gradient they would be one.
     assert rows["adamw"].predicted == pytest.approx(clipped.adamw.total, rel=0.5)
 
 
-def test_rollouts_of_a_trainer_that_clips_this_gradient_are_told_of() -> None:
+def test_the_clip_that_the_rows_recorded_is_taken_and_a_given_one_that_contradicts_it_is_told_of() -> None:
     model, adam, _ = setting()
     rows = support.random_rollouts(8, 3)
 
-    def warned(recorded: float, settings: Settings) -> list[str]:
+    def found(recorded: float, settings: Settings) -> tuple[float | None, str, float, float | None, list[str]]:
         batch = group_rollouts([replace(r, extra={"max_grad_norm": recorded}) for r in rows])
         report = probe(model, adam, batch, settings).report
-        return [w.advice for w in report.warnings if w.code == "gradient_clipping"]
+        adamw, said = report.adamw, [w.seen for w in report.warnings if w.code == "gradient_clipping"]
+        return adamw.max_grad_norm, adamw.max_grad_norm_source, adamw.clip_factor, report.config.max_grad_norm, said
 
-    assert warned(0.05, Settings()) == ["Give --max-grad-norm 0.05"]
-    assert warned(0.05, Settings(max_grad_norm=0.05)) == []
-    assert warned(0.0, Settings()) == []
-    assert warned(1e6, Settings()) == []
+    given = found(1e6, Settings(max_grad_norm=0.05))
+    assert found(0.05, Settings()) == (0.05, "recorded", given[2], 0.05, [])
+    assert given[2] < 1
+    assert found(0.05, Settings(max_grad_norm=0.05)) == (0.05, "given", given[2], 0.05, [])
+    assert found(0.0, Settings()) == (None, "recorded", 1.0, 0.0, [])
+    *off, said = found(0.05, Settings(max_grad_norm=0))
+    assert off == [None, "given", 1.0, 0.0]
+    assert "clips gradients at norm 0.05" in said[0]
+    assert "is not clipped" in said[0]
 
 
 SENTENCES = [
@@ -565,5 +580,6 @@ def test_the_terminal_shows_each_number_by_its_name(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("option", ["max_grad_norm", "what_if_learning_rate", "what_if_max_grad_norm", "what_if_fall"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_number_that_cannot_be_meant_is_refused(option: str, value: float) -> None:
-    with pytest.raises(InputError, match=option.replace("_", "-")):
+    meant = option == "max_grad_norm" and value == 0  # no clipping
+    with nullcontext() if meant else pytest.raises(InputError, match=f"{option} is "):
         Settings(**{option: value})  # type: ignore[arg-type]

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from entropy_probe import diagnostics
+import support
+from entropy_probe import Settings, diagnostics
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState
 from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights
 from entropy_probe.realized import EntropyMeasure, RealizedChange
+from entropy_probe.recorded import trainers_step
 from entropy_probe.report import Evidence
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
-from entropy_probe.scores import EntropyTarget
+from entropy_probe.scores import EntropyTarget, LengthWeight
 from entropy_probe.u_statistics import CrossStatistics, UnitDots, cross_statistics
 
 
@@ -57,14 +59,19 @@ def group(names: tuple[str, ...], learning_rate: float) -> AdamGroup:
 
 
 def test_a_learning_rate_of_zero_counts_where_it_trains_something_and_its_source_is_named() -> None:
-    idle = AdamState((group((), 0.0), group(("a",), 1e-3)), {})
-    assert diagnostics.learning_rate_warnings(idle, False) == []
-    (stored,), (given,) = (
-        diagnostics.learning_rate_warnings(AdamState((group(("a",), 0.0),), {}), overridden)
-        for overridden in (False, True)
-    )
-    assert "stored in optimizer.pt" in stored.seen
-    assert "given" in given.seen
+    def warned(state: AdamState, **rate: Any) -> list[Evidence]:
+        batch = support.random_batch(2, 2, extra=rate.pop("rows", {}))
+        trainer = trainers_step(batch, Settings(**rate), assumed=LengthWeight.GUIDE)
+        return diagnostics.learning_rate_warnings(trainer.of(state), trainer, state.learning_rates)
+
+    assert warned(AdamState((group((), 0.0), group(("a",), 1e-3)), {})) == []
+    still = AdamState((group(("a",), 0.0),), {})
+    (stored,), (given,) = warned(still), warned(still, learning_rate=0)
+    assert "stored in the optimizer's state" in stored.seen
+    assert "as given" in given.seen
+    other, recorded = warned(AdamState((group(("a",), 1e-3),), {}), rows={"learning_rate": 0.0})
+    assert (other.code, recorded.code) == ("learning_rate_recorded", "learning_rate_zero")
+    assert "as the rows recorded it" in recorded.seen
 
 
 def test_a_prompt_counts_as_without_advantage_only_if_every_response_is() -> None:

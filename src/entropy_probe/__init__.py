@@ -3,22 +3,32 @@
 from entropy_probe.adam_preconditioner import AdamState, state_of_optimizer
 from entropy_probe.collectives import Ranks
 from entropy_probe.errors import InputError
+from entropy_probe.importance_sampling import Weighting
 from entropy_probe.pipeline import ProbeResult, probe, probe_checkpoint
 from entropy_probe.replay_check import ReplaySettings, replay
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
-from entropy_probe.settings import Settings
+from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
+from entropy_probe.settings import Settings, ShardingChoice
+from entropy_probe.units import Mode
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdamState",
+    "AdvantageRule",
+    "EntropyUnit",
+    "Estimator",
     "InputError",
+    "LengthWeight",
+    "Mode",
     "ProbeResult",
     "Ranks",
     "ReplaySettings",
     "Rollout",
     "RolloutBatch",
     "Settings",
+    "ShardingChoice",
+    "Weighting",
     "group_rollouts",
     "probe",
     "probe_checkpoint",

@@ -23,6 +23,7 @@ from entropy_probe.intervals import needed_units
 from entropy_probe.noise import LEAST_UNITS, NoiseParts
 from entropy_probe.policy import Measured
 from entropy_probe.realized import HELD_OUT, SAME, RealizedChange
+from entropy_probe.recorded import Source, TrainersStep
 from entropy_probe.report.schema import (
     AdamWPart,
     AdamWSection,
@@ -69,6 +70,12 @@ NOTES = {
     ("adamw", HELD_OUT): "the optimizer's own step from other prompts' responses than these",
 }
 
+NOT_CLIPPED = {
+    Source.GIVEN: "a clip of 0 was given, which is none",
+    Source.RECORDED: "the rows recorded a clip of 0, which is none",
+    Source.UNKNOWN: "neither settings nor rows say whether the trainer clips, so the gradient is not clipped here",
+}
+
 
 def assemble_report(
     *,
@@ -91,6 +98,7 @@ def assemble_report(
     gradient_statistics: CrossStatistics | None,
     reached: Collection[str],
     gradient_norm: float,
+    trainer: TrainersStep,
     what_ifs: Sequence[WhatIf],
     fall: Fall | None,
     warnings: Sequence[Evidence],
@@ -122,7 +130,7 @@ def assemble_report(
         noise=_noise(noise, step_statistics, asked=config.noise),
         two_batches=None if two_batches is None else _two_batches(two_batches, evaluation),
         folds=None if folds is None else _folds(folds, step_kernel, plan),
-        adamw=_adamw(step, gradient_statistics, adam, reached, gradient_norm, config.max_grad_norm),
+        adamw=_adamw(step, gradient_statistics, adam, reached, gradient_norm, trainer),
         what_if=WhatIfSection([_what_if(found) for found in what_ifs], None if fall is None else _fall(fall)),
         units=UnitsSection(
             mode=plan.units.mode.value,
@@ -144,7 +152,7 @@ def assemble_report(
         ),
         ranks=ranks,
         entropy=EntropySection(entropy, entropy_se, rate, rate_se, batch.mean_length),
-        realized=[_row(change, config.max_grad_norm) for change in realized],
+        realized=[_row(change, trainer.max_grad_norm) for change in realized],
         sweep=[_sweep(curve) for curve in sweep],
         warnings=list(warnings),
         config=config,
@@ -164,7 +172,6 @@ def describe_checkpoint(checkpoint: Checkpoint) -> CheckpointSection:
         kind=folder.kind,
         architecture=folder.architecture,
         trainer_step=checkpoint.trainer_step,
-        stored_learning_rates=list(checkpoint.stored_learning_rates),
         mapping=checkpoint.mapping.rule,
     )
 
@@ -333,7 +340,7 @@ def _adamw(
     adam: AdamState,
     names: Collection[str],
     gradient_norm: float,
-    max_grad_norm: float | None,
+    trainer: TrainersStep,
 ) -> AdamWSection:
     def reasons(estimate: Estimate) -> dict[str, str]:
         return {} if estimate.se is not None else {"se": estimate.why_not}
@@ -354,8 +361,8 @@ def _adamw(
         assert gradient is not None
         if gradient.se_this_step is None:
             why["u_statistic_se"] = gradient.null_reasons["se_this_step"]
-    if max_grad_norm is None:
-        why["max_grad_norm"] = "not given (--max-grad-norm): the gradient is not clipped here"
+    if trainer.max_grad_norm is None:
+        why["max_grad_norm"] = NOT_CLIPPED[trainer.max_grad_norm_source]
     total = step.total
     resolved = [name for name, estimate in step.parts.items() if step.is_resolved(estimate)]
     return AdamWSection(
@@ -367,8 +374,9 @@ def _adamw(
         u_statistic=None if gradient is None else -gradient.u_cross + 0.0,
         u_statistic_se=None if gradient is None else gradient.se_this_step,
         gradient_norm=gradient_norm,
-        clip_factor=clip_factor(gradient_norm, max_grad_norm),
-        max_grad_norm=max_grad_norm,
+        clip_factor=clip_factor(gradient_norm, trainer.max_grad_norm),
+        max_grad_norm=trainer.max_grad_norm,
+        max_grad_norm_source=trainer.max_grad_norm_source.value,
         sentence=step_sentence(
             {name: part.value for name, part in parts.items()},
             total.value,

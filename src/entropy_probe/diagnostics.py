@@ -13,6 +13,7 @@ from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.realized import RealizedChange
+from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS, Source, TrainersStep
 from entropy_probe.report import Evidence
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import LengthWeight, by_group
@@ -80,19 +81,59 @@ def two_batch_warnings(found: TwoBatchStatistics | None) -> list[Evidence]:
     return [Evidence("two_batch_interval_falls_short", found.shortfall, "Give more prompts to the smaller batch")]
 
 
-def learning_rate_warnings(state: AdamState, overridden: bool) -> list[Evidence]:
-    """A learning rate of zero: its parameters do not move whatever the entropy would do."""
+LEARNING_RATE_SOURCES = {
+    Source.GIVEN: "as given",
+    Source.RECORDED: "as the rows recorded it",
+    Source.UNKNOWN: "as stored in the optimizer's state (the end of a schedule leaves 0.0 there)",
+}
+
+
+def learning_rate_warnings(state: AdamState, trainer: TrainersStep, stored: Sequence[float]) -> list[Evidence]:
+    """A recorded rate that is not the stored one; a rate of zero, whose parameters do not move whatever entropy would do.
+
+    Args:
+        state: the optimizer's, with the learning rates of this step.
+        trainer: says where they come from.
+        stored: the distinct ones that it held before.
+    """
+    found = []
+    if trainer.learning_rate_source is Source.RECORDED and list(state.learning_rates) != list(stored):
+        used, held = (", ".join(f"{rate:.6g}" for rate in rates) for rates in (state.learning_rates, stored))
+        found.append(
+            Evidence(
+                "learning_rate_recorded",
+                f"the rows recorded a learning rate of {used} for this step, the optimizer's state holds {held}; the "
+                "recorded one is taken",
+                "Look for rows of another step, or a scheduler that was resumed otherwise; set the learning rate to ask about "
+                "another",
+            )
+        )
     groups = [group for group in state.groups if group.names]
     zero = sum(group.learning_rate == 0.0 for group in groups)
     if not zero:
-        return []
-    source = "given" if overridden else "stored in optimizer.pt (the end of a schedule leaves 0.0 there)"
+        return found
     which = "so this step changes nothing" if zero == len(groups) else f"in {zero} of {len(groups)} parameter groups"
-    return [
+    found.append(
         Evidence(
             "learning_rate_zero",
-            f"the learning rate is 0.0, as {source}, {which}",
-            "Give --learning-rate with the rate you want to know about",
+            f"the learning rate is 0.0, {LEARNING_RATE_SOURCES[trainer.learning_rate_source]}, {which}",
+            "Set the learning rate to the one that you want to know about",
+        )
+    )
+    return found
+
+
+def loss_warnings(trainer: TrainersStep) -> list[Evidence]:
+    """A length weight that nothing says is the trainer's."""
+    if trainer.length_weight_source is not Source.UNKNOWN:
+        return []
+    return [
+        Evidence(
+            "length_weight_assumed",
+            f"the rows name no loss_type and no length weight is set, so {trainer.length_weight} is taken; another loss makes "
+            "another update, and every predicted change follows the update",
+            f"Set the length weight to your trainer's loss ({', '.join(LengthWeight)}; dapo is TRL's default), or give the "
+            "rows a loss_type",
         )
     ]
 
@@ -122,7 +163,7 @@ def clipping_warnings(batch: RolloutBatch, norm: float, max_grad_norm: float | N
         Evidence(
             "gradient_clipping",
             f"the rollouts' trainer clips gradients at norm {recorded:g}; this one is {norm:.3g} and {here} in the adamw step",
-            f"Give --max-grad-norm {recorded:g}",
+            f"Leave the clip out of the settings to have the recorded one, {recorded:g}",
         )
     ]
 
@@ -155,17 +196,6 @@ def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
     return found
 
 
-LENGTH_WEIGHT_OF_LOSS = {
-    "grpo": LengthWeight.GRPO,
-    "sapo": LengthWeight.GRPO,
-    "dr_grpo": LengthWeight.DR_GRPO,
-    "dapo": LengthWeight.DAPO,
-    "cispo": LengthWeight.DAPO,
-    "bnpo": LengthWeight.BNPO,
-}
-"""TRL's loss types and the length weights that their gradients have at ratio 1."""
-
-
 def pairing_warnings(batch: RolloutBatch, trainer_step: int | None, length_weight: LengthWeight) -> list[Evidence]:
     """What a recorder wrote into the rows contradicts the checkpoint, or the loss that was asked for."""
     found = []
@@ -184,7 +214,7 @@ def pairing_warnings(batch: RolloutBatch, trainer_step: int | None, length_weigh
             Evidence(
                 "other_loss",
                 f"the rollouts come from loss_type {row.loss_type}, the length weight here is {length_weight}",
-                f"Give --length-weight {expected} to probe the trainer's own update",
+                f"Set the length weight to {expected}, or leave it out, to probe the trainer's own update",
             )
         )
     if length_weight is LengthWeight.BNPO and row.micro_batch is None:

@@ -20,12 +20,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import assert_never
 
 import numpy as np
 from arviz_stats.base import array_stats
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
+from entropy_probe.choices import member
 from entropy_probe.u_statistics import FloatArray
 
 
@@ -34,6 +36,21 @@ class Weighting(StrEnum):
 
     GLOBAL = "global"
     PER_PROMPT = "per-prompt"
+
+
+def _prompt_by_prompt(weighting: Weighting) -> bool:
+    """Whether each prompt's own responses are what weights are normalised over.
+
+    Raises:
+        InputError: a weighting that is not known.
+    """
+    match member("weighting", weighting, Weighting):
+        case Weighting.GLOBAL:
+            return False
+        case Weighting.PER_PROMPT:
+            return True
+        case unknown:
+            assert_never(unknown)
 
 
 LOW_ESS_FRACTION = 0.3
@@ -151,14 +168,15 @@ def entropy_change(
     base = base_weights(group_sizes)
     v, v_after = (-scores, -scores_after) if entropies is None else entropies
     exposure = np.ones(len(scores)) if lengths is None else lengths
-    found = importance_weights(scores, scores_after, base, group_sizes if weighting is Weighting.PER_PROMPT else None)
+    prompt_by_prompt = _prompt_by_prompt(weighting)
+    found = importance_weights(scores, scores_after, base, group_sizes if prompt_by_prompt else None)
     mean, mean_after = float(base @ exposure), float(found.weights @ exposure)
     before = float(base @ v) / mean
     after = float(found.weights @ v_after) / mean_after
     influence = found.weights * (v_after - after * exposure) / mean_after - base * (v - before * exposure) / mean
     se = _clustered_error(np.add.reduceat(influence, group_starts(group_sizes)))
     smoothed = None
-    if found.smoothed is not None and weighting is Weighting.GLOBAL:
+    if found.smoothed is not None and not prompt_by_prompt:
         smoothed = float(found.smoothed @ v_after) / float(found.smoothed @ exposure) - before
     return EntropyChange(before, after, after - before, se, smoothed, found)
 
@@ -185,7 +203,7 @@ def linear_term(
     exposure = np.ones(len(scores)) if lengths is None else lengths
     mean = float(base @ exposure)
     residual = v - float(base @ v) / mean * exposure
-    if weighting is Weighting.PER_PROMPT:
+    if _prompt_by_prompt(weighting):
         sizes = np.asarray(group_sizes)
         residual = residual - np.repeat(np.add.reduceat(residual, group_starts(group_sizes)) / sizes, sizes)
     on_scores = base * residual / mean

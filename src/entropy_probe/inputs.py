@@ -12,12 +12,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.choices import member
 from entropy_probe.collectives import ALONE, Ranks, Sharding, deal
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import VECTOR_SHARE
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.rollouts import RolloutBatch, read_batch
-from entropy_probe.scores import AdvantageRule, Estimator, advantages_from_rewards, length_weights
+from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight, advantages_from_rewards, length_weights
 from entropy_probe.settings import Settings
 from entropy_probe.units import Units
 
@@ -121,8 +122,9 @@ def resolve_advantages(batch: RolloutBatch, rule: AdvantageRule | None) -> tuple
     """A_ng, float64 [N], and the rule that gave them: the rollouts' own where there are any, else dr_grpo.
 
     Raises:
-        InputError: ``given`` was asked for and the rows have none.
+        InputError: ``given`` was asked for and the rows have none, or the rule is not known.
     """
+    rule = None if rule is None else member("advantage", rule, AdvantageRule)
     given = [response.advantage for response in batch.responses if response.advantage is not None]
     if rule is None:
         rule = AdvantageRule.GIVEN if given else AdvantageRule.DR_GRPO
@@ -134,15 +136,19 @@ def resolve_advantages(batch: RolloutBatch, rule: AdvantageRule | None) -> tuple
     return torch.tensor(given, dtype=torch.float64), rule
 
 
-def resolve_length_weights(batch: RolloutBatch, settings: Settings) -> Tensor:
-    """w_ng of the training loss, with the window's constants from the rollouts where the settings give none."""
+def resolve_length_weights(batch: RolloutBatch, rule: LengthWeight, max_completion_length: int | None = None) -> Tensor:
+    """w_ng of the training loss, with the window's constants from the rollouts where none are given.
+
+    Raises:
+        InputError: see :func:`entropy_probe.scores.length_weights`.
+    """
     first = batch.responses[0]
     micro_batches = [r.micro_batch for r in batch.responses if r.micro_batch is not None]
     return length_weights(
         [len(response.response_ids) for response in batch.responses],
         batch.group_sizes,
-        settings.length_weight,
-        max_completion_length=settings.max_completion_length or first.max_completion_length,
+        rule,
+        max_completion_length=max_completion_length or first.max_completion_length,
         window_tokens=first.window_tokens,
         micro_batches=micro_batches or None,
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,30 +128,33 @@ def interval(
         raise ValueError(f"the level is {level}; expected a number between 0 and 1")
     found = _summary(kernel)
     tail = 0.5 * (1.0 + level)
-    if method is IntervalMethod.BOOTSTRAP:
-        resampled, _ = bootstrap(found.h, replicates, seed)
-        low, high = np.quantile(resampled, [1.0 - tail, tail])
-        return float(low), float(high)
-    if method is IntervalMethod.BOOTSTRAP_T:
-        resampled, variances = bootstrap(found.h, replicates, seed)
-        # A resample whose row means are all alike has no error of its own and tells nothing about the quantiles of T.
-        kept = variances > 1e-12 * found.plugin
-        if not kept.any():
-            return found.u_cross, found.u_cross
-        low, high = np.quantile((resampled[kept] - found.u_cross) / np.sqrt(variances[kept]), [1.0 - tail, tail])
-        error = math.sqrt(found.plugin)
-        return found.u_cross - float(high) * error, found.u_cross - float(low) * error
-    if method is IntervalMethod.SKEWED_T:
-        return _skewed_t(found, tail)
-    quantile = (
-        float(special.ndtri(tail)) if method is IntervalMethod.NORMAL else student_quantile(tail, found.units - 1)
-    )
-    variance = {
-        IntervalMethod.NORMAL: found.plugin,
-        IntervalMethod.T: found.plugin,
-        IntervalMethod.JACKKNIFE_T: found.jackknife,
-        IntervalMethod.UNBIASED_T: found.unbiased,
-    }[method]
+    quantile = student_quantile(tail, found.units - 1)
+    match method:
+        case IntervalMethod.BOOTSTRAP:
+            resampled, _ = bootstrap(found.h, replicates, seed)
+            low, high = np.quantile(resampled, [1.0 - tail, tail])
+            return float(low), float(high)
+        case IntervalMethod.BOOTSTRAP_T:
+            resampled, variances = bootstrap(found.h, replicates, seed)
+            # A resample whose row means are all alike has no error of its own and tells nothing about the quantiles of T.
+            kept = variances > 1e-12 * found.plugin
+            if not kept.any():
+                return found.u_cross, found.u_cross
+            low, high = np.quantile((resampled[kept] - found.u_cross) / np.sqrt(variances[kept]), [1.0 - tail, tail])
+            error = math.sqrt(found.plugin)
+            return found.u_cross - float(high) * error, found.u_cross - float(low) * error
+        case IntervalMethod.SKEWED_T:
+            return _skewed_t(found, tail)
+        case IntervalMethod.NORMAL:
+            quantile, variance = float(special.ndtri(tail)), found.plugin
+        case IntervalMethod.T:
+            variance = found.plugin
+        case IntervalMethod.JACKKNIFE_T:
+            variance = found.jackknife
+        case IntervalMethod.UNBIASED_T:
+            variance = found.unbiased
+        case unknown:
+            assert_never(unknown)
     half_width = quantile * math.sqrt(variance)
     return found.u_cross - half_width, found.u_cross + half_width
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import brentq
 
+from entropy_probe.choices import float_of, shown, whole_number
 from entropy_probe.errors import InputError
 
 Curve = Callable[[float], float]
@@ -38,8 +39,12 @@ class SweepRange:
 
     def __post_init__(self) -> None:
         """Refuse what is no range."""
-        if not 0 < self.low < self.high < math.inf:
-            raise InputError(f"sweep from {self.low:g} to {self.high:g}; expected finite factors with 0 < LOW < HIGH")
+        whole_number("the sweep's count", self.count)
+        low, high = float_of(self.low), float_of(self.high)
+        if low is None or high is None or not 0 < low < high < math.inf:
+            raise InputError(
+                f"sweep from {shown(self.low)} to {shown(self.high)}; expected finite factors with 0 < LOW < HIGH"
+            )
         if not 2 <= self.count <= MOST_FACTORS:
             raise InputError(f"sweep of {self.count} factors; expected 2 to {MOST_FACTORS}")
 
@@ -57,7 +62,7 @@ class SweepRange:
             parts = []
         if len(parts) != 3:
             raise InputError(
-                f"--sweep is {text!r}; expected LOW:HIGH:COUNT, factors of the learning rate such as 0.1:10:9"
+                f"sweep is {shown(text)}; expected LOW:HIGH:COUNT, factors of the learning rate such as 0.1:10:9"
             )
         return cls(low, high, count)
 

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import assert_never
 
 import torch
 from torch import nn
@@ -19,12 +20,14 @@ from entropy_probe.adam_preconditioner import AdamState, validate_preconditioner
 from entropy_probe.adam_step import clip_factor, gradient_norm, gradient_weights
 from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model, describe_ranks
 from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of
+from entropy_probe.choices import member
 from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Preparation, marked
 from entropy_probe.inputs import read_evaluation
 from entropy_probe.policy import Measured, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Clock, Progress, Silent
+from entropy_probe.recorded import Source, trainers_step
 from entropy_probe.report import ConfigSection, Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.same_inputs import (
@@ -34,7 +37,8 @@ from entropy_probe.same_inputs import (
     digest_of_model,
     digest_of_settings,
 )
-from entropy_probe.settings import Settings, ShardingChoice, dtype_name
+from entropy_probe.scores import LengthWeight
+from entropy_probe.settings import OFF, Settings, ShardingChoice, autocast_name, dtype_name
 from entropy_probe.stages import (
     Subject,
     Task,
@@ -79,6 +83,8 @@ def probe_checkpoint(
 ) -> ProbeResult:
     """Load a checkpoint folder and a rollouts file, and probe.
 
+    What the rows say of the trainer (loss, clip, mixed precision, learning rate) holds where the settings say nothing.
+
     Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments.
 
     Raises:
@@ -90,23 +96,21 @@ def probe_checkpoint(
         batch = read_batch(rollouts, temperature)
         evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
         _check_same_arguments(ranks, batch, evaluation, settings, None)
-        load = (
-            load_checkpoint if sharding is ShardingChoice.REPLICATED else partial(load_sharded_checkpoint, ranks=ranks)
-        )
-        loaded = load(
-            checkpoint,
-            base=base,
-            dtype=settings.dtype,
-            device=device,
-            learning_rate=settings.learning_rate,
-            seed=settings.seed,
-        )
+        trainer = trainers_step(batch, settings, assumed=LengthWeight.GUIDE)
+        match member("sharding", sharding, ShardingChoice):
+            case ShardingChoice.REPLICATED:
+                load = load_checkpoint
+            case ShardingChoice.FSDP2:
+                load = partial(load_sharded_checkpoint, ranks=ranks)
+            case unknown:
+                assert_never(unknown)
+        loaded = load(checkpoint, base=base, dtype=settings.dtype, device=device, seed=settings.seed)
         for rows in (batch, evaluation):
             if rows is not None:
                 check_fits(rows, loaded.folder.vocabulary, loaded.folder.context_length)
     subject = Subject(
         loaded.model,
-        loaded.adam,
+        trainer.of(loaded.adam),
         sharding_of(loaded.model, ranks),
         batch,
         evaluation,
@@ -114,6 +118,7 @@ def probe_checkpoint(
         loaded.mapping.rivals,
         str(rollouts),
         None if evaluation_rollouts is None else str(evaluation_rollouts),
+        trainer,
     )
     return _probe(subject, settings, clock, progress or Silent(), None)
 
@@ -135,7 +140,8 @@ def probe(
         model: a causal language model (``model(input_ids=, attention_mask=, use_cache=).logits``), DDP-wrapped or not.
         adam: its optimizer's state (:func:`entropy_probe.adam_preconditioner.state_of_optimizer`).
         batch: rollouts (:func:`entropy_probe.rollouts.group_rollouts`).
-        settings: see :class:`Settings`; ``dtype`` is the model's own and ``learning_rate`` overrides the optimizer's.
+        settings: see :class:`Settings`; ``dtype`` is the model's own. Where they say nothing, loss, clip and mixed precision
+            are as the rows recorded them, but the learning rate is the optimizer's own, which its next step will take.
         evaluation: other rollouts of the same policy, from which X is taken against this batch's update; one response a prompt
             will do for Rao-Blackwell (``group_rollouts(rows, least_responses=1)``).
         preparation: of an earlier probe of this very model (``result.preparation``); None finds it anew.
@@ -154,16 +160,18 @@ def probe(
     ranks.sent.clear()
     _check_same_arguments(ranks, batch, evaluation, settings, preparation)
     model = unwrap(model)
-    if settings.learning_rate is not None:
-        adam = adam.with_learning_rate(settings.learning_rate)
+    settings = replace(settings, dtype=next(model.parameters()).dtype)
+    trainer = trainers_step(batch, settings, assumed=LengthWeight.GUIDE)
+    if trainer.learning_rate_source is Source.RECORDED:
+        trainer = replace(trainer, learning_rates=(), learning_rate_source=Source.UNKNOWN)
     sharding = sharding_of(model, ranks)
     shapes = {name: p.shape for name, p in named_parameters(model) if p.requires_grad}
     test = validate_preconditioner(adam, shapes, seed=settings.seed, sharding=sharding)
     for rows in (batch, evaluation):
         if rows is not None:
             check_fits(rows, *input_limits(model))
-    settings = replace(settings, dtype=next(model.parameters()).dtype)
-    subject = Subject(model, adam, sharding, batch, evaluation, describe_model(model, adam, test), (), None, None)
+    facts = describe_model(model, adam, test)
+    subject = Subject(model, trainer.of(adam), sharding, batch, evaluation, facts, (), None, None, trainer)
     return _probe(subject, settings, Clock(), progress or Silent(), preparation)
 
 
@@ -212,6 +220,7 @@ def _probe_as_marked(
     _check_same_state(subject)
     task, preparation = make_task(subject, settings, earlier, clock, progress)
     batch, evaluation, adam, policy = subject.batch, subject.evaluation, subject.adam, task.policy
+    trainer = subject.trainer
 
     with clock.stage("gradients"):
         gradients = gradients_of_units(task, preparation.rules)
@@ -231,7 +240,7 @@ def _probe_as_marked(
         with clock.stage("noise"):
             noise = noise_by_responses(task, gradients, gradients.third_directions, step_statistics, rules)
     norm = gradient_norm(gradients.ascent, policy.sharding)
-    weights = gradient_weights(adam, gradients.ascent, clip_factor(norm, settings.max_grad_norm))
+    weights = gradient_weights(adam, gradients.ascent, clip_factor(norm, trainer.max_grad_norm))
     gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
     assert gradients.looked is not None
     step = predict_parts(gradients.looked.along, gradients.looked.kernel, task.plan.units.sizes)
@@ -239,16 +248,17 @@ def _probe_as_marked(
     if settings.what_if_no_negatives:
         with clock.stage("what-if"):
             positive = without_negatives(task, rules)
-    what_ifs = asked_what_ifs(settings, step, step_statistics, positive, adam, norm)
+    what_ifs = asked_what_ifs(settings, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
     fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
 
     warnings = [
-        *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
+        *diagnostics.learning_rate_warnings(adam, trainer, subject.facts.stored_learning_rates),
         *diagnostics.interval_warnings(statistics, step_statistics.ci95_of_minus),
         *diagnostics.two_batch_warnings(two_batches),
         *diagnostics.advantage_warnings(task.advantages, batch.group_sizes),
         *diagnostics.on_policy_warnings(batch, gradients.scores),
-        *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, settings.length_weight),
+        *diagnostics.loss_warnings(trainer),
+        *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
         *diagnostics.end_token_warnings(batch, end_token_ids(subject.model)),
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals, policy.sharding),
         *diagnostics.coverage_warnings(gradients.coverage),
@@ -257,7 +267,7 @@ def _probe_as_marked(
         *diagnostics.sweep_warnings(realized.curves),
         *(replace(warning, seen=f"evaluation rollouts: {warning.seen}") for warning in realized.of_evaluation),
         *diagnostics.weighting_warnings(settings.weighting, batch.group_sizes),
-        *diagnostics.clipping_warnings(batch, norm, settings.max_grad_norm),
+        *diagnostics.clipping_warnings(batch, norm, trainer.max_grad_norm),
     ]
     ranks = subject.sharding.ranks
     dealt = [task.plan.units.prompts(share) for share in task.plan.units.deal(batch.positions, ranks.count)]
@@ -281,6 +291,7 @@ def _probe_as_marked(
         gradient_statistics=gradient_statistics,
         reached=gradients.ascent,
         gradient_norm=norm,
+        trainer=trainer,
         what_ifs=what_ifs,
         fall=fall,
         warnings=warnings,
@@ -301,7 +312,7 @@ def _probe_as_marked(
 
 def _config(task: Task) -> ConfigSection:
     """The settings, with what the rollouts and the model decided of them."""
-    subject, settings = task.subject, task.settings
+    subject, settings, trainer = task.subject, task.settings, task.subject.trainer
     return ConfigSection(
         mode=settings.mode,
         blocks=settings.blocks,
@@ -315,18 +326,18 @@ def _config(task: Task) -> ConfigSection:
         resample=settings.resample,
         rollouts=subject.rollouts,
         advantage=task.advantage_rule,
-        length_weight=settings.length_weight,
+        length_weight=trainer.length_weight,
         max_completion_length=settings.max_completion_length,
         learning_rate=settings.learning_rate,
         temperature=subject.batch.temperature,
         dtype=dtype_name(settings.dtype),
-        autocast=None if settings.autocast is None else dtype_name(settings.autocast),
+        autocast=autocast_name(OFF if settings.autocast == OFF else trainer.autocast),
         microbatch_size=settings.microbatch_size,
         vector_dtype=dtype_name(task.vector_dtype),
         gradient_checkpointing=settings.gradient_checkpointing,
         memory_bytes=settings.memory_bytes,
         device=str(task.policy.device),
         seed=settings.seed,
-        max_grad_norm=settings.max_grad_norm,
+        max_grad_norm=None if trainer.max_grad_norm_source is Source.UNKNOWN else trainer.max_grad_norm or 0.0,
         weight_rounding=settings.weight_rounding,
     )

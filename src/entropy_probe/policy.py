@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -272,6 +272,8 @@ class Policy:
         if self.head is HeadMode.RESPONSES:
             with head_calls(head, batch.on_responses, stop=False):
                 return self._values(batch.of_tokens(logits()), batch, entropies)
+        if self.head is not HeadMode.CHUNKED:
+            assert_never(self.head)
         with head_calls(head, batch.on_responses, stop=True) as calls:
             logits()
         assert isinstance(head, nn.Linear)

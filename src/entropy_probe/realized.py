@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -89,9 +90,13 @@ class EntropyMeasure:
         return found
 
     def _lengths(self, batch: RolloutBatch) -> FloatArray | None:
-        if self.target.unit is EntropyUnit.PER_RESPONSE:
-            return None
-        return np.array([len(response.response_ids) for response in batch.responses], dtype=np.float64)
+        match self.target.unit:
+            case EntropyUnit.PER_RESPONSE:
+                return None
+            case EntropyUnit.PER_TOKEN:
+                return np.array([len(response.response_ids) for response in batch.responses], dtype=np.float64)
+            case unknown:
+                assert_never(unknown)
 
 
 @dataclass(frozen=True)

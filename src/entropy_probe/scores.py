@@ -23,10 +23,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
+from entropy_probe.choices import member
 from entropy_probe.errors import InputError
 
 
@@ -53,6 +55,11 @@ class EntropyTarget:
 
     estimator: Estimator = Estimator.SCORE
     unit: EntropyUnit = EntropyUnit.PER_RESPONSE
+
+    def __post_init__(self) -> None:
+        """Put names into members, and refuse unknown ones."""
+        object.__setattr__(self, "estimator", member("estimator", self.estimator, Estimator))
+        object.__setattr__(self, "unit", member("entropy", self.unit, EntropyUnit))
 
     @property
     def needs_token_entropies(self) -> bool:
@@ -143,31 +150,42 @@ def entropy_coefficients(
         group_sizes: G_n.
         ratio: of the whole batch, for the entropy per token.
     """
-    if target.unit is EntropyUnit.PER_RESPONSE:
-        rate, scale = 0.0, 1.0
-    else:
-        assert ratio is not None, "the entropy per token needs the batch's ratio"
-        rate, scale = ratio.entropy_per_token, ratio.mean_length
-    if target.estimator is Estimator.SCORE:
-        f = scores.detach() + rate * torch.tensor(lengths, dtype=scores.dtype)
-        return EntropyCoefficients(score_coefficients(f, group_sizes) / scale)
-    assert token_entropies is not None, "Rao-Blackwell needs the entropies of the next-token distributions"
-    to_come = entropy_to_come(token_entropies.detach(), lengths, rate)
-    return EntropyCoefficients(
-        -(to_come - leave_one_out_by_position(to_come, lengths, group_sizes))
-        / (scale * _of_tokens(repeat_by_group(group_sizes, group_sizes), lengths)),
-        -1.0 / (scale * _of_tokens(repeat_by_group(group_sizes, group_sizes), lengths)),
-    )
+    match target.unit:
+        case EntropyUnit.PER_RESPONSE:
+            rate, scale = 0.0, 1.0
+        case EntropyUnit.PER_TOKEN:
+            assert ratio is not None, "the entropy per token needs the batch's ratio"
+            rate, scale = ratio.entropy_per_token, ratio.mean_length
+        case unknown:
+            assert_never(unknown)
+    match target.estimator:
+        case Estimator.SCORE:
+            f = scores.detach() + rate * torch.tensor(lengths, dtype=scores.dtype)
+            return EntropyCoefficients(score_coefficients(f, group_sizes) / scale)
+        case Estimator.RAO_BLACKWELL:
+            assert token_entropies is not None, "Rao-Blackwell needs the entropies of the next-token distributions"
+            to_come = entropy_to_come(token_entropies.detach(), lengths, rate)
+            return EntropyCoefficients(
+                -(to_come - leave_one_out_by_position(to_come, lengths, group_sizes))
+                / (scale * _of_tokens(repeat_by_group(group_sizes, group_sizes), lengths)),
+                -1.0 / (scale * _of_tokens(repeat_by_group(group_sizes, group_sizes), lengths)),
+            )
+        case missing:
+            assert_never(missing)
 
 
 def response_entropies(
     estimator: Estimator, scores: Tensor, token_entropies: Tensor | None, lengths: Sequence[int]
 ) -> Tensor:
     """One unbiased estimate of a prompt's H a response: −S, or Σ_t H_t by Rao-Blackwell; [N], nats."""
-    if estimator is Estimator.SCORE:
-        return -scores
-    assert token_entropies is not None, "Rao-Blackwell needs the entropies of the next-token distributions"
-    return torch.stack([part.sum() for part in torch.split(token_entropies, list(lengths))])
+    match member("estimator", estimator, Estimator):
+        case Estimator.SCORE:
+            return -scores
+        case Estimator.RAO_BLACKWELL:
+            assert token_entropies is not None, "Rao-Blackwell needs the entropies of the next-token distributions"
+            return torch.stack([part.sum() for part in torch.split(token_entropies, list(lengths))])
+        case unknown:
+            assert_never(unknown)
 
 
 def entropy_ratio(entropies: Tensor, lengths: Sequence[int], group_sizes: Sequence[int]) -> EntropyRatio:
@@ -226,19 +244,26 @@ def advantages_from_rewards(rewards: Tensor, group_sizes: Sequence[int], rule: A
 
     ``dr_grpo``: r − mean (arXiv 2503.20783). ``grpo``: (r − mean) / (std + 1e-4) with the sample standard deviation
     (arXiv 2402.03300, as TRL computes it). ``rloo``: r − mean of the others (arXiv 2402.14740).
+
+    Raises:
+        InputError: ``given``, which is read and not computed, or a rule that is not known.
     """
     # Equal rewards give exactly zero, which the rounding of their mean would not.
     spread = [float(part.max() - part.min()) for part in by_group(rewards, group_sizes)]
     informative = repeat_by_group(spread, group_sizes) > 0
-    if rule is AdvantageRule.RLOO:
-        return torch.where(informative, rewards - leave_one_out_mean(rewards, group_sizes), 0.0)
     centred = torch.where(informative, rewards - group_mean(rewards, group_sizes), 0.0)
-    if rule is AdvantageRule.DR_GRPO:
-        return centred
-    if rule is AdvantageRule.GRPO:
-        deviations = [float(part.std(correction=1)) for part in by_group(rewards, group_sizes)]
-        return centred / (repeat_by_group(deviations, group_sizes) + 1e-4)
-    raise InputError("advantages by the rule 'given' are read from the rollouts, not computed from rewards")
+    match member("advantage", rule, AdvantageRule):
+        case AdvantageRule.RLOO:
+            return torch.where(informative, rewards - leave_one_out_mean(rewards, group_sizes), 0.0)
+        case AdvantageRule.DR_GRPO:
+            return centred
+        case AdvantageRule.GRPO:
+            deviations = [float(part.std(correction=1)) for part in by_group(rewards, group_sizes)]
+            return centred / (repeat_by_group(deviations, group_sizes) + 1e-4)
+        case AdvantageRule.GIVEN:
+            raise InputError("advantages by the rule 'given' are read from the rollouts, not computed from rewards")
+        case unknown:
+            assert_never(unknown)
 
 
 def advantages_over_batch(rewards: Tensor, group_sizes: Sequence[int]) -> Tensor:
@@ -273,35 +298,44 @@ def length_weights(
         micro_batches: the micro-batch of each response (``bnpo``); one for all if not given.
 
     Raises:
-        InputError: ``dr_grpo`` without L_max, or an L_max shorter than a response.
+        InputError: ``dr_grpo`` without L_max, an L_max shorter than a response, or a rule that is not known.
     """
     tokens = torch.tensor(lengths, dtype=torch.float64)
     sizes = repeat_by_group(group_sizes, group_sizes)
     prompts = len(group_sizes)
-    if rule is LengthWeight.GUIDE:
-        longest = [float(part.max()) for part in by_group(tokens, group_sizes)]
-        return 1.0 / (sizes * repeat_by_group(longest, group_sizes))
-    if rule is LengthWeight.GRPO:
-        return 1.0 / (sizes * tokens)
-    if rule is LengthWeight.DAPO:
-        return torch.full_like(tokens, prompts / (window_tokens if window_tokens is not None else float(tokens.sum())))
-    if rule is LengthWeight.BNPO:
-        if micro_batches is None:
-            return torch.full_like(tokens, prompts / float(tokens.sum()))
-        index = torch.unique(torch.tensor(list(micro_batches)), return_inverse=True)[1]
-        sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, tokens)
-        return prompts / (len(sums) * sums[index])
+    match member("length_weight", rule, LengthWeight):
+        case LengthWeight.GUIDE:
+            longest = [float(part.max()) for part in by_group(tokens, group_sizes)]
+            return 1.0 / (sizes * repeat_by_group(longest, group_sizes))
+        case LengthWeight.GRPO:
+            return 1.0 / (sizes * tokens)
+        case LengthWeight.DAPO:
+            window = window_tokens if window_tokens is not None else float(tokens.sum())
+            return torch.full_like(tokens, prompts / window)
+        case LengthWeight.BNPO:
+            if micro_batches is None:
+                return torch.full_like(tokens, prompts / float(tokens.sum()))
+            index = torch.unique(torch.tensor(list(micro_batches)), return_inverse=True)[1]
+            sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, tokens)
+            return prompts / (len(sums) * sums[index])
+        case LengthWeight.DR_GRPO:
+            return 1.0 / (sizes * _trainers_constant(max_completion_length, max(lengths)))
+        case unknown:
+            assert_never(unknown)
+
+
+def _trainers_constant(max_completion_length: int | None, longest: int) -> int:
     if max_completion_length is None:
         raise InputError(
-            "length weight dr_grpo divides by the trainer's constant; give --max-completion-length (TRL: "
-            "max_completion_length) or the column max_completion_length"
+            "length weight dr_grpo divides by the trainer's constant; give max_completion_length (as TRL calls it), as a "
+            "setting or as a column of the rows"
         )
-    if max_completion_length < max(lengths):
+    if max_completion_length < longest:
         raise InputError(
-            f"max_completion_length is {max_completion_length}, but a response has {max(lengths)} tokens; "
+            f"max_completion_length is {max_completion_length}, but a response has {longest} tokens; "
             "expected the trainer's constant, at least as long"
         )
-    return 1.0 / (sizes * max_completion_length)
+    return max_completion_length
 
 
 def probe_loss(scores: Tensor, coefficients: Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+from typing import Final, Literal
 
 import torch
 
+from entropy_probe.choices import Check, member, number, optional, settle, shown, truth, whole_number
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.linearity import SweepRange
@@ -22,9 +26,20 @@ class ShardingChoice(StrEnum):
     FSDP2 = "fsdp2"
 
 
+OFF: Final = "off"
+"""No mixed precision, whatever the rows say of the trainer."""
+
+Autocast = torch.dtype | Literal["off"] | None
+"""Mixed precision over float32 weights: of a type, off, or None: as the rows say of the trainer."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to probe.
+
+    Names and torch types may be given as text, as on the command line: ``Settings(length_weight="dapo", dtype="float64")``.
+    What says how the trainer takes its step (length weight, clip, mixed precision, learning rate) is by default what the
+    rows say, where they do (:mod:`entropy_probe.recorded`).
 
     Attributes:
         mode: EXACT, BLOCK, or by memory.
@@ -35,21 +50,22 @@ class Settings:
         target_se: a standard error of δH₁, nats, to say how many prompts would reach.
         noise: also say where the noise of δH₁ comes from, by a forward and one or two backwards more.
         split: folds of prompts; the step from all others is realised on each, and δH₁ is taken across them.
-        sweep: factors of the learning rate at which every step is realised too, on the same and on evaluation rollouts.
+        sweep: factors of the learning rate at which every step is realised too, on the same and on evaluation rollouts; or
+            the text LOW:HIGH:COUNT, such as 0.1:10:9.
         resample: also draw fresh responses after each step, at the rollouts' temperature and length limit.
-        learning_rate: replaces the stored one; None keeps it.
+        learning_rate: of every parameter group. None: of a checkpoint as the rows recorded it, else as the optimizer holds it.
         advantage: None takes the rollouts' own if they have any, else dr_grpo.
-        length_weight: of the training loss.
+        length_weight: of the training loss. None: by the rows' loss_type, and the guide's where they name none.
         max_completion_length: Dr. GRPO's constant; None takes the rollouts' own. Also the limit of fresh responses.
         dtype: of weights and arithmetic, where a checkpoint is loaded.
-        autocast: mixed precision over float32 weights, for the gradients only.
+        autocast: mixed precision over float32 weights, for the gradients only; None: as recorded, "off": none.
         microbatch_size: responses in one forward; None takes what fits.
         memory_bytes: what the probe may use; None takes what is free.
         vector_dtype: of stored unit vectors; None takes that of the weights, float32 at least. bfloat16 halves the memory.
         gradient_checkpointing: layers keep their inputs alone and run once more in the backward; a live model's own setting
             counts too.
         seed: of the validator's test vectors, of fresh responses and of stochastic rounding.
-        max_grad_norm: at which the trainer clips the gradient; None does not clip.
+        max_grad_norm: at which the trainer clips the gradient; 0 does not clip. None: as recorded, else no clipping.
         weight_rounding: of an optimizer that holds the weights in bfloat16 or float16; the checkpoint does not say.
         what_if_learning_rate: to say what a step at this learning rate would do.
         what_if_max_grad_norm: to say what a step clipped at this norm would do.
@@ -69,10 +85,10 @@ class Settings:
     resample: bool = False
     learning_rate: float | None = None
     advantage: AdvantageRule | None = None
-    length_weight: LengthWeight = LengthWeight.GUIDE
+    length_weight: LengthWeight | None = None
     max_completion_length: int | None = None
     dtype: torch.dtype = torch.float32
-    autocast: torch.dtype | None = None
+    autocast: Autocast = None
     microbatch_size: int | None = None
     memory_bytes: float | None = None
     vector_dtype: torch.dtype | None = None
@@ -86,40 +102,127 @@ class Settings:
     what_if_fall: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be meant."""
-        if self.microbatch_size is not None and self.microbatch_size < 1:
-            raise InputError(f"microbatch size is {self.microbatch_size}; expected at least 1")
-        if self.memory_bytes is not None and not 0 < self.memory_bytes < float("inf"):
-            raise InputError(f"memory is {self.memory_bytes} bytes; expected a finite number above 0")
-        if self.target_se is not None and not 0 < self.target_se < float("inf"):
-            raise InputError(f"target standard error is {self.target_se}; expected a finite number of nats above 0")
-        for what, value in (
-            ("max-grad-norm", self.max_grad_norm),
-            ("what-if-learning-rate", self.what_if_learning_rate),
-            ("what-if-max-grad-norm", self.what_if_max_grad_norm),
-            ("what-if-fall", self.what_if_fall),
-        ):
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"{what} is {value}; expected a finite number above 0, or leave it out")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}; expected 0 to 2^63 - 1")
-        used = self.length_weight is LengthWeight.DR_GRPO or self.resample
-        if self.max_completion_length is not None and not used:
-            raise InputError(
-                f"max-completion-length is Dr. GRPO's constant; length weight {self.length_weight} does not use it, drop it "
-                "(or give --resample, whose limit it is)"
-            )
-        if self.max_completion_length is not None and self.max_completion_length < 1:
-            raise InputError(f"max-completion-length is {self.max_completion_length}; expected at least 1")
+        """Put text into the fields' own types, and refuse values that cannot be meant."""
+        settle(self, CHECKS)
+        if self.seed >= 2**63:
+            raise InputError(f"seed is {shown(self.seed)}; expected 0 to 2^63 - 1")
+        if self.length_weight is not None and not self.resample:
+            refuse_unused_constant(self.max_completion_length, self.length_weight)
         if self.vector_dtype is not None and (self.dtype is torch.float64) is not (self.vector_dtype is torch.float64):
             raise InputError(
                 f"vectors in {dtype_name(self.vector_dtype)} with arithmetic in {dtype_name(self.dtype)}: "
                 "float64 goes with float64 alone"
             )
-        if self.autocast is not None and self.dtype is not torch.float32:
-            raise InputError("--autocast goes with --dtype float32: mixed precision is over float32 weights")
+        refuse_autocast_elsewhere(self.autocast, self.dtype)
+
+
+def refuse_unused_constant(constant: int | None, weight: LengthWeight) -> None:
+    """Refuse Dr. GRPO's constant beside a length weight that has none.
+
+    Raises:
+        InputError: as it says.
+    """
+    if constant is not None and weight is not LengthWeight.DR_GRPO:
+        raise InputError(
+            f"max_completion_length is Dr. GRPO's constant; length weight {weight} does not use it, drop it (or ask for fresh "
+            "responses, whose limit it is)"
+        )
+
+
+def refuse_autocast_elsewhere(autocast: Autocast, dtype: torch.dtype) -> None:
+    """Refuse mixed precision over other weights than those of float32.
+
+    Raises:
+        InputError: as it says.
+    """
+    if isinstance(autocast, torch.dtype) and dtype is not torch.float32:
+        raise InputError(
+            f"autocast to {dtype_name(autocast)} over {dtype_name(dtype)} weights; mixed precision is over float32 weights: "
+            "set dtype float32, or leave autocast out"
+        )
+
+
+def torch_type(what: str, value: object, among: Sequence[torch.dtype]) -> torch.dtype:
+    """One of these torch types, from itself or from its name, with ``torch.`` before it or not.
+
+    Raises:
+        InputError: none of them; they are listed.
+    """
+    for known in among:
+        if value is known or (isinstance(value, str) and value in {str(known), dtype_name(known)}):
+            return known
+    raise InputError(f"{what} is {shown(value)}; known are {', '.join(map(dtype_name, among))}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As in ``float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def autocast_setting(what: str, value: object) -> Autocast:
+    """A field of the type :data:`Autocast`.
+
+    Raises:
+        InputError: anything else.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) and value == OFF:
+        return OFF
+    try:
+        return torch_type(what, value, (torch.bfloat16, torch.float16))
+    except InputError as error:
+        raise InputError(f"{error}, {OFF}") from error
+
+
+def autocast_name(autocast: Autocast) -> str | None:
+    """As in ``bfloat16``, or off."""
+    return dtype_name(autocast) if isinstance(autocast, torch.dtype) else autocast
+
+
+def sweep_setting(what: str, value: object) -> SweepRange:
+    """Factors of the learning rate, from themselves or from text.
+
+    Raises:
+        InputError: anything else.
+    """
+    if isinstance(value, str):
+        return SweepRange.parse(value)
+    if not isinstance(value, SweepRange):
+        raise InputError(f"{what} is {shown(value)}; expected a SweepRange, or LOW:HIGH:COUNT such as '0.1:10:9'")
+    return value
+
+
+POSITIVE = optional(partial(number, above=True))
+COUNT = optional(partial(whole_number, least=1))
+
+CHECKS: Mapping[str, Check] = {
+    "mode": partial(member, kind=Mode),
+    "blocks": optional(whole_number),
+    "estimator": partial(member, kind=Estimator),
+    "entropy": partial(member, kind=EntropyUnit),
+    "weighting": partial(member, kind=Weighting),
+    "target_se": POSITIVE,
+    "noise": truth,
+    "split": optional(whole_number),
+    "sweep": optional(sweep_setting),
+    "resample": truth,
+    "learning_rate": optional(number),
+    "advantage": optional(partial(member, kind=AdvantageRule)),
+    "length_weight": optional(partial(member, kind=LengthWeight)),
+    "max_completion_length": COUNT,
+    "dtype": partial(torch_type, among=(torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+    "autocast": autocast_setting,
+    "microbatch_size": COUNT,
+    "memory_bytes": POSITIVE,
+    "vector_dtype": optional(partial(torch_type, among=(torch.float32, torch.float64, torch.bfloat16))),
+    "gradient_checkpointing": truth,
+    "seed": partial(whole_number, least=0),
+    "max_grad_norm": optional(number),
+    "weight_rounding": partial(member, kind=Rounding),
+    "what_if_learning_rate": POSITIVE,
+    "what_if_max_grad_norm": POSITIVE,
+    "what_if_no_negatives": truth,
+    "what_if_fall": POSITIVE,
+}
+"""What each field may hold; how many blocks or folds the prompts allow is looked at where they are known."""

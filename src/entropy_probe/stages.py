@@ -43,6 +43,7 @@ from entropy_probe.policy import Measured, Policy, end_token_ids
 from entropy_probe.progress import Clock, Progress
 from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure, RealizedChange
 from entropy_probe.realized_rows import Realizer
+from entropy_probe.recorded import TrainersStep
 from entropy_probe.report import CheckpointSection, Evidence
 from entropy_probe.resampling import Resampling, plan_resampling, resample
 from entropy_probe.rollouts import RolloutBatch
@@ -76,6 +77,7 @@ class Subject:
     rivals: tuple[str, ...]
     rollouts: str | None
     evaluation_rollouts: str | None
+    trainer: TrainersStep
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,16 @@ def make_task(
             f"sharded weights are {dtype_name(narrow[0].dtype)}, in which a small step would vanish, and FSDP2's "
             "cannot be probed as float32 copies; use --dtype float32 --autocast bfloat16, or --sharding replicated"
         )
-    policy = Policy(model, batch.temperature, autocast=settings.autocast, sharding=subject.sharding)
+    policy = Policy(model, batch.temperature, autocast=subject.trainer.autocast, sharding=subject.sharding)
     trainable = policy.trainable()
     if not trainable:
         raise InputError(
             "the model has no trainable parameter; is it frozen? Set requires_grad on what the optimizer trains"
         )
     advantages, rule = resolve_advantages(batch, settings.advantage)
-    coefficients = advantages * resolve_length_weights(batch, settings)
+    coefficients = advantages * resolve_length_weights(
+        batch, subject.trainer.length_weight, settings.max_completion_length
+    )
     ranks = subject.sharding.ranks
     memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
     vector_dtype = settings.vector_dtype or torch.promote_types(policy.dtype, torch.float32)
@@ -188,7 +192,7 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
     settings, policy, units = task.settings, task.policy, task.plan.units
 
     def steps_of_others(ascent: Mapping[str, Tensor]) -> StepsOfOthers:
-        factor = clip_factor(gradient_norm(ascent, policy.sharding), settings.max_grad_norm)
+        factor = clip_factor(gradient_norm(ascent, policy.sharding), task.subject.trainer.max_grad_norm)
         return StepsOfOthers(policy.held(), task.subject.adam, ascent, factor, units.sizes)
 
     return unit_gradients(
@@ -266,7 +270,7 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
             measures,
             rules if same_arithmetic else None,
             progress,
-            max_grad_norm=settings.max_grad_norm,
+            max_grad_norm=task.subject.trainer.max_grad_norm,
             rounding=RoundingRule(settings.weight_rounding, settings.seed),
         )
         before = Measured(gradients.scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
@@ -290,7 +294,9 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
                 curves += sweep(realizer.policy, evaluation, evaluated, steps, held_out, factors, progress)
             of_evaluation = [
                 *diagnostics.on_policy_warnings(evaluation, evaluated.scores),
-                *diagnostics.pairing_warnings(evaluation, task.subject.facts.trainer_step, settings.length_weight),
+                *diagnostics.pairing_warnings(
+                    evaluation, task.subject.facts.trainer_step, task.subject.trainer.length_weight
+                ),
                 *diagnostics.end_token_warnings(evaluation, end_token_ids(model)),
             ]
     return Realizations(rows, curves, folds, of_evaluation)
@@ -345,6 +351,7 @@ def asked_what_ifs(
     positive: CrossStatistics | None,
     adam: AdamState,
     norm: float,
+    max_grad_norm: float | None,
 ) -> list[WhatIf]:
     """Those that need no number, and those that the settings give one for."""
 
@@ -357,6 +364,6 @@ def asked_what_ifs(
     if (rate := settings.what_if_learning_rate) is not None:
         found.append(another_learning_rate(step, estimate(delta_h1), adam.learning_rates, rate))
     if (limit := settings.what_if_max_grad_norm) is not None:
-        factors = (clip_factor(norm, settings.max_grad_norm), clip_factor(norm, limit))
+        factors = (clip_factor(norm, max_grad_norm), clip_factor(norm, limit))
         found.append(another_clipping(step, *factors, limit))
     return found

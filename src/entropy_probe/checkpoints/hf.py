@@ -91,7 +91,6 @@ class Checkpoint:
     adam: AdamState
     mapping: OptimizerMapping
     preconditioner_test: PreconditionerTest
-    stored_learning_rates: tuple[float, ...]
     trainer_step: int | None
 
     @property
@@ -106,10 +105,9 @@ def load_checkpoint(
     base: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    learning_rate: float | None = None,
     seed: int = 0,
 ) -> Checkpoint:
-    """Read weights and Adam state; ``learning_rate`` replaces the stored one in every group.
+    """Read weights and Adam state.
 
     Raises:
         InputError: anything missing, damaged or of another kind, in one line.
@@ -120,7 +118,7 @@ def load_checkpoint(
         raise InputError(f"{path} has Adam's state in {OPTIMIZER_FOLDER}/; {BY_ROWS}")
     refuse_without_optimizer(path)
     folder = load_model(path, base=base, dtype=dtype, device=device)
-    return validated(folder, *load_adam_state(optimizer, folder.model), learning_rate=learning_rate, seed=seed)
+    return validated(folder, *load_adam_state(optimizer, folder.model), seed=seed)
 
 
 def validated(
@@ -128,21 +126,17 @@ def validated(
     adam: AdamState,
     mapping: OptimizerMapping,
     *,
-    learning_rate: float | None,
     seed: int,
     sharding: Sharding = WHOLE,
 ) -> Checkpoint:
-    """The checkpoint of a model and its Adam state, which fit each other; ``learning_rate`` replaces the stored one.
+    """The checkpoint of a model and its Adam state, which fit each other.
 
     Raises:
-        InputError: a trainable parameter has no usable state, or the learning rate is out of range.
+        InputError: a trainable parameter has no usable state.
     """
-    stored = adam.learning_rates
-    if learning_rate is not None:
-        adam = adam.with_learning_rate(learning_rate)
     shapes = {name: p.shape for name, p in folder.model.named_parameters() if p.requires_grad}
     test = validate_preconditioner(adam, shapes, seed=seed, sharding=sharding)
-    return Checkpoint(folder, adam, mapping, test, stored, read_trainer_state(folder.path).global_step)
+    return Checkpoint(folder, adam, mapping, test, read_trainer_state(folder.path).global_step)
 
 
 def load_model(

@@ -81,10 +81,9 @@ def load_sharded_checkpoint(
     base: Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    learning_rate: float | None = None,
     seed: int = 0,
 ) -> Checkpoint:
-    """Read this rank's shards of weights and Adam state; ``learning_rate`` replaces the stored one in every group.
+    """Read this rank's shards of weights and Adam state.
 
     Weights are safetensors, or accelerate's ``pytorch_model_fsdp_0/``; Adam's state is optimizer.pt, or ``optimizer_0/``.
     The model's parameters are DTensors; every tensor of ``Checkpoint.adam`` is this rank's rows alone, possibly none. One
@@ -100,9 +99,7 @@ def load_sharded_checkpoint(
     # Adam's state stays on the CPU, as in one process, wherever the model is.
     mesh = DeviceMesh.from_group(_group_of(ranks), "cpu")
     adam, mapping = ranks.alike(partial(_adam_state, optimizer, folder.model, mesh))
-    return validated(
-        folder, adam, mapping, learning_rate=learning_rate, seed=seed, sharding=sharding_of(folder.model, ranks)
-    )
+    return validated(folder, adam, mapping, seed=seed, sharding=sharding_of(folder.model, ranks))
 
 
 def load_sharded_model(

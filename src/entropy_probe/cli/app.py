@@ -45,7 +45,7 @@ from entropy_probe.sampling import (
     sample_rollouts,
 )
 from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
-from entropy_probe.settings import Settings, ShardingChoice
+from entropy_probe.settings import Settings, ShardingChoice, autocast_setting
 from entropy_probe.stored_precision import Rounding
 from entropy_probe.units import Mode
 
@@ -129,7 +129,10 @@ def run(
     ),
     blocks: Annotated[int | None, typer.Option(metavar="M", help="Number of blocks; implies --mode block.")] = None,
     dtype: DTypeOption = DType.FLOAT32,
-    autocast: Annotated[Autocast | None, typer.Option(help="Mixed precision over float32 weights.")] = None,
+    autocast: Annotated[
+        Autocast | None,
+        typer.Option(help="Mixed precision over float32 weights; default: as the rows recorded it, else none."),
+    ] = None,
     estimator: Annotated[
         Estimator, typer.Option(help="Of the entropy and its gradient; score: the guide's, with more noise.")
     ] = Estimator.RAO_BLACKWELL,
@@ -169,10 +172,15 @@ def run(
         float | None,
         typer.Option(metavar="NATS", help="Say how many prompts would bring the error of δH₁ down to this."),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the stored one.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(metavar="X", help="Default: as the rows recorded it, else the stored one.")
+    ] = None,
     max_grad_norm: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Clip the adamw step's gradient as the trainer does; 0, the default, does not."),
+        typer.Option(
+            metavar="X",
+            help="The trainer's clip, for the adamw step; 0 for none. Default: as the rows recorded it, else none.",
+        ),
     ] = None,
     weight_rounding: Annotated[
         Rounding, typer.Option(help="How the optimizer rounds weights that it holds in bfloat16 or float16.")
@@ -198,8 +206,9 @@ def run(
         AdvantageRule | None, typer.Option(help="Default: given where the rows have it, else dr_grpo.")
     ] = None,
     length_weight: Annotated[
-        LengthWeight, typer.Option(help="How the training loss weighs lengths.")
-    ] = LengthWeight.GUIDE,
+        LengthWeight | None,
+        typer.Option(help="How the training loss weighs lengths. Default: by the rows' loss_type, else guide."),
+    ] = None,
     max_completion_length: Annotated[
         int | None, typer.Option(min=1, metavar="L", help="Constant of --length-weight dr_grpo.")
     ] = None,
@@ -251,13 +260,13 @@ def run(
         length_weight=length_weight,
         max_completion_length=max_completion_length,
         dtype=dtype.torch_dtype,
-        autocast=None if autocast is None else autocast.torch_dtype,
+        autocast=autocast_setting("autocast", autocast),
         microbatch_size=microbatch,
         vector_dtype=None if vectors is None else vectors.torch_dtype,
         gradient_checkpointing=gradient_checkpointing,
         memory_bytes=None if memory is None else memory * 1e9,
         seed=seed,
-        max_grad_norm=max_grad_norm or None,
+        max_grad_norm=max_grad_norm,
         weight_rounding=weight_rounding,
         what_if_learning_rate=what_if_learning_rate,
         what_if_max_grad_norm=what_if_max_grad_norm,
@@ -305,7 +314,9 @@ def replay(
     max_grad_norm: Annotated[
         float | None, typer.Option(metavar="X", help="The trainer's clip, 0 for none; default: as recorded, else none.")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(metavar="X", help="Instead of the stored one.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(metavar="X", help="Default: as recorded, else the stored one.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of rows that declare none; else 1.")] = None,
     dtype: Annotated[ExactDType, typer.Option(help="Of weights and arithmetic.")] = ExactDType.FLOAT32,
     autocast: Annotated[
@@ -327,7 +338,7 @@ def replay(
         max_grad_norm=max_grad_norm,
         learning_rate=learning_rate,
         dtype=dtype.torch_dtype,
-        autocast=None if autocast is None else autocast.torch_dtype,
+        autocast=autocast_setting("autocast", autocast),
         microbatch_size=microbatch,
     )
     report = replay_step(

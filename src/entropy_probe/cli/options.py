@@ -42,15 +42,11 @@ class DType(StrEnum):
 
 
 class Autocast(StrEnum):
-    """Type of mixed-precision arithmetic."""
+    """Type of mixed-precision arithmetic, or none whatever the rows say."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The torch type."""
-        return TORCH_DTYPES[self.value]
+    OFF = "off"
 
 
 class Device(StrEnum):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -132,9 +133,11 @@ def unit_gradients(
             y_sums = dots.y_sums
             if thirds:
                 directions = third_directions(shards, every, units.sizes, preconditioners, learning_rates, sharding)
-    else:
+    elif storage is Storage.STREAMED:
         dots, reached = _streamed(passes, units, shapes, dtype, preconditioners, learning_rates, progress)
         y_sums = dots.y_sums
+    else:
+        assert_never(storage)
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     prompts = len(batch.groups)

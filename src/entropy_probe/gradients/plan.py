@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import assert_never
 
+from entropy_probe.choices import member
 from entropy_probe.errors import InputError
 from entropy_probe.files import readable_size
 from entropy_probe.gradients.interface import Storage
@@ -57,8 +59,9 @@ def make_plan(
         most_held: of how many units' vectors the rank that holds most has room to find.
 
     Raises:
-        InputError: ``blocks`` with EXACT, or a number of blocks that B does not allow.
+        InputError: ``blocks`` with EXACT, a number of blocks that B does not allow, or a mode that is not known.
     """
+    mode = member("mode", mode, Mode)
     if blocks is not None and mode is Mode.EXACT:
         raise InputError("--blocks goes with --mode block; EXACT has one unit a prompt")
     per_unit = 2 * parameters * bytes_per_value
@@ -71,24 +74,32 @@ def make_plan(
         # Not what was free: the same run would then read differently from one time to the next.
         return f"{units} pairs of vectors take {readable_size(units * per_unit)}"
 
-    if mode is Mode.BLOCK or blocks is not None:
-        count = blocks if blocks is not None else max(2, min(LEAST_BLOCKS, prompts // 2))
+    def in_blocks(count: int, why: str) -> Plan:
         units = block_units(prompts, count)
         storage = Storage.STORED if fits(units) else Storage.STREAMED
-        why = "asked for" if blocks is not None else f"by default ({LEAST_BLOCKS}, or half as many as prompts)"
         return Plan(units, storage, f"{count} blocks {why}: {size(count)}")
+
+    if blocks is not None:
+        return in_blocks(blocks, "asked for")
     exact = exact_units(prompts)
-    if fits(exact):
-        why = "asked for" if mode is Mode.EXACT else "its vectors fit"
-        return Plan(exact, Storage.STORED, f"exact, {why}: {size(prompts)}")
-    if mode is Mode.AUTO:
-        # Blocks are dealt whole, so that one rank may get one more than its part: fewer are tried until that fits too.
-        most = min(prompts - 1, int(room * prompts / most_held(exact)))
-        for count in range(most, LEAST_BLOCKS - 1, -1):
-            units = block_units(prompts, count)
-            if fits(units):
-                return Plan(units, Storage.STORED, f"{count} blocks are what fits: {size(prompts)} for exact")
-    why = (
-        "asked for and its vectors do not fit" if mode is Mode.EXACT else f"fewer than {LEAST_BLOCKS} blocks would fit"
-    )
+    match mode:
+        case Mode.BLOCK:
+            count = max(2, min(LEAST_BLOCKS, prompts // 2))
+            return in_blocks(count, f"by default ({LEAST_BLOCKS}, or half as many as prompts)")
+        case Mode.EXACT:
+            if fits(exact):
+                return Plan(exact, Storage.STORED, f"exact, asked for: {size(prompts)}")
+            why = "asked for and its vectors do not fit"
+        case Mode.AUTO:
+            if fits(exact):
+                return Plan(exact, Storage.STORED, f"exact, its vectors fit: {size(prompts)}")
+            # Blocks are dealt whole, so that one rank may get one more than its part: fewer are tried until that fits too.
+            most = min(prompts - 1, int(room * prompts / most_held(exact)))
+            for count in range(most, LEAST_BLOCKS - 1, -1):
+                units = block_units(prompts, count)
+                if fits(units):
+                    return Plan(units, Storage.STORED, f"{count} blocks are what fits: {size(prompts)} for exact")
+            why = f"fewer than {LEAST_BLOCKS} blocks would fit"
+        case unknown:
+            assert_never(unknown)
     return Plan(exact, Storage.STREAMED, f"exact, streamed, {why}: {size(prompts)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -104,13 +105,15 @@ def unit_gradients(
 
     if storage is Storage.STORED:
         dots = _stored(lambda: (vectors(s, first_pass=True) for s in track("unit gradients")), segments, sizes)
-    else:
+    elif storage is Storage.STREAMED:
         dots = _streamed(
             lambda: (vectors(s, first_pass=True) for s in track("unit gradients, first pass")),
             lambda: (vectors(s, first_pass=False) for s in track("unit gradients, second pass")),
             segments,
             sizes,
         )
+    else:
+        assert_never(storage)
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     return UnitGradients(

@@ -13,6 +13,7 @@ from entropy_probe.checkpoints import TrainerState
 from entropy_probe.gradients import loss_gradient
 from entropy_probe.policy import Policy
 from entropy_probe.progress import Progress
+from entropy_probe.recorded import TrainersStep
 from entropy_probe.replay_check.settings import GRADIENT_TOLERANCE, MIXED_TOLERANCE, TOLERANCE
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import AdvantageRule, LengthWeight
@@ -35,18 +36,15 @@ class Replayed:
         advantages: A, [N], by ``rule``.
         rule: where they came from.
         weights: w of :func:`~entropy_probe.scores.length_weights`, [N], by ``length_weight``.
-        length_weight: of the training loss.
-        max_completion_length: Dr. GRPO's constant, where it is known.
+        trainer: how the step was taken: length weight, clip, mixed precision, learning rate.
         num_generations: responses a prompt, where the rows say.
         ascent: Ȳ.
         step: the replayed step.
-        max_grad_norm: that it was clipped at, or None.
         update: it against the real one.
         recovered: the gradient that the trainer's optimizer was given, or None.
         gradients: the replayed optimizer's gradient against it, or None.
         log: of the checkpoint after the step.
         number: of the step, N + 1, or None.
-        mixed: the trainer's arithmetic was of mixed precision.
     """
 
     policy: Policy
@@ -57,18 +55,35 @@ class Replayed:
     advantages: Tensor
     rule: AdvantageRule
     weights: Tensor
-    length_weight: LengthWeight
-    max_completion_length: int | None
+    trainer: TrainersStep
     num_generations: int | None
     ascent: Mapping[str, Tensor]
     step: AdamWStep
-    max_grad_norm: float | None
     update: UpdateComparison
     recovered: Mapping[str, Tensor] | None
     gradients: GradientComparison | None
     log: TrainerState
     number: int | None
-    mixed: bool
+
+    @property
+    def length_weight(self) -> LengthWeight:
+        """Of the training loss."""
+        return self.trainer.length_weight
+
+    @property
+    def max_completion_length(self) -> int | None:
+        """Dr. GRPO's constant, where it is known."""
+        return self.trainer.max_completion_length
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """That the step was clipped at, or None."""
+        return self.trainer.max_grad_norm
+
+    @property
+    def mixed(self) -> bool:
+        """The trainer's arithmetic was of mixed precision."""
+        return self.trainer.mixed
 
     @property
     def coarse(self) -> bool:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entropy_probe.diagnostics import LENGTH_WEIGHT_OF_LOSS
 from entropy_probe.errors import InputError
 from entropy_probe.inputs import resolve_length_weights
 from entropy_probe.progress import Progress
+from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS
 from entropy_probe.replay_check.case import Cause, Replayed
 from entropy_probe.scores import (
     AdvantageRule,
@@ -18,7 +18,6 @@ from entropy_probe.scores import (
     advantages_from_rewards,
     advantages_over_batch,
 )
-from entropy_probe.settings import Settings
 
 ADVANTAGE_WORDS = {
     AdvantageRule.GIVEN: "the rows' own",
@@ -88,9 +87,8 @@ def _other_weights(case: Replayed) -> Iterator[tuple[LengthWeight, Tensor]]:
     seen = [case.weights]
     for rule in sorted((r for r in LengthWeight if r is not LengthWeight.GUIDE), key=lambda r: r is not recorded):
         constant = case.max_completion_length if rule is LengthWeight.DR_GRPO else None
-        settings = Settings(length_weight=rule, max_completion_length=constant)
         try:
-            weights = resolve_length_weights(case.batch, settings)
+            weights = resolve_length_weights(case.batch, rule, constant)
         except InputError:  # dr_grpo without its constant
             continue
         if not any(torch.allclose(weights, other, rtol=1e-6, atol=0.0) for other in seen):

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from entropy_probe.adam_preconditioner import AdamGroup, AdamState
 from entropy_probe.adam_step import adamw_step
+from entropy_probe.recorded import recorded_rates
 from entropy_probe.replay_check.case import Cause, Replayed
-from entropy_probe.replay_check.settings import recorded_number
 from entropy_probe.update_comparison import fitted_factor
 
 USUAL_MAX_GRAD_NORM = 1.0
@@ -88,7 +88,7 @@ def _learning_rate(case: Replayed) -> Iterator[Cause]:
         scale = next(group.learning_rate for group in case.adam.groups if group.learning_rate > 0.0)
     stored = ", ".join(f"{rate:.6g}" for rate in case.adam.learning_rates)
     logged = None if case.number is None else case.log.logged("learning_rate", case.number)
-    known = {"recorder": recorded_number(case.batch, "learning_rate"), "log": logged}
+    known = {"recorder": next(iter(recorded_rates(case.batch)), None), "log": logged}
     for source, rate in known.items():
         if rate is not None and rate > 0.0 and abs(rate / scale - 1.0) > SAME_FACTOR:
             yield Cause(

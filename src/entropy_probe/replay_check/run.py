@@ -21,21 +21,14 @@ from entropy_probe.gradients import loss_gradient, prepare
 from entropy_probe.inputs import free_memory, resolve_advantages, resolve_length_weights
 from entropy_probe.policy import Policy, check_finite, check_fits
 from entropy_probe.progress import Clock, Progress, Silent
+from entropy_probe.recorded import check_recorded, recorded_count, trainers_step
 from entropy_probe.replay_check import pairs, sections
 from entropy_probe.replay_check.case import Replayed, against
-from entropy_probe.replay_check.settings import (
-    ReplaySettings,
-    check_recorded,
-    recorded_count,
-    resolve_autocast,
-    resolve_length_weight,
-    resolve_max_grad_norm,
-    trained_mixed,
-)
+from entropy_probe.replay_check.settings import ReplaySettings
 from entropy_probe.replay_check.suspicions import Findings, find_suspicions
 from entropy_probe.report.replay_schema import ReplayConfig, ReplayReport
 from entropy_probe.rollouts import read_batch
-from entropy_probe.settings import Settings
+from entropy_probe.settings import OFF, autocast_name, dtype_name, refuse_unused_constant
 from entropy_probe.update_comparison import compare_gradients, recovered_gradient
 
 DEFAULTS = ReplaySettings()
@@ -64,21 +57,17 @@ def replay(
         batch = read_batch(rollouts, temperature, least_responses=1)
         pairs.check_step(batch, rollouts, states[1].global_step)
         check_recorded(batch)
-        length_weight = resolve_length_weight(batch, settings)
+        trainer = trainers_step(batch, settings, assumed=None)
+        refuse_unused_constant(settings.max_completion_length, trainer.length_weight)
         advantages, rule = resolve_advantages(batch, settings.advantage)
-        weights = resolve_length_weights(
-            batch, Settings(length_weight=length_weight, max_completion_length=settings.max_completion_length)
-        )
-        clip, clip_from = resolve_max_grad_norm(batch, settings)
-        autocast = resolve_autocast(batch, settings)
-        loaded = load_checkpoint(
-            before, base=base, dtype=settings.dtype, device=device, learning_rate=settings.learning_rate
-        )
+        weights = resolve_length_weights(batch, trainer.length_weight, settings.max_completion_length)
+        loaded = load_checkpoint(before, base=base, dtype=settings.dtype, device=device)
+        adam = trainer.of(loaded.adam)
         check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
         target = load_model(after, base=base, dtype=settings.dtype, device=device)
         pairs.check_same_model(loaded.folder, target)
-        adam_after = pairs.adam_after(after, target, loaded.adam)
-    policy = Policy(loaded.model, batch.temperature, autocast=autocast)
+        adam_after = pairs.adam_after(after, target, adam)
+    policy = Policy(loaded.model, batch.temperature, autocast=trainer.autocast)
     theta: dict[str, Tensor] = {name: p.detach() for name, p in policy.trainable().items()}
     theta_after = {name: p.detach() for name, p in target.model.named_parameters() if name in theta}
     if all(torch.equal(theta[name], theta_after[name]) for name in theta):
@@ -100,31 +89,28 @@ def replay(
         check_finite(measured.scores, batch.responses)
         coefficients = advantages * weights / len(batch.groups)
         ascent = loss_gradient(policy, batch.responses, coefficients, progress=progress, description="batch gradient")
-        step = adamw_step(theta, loaded.adam, ascent, max_grad_norm=clip)
-        update = against(theta, step, theta_after, loaded.adam)
-        recovered = None if adam_after is None else recovered_gradient(loaded.adam, adam_after, theta)
+        step = adamw_step(theta, adam, ascent, max_grad_norm=trainer.max_grad_norm)
+        update = against(theta, step, theta_after, adam)
+        recovered = None if adam_after is None else recovered_gradient(adam, adam_after, theta)
         clipped = {name: -step.clip_factor * y for name, y in ascent.items()}
     case = Replayed(
         policy=policy,
         batch=batch,
         before=theta,
         after=theta_after,
-        adam=loaded.adam,
+        adam=adam,
         advantages=advantages,
         rule=rule,
         weights=weights,
-        length_weight=length_weight,
-        max_completion_length=settings.max_completion_length or batch.responses[0].max_completion_length,
+        trainer=trainer,
         num_generations=recorded_count(batch, "num_generations"),
         ascent=ascent,
         step=step,
-        max_grad_norm=clip,
         update=update,
         recovered=recovered,
         gradients=None if recovered is None else compare_gradients(clipped, recovered),
         log=states[1],
         number=states[1].global_step,
-        mixed=trained_mixed(batch),
     )
     with clock.stage("suspicions"):
         findings = Findings([], 0) if case.matched or case.untold else find_suspicions(case, progress)
@@ -133,12 +119,12 @@ def replay(
         headline=sections.headline(case, findings),
         matched=case.matched,
         update=sections.update_section(case),
-        gradient=sections.gradient_section(case, clip_from),
+        gradient=sections.gradient_section(case),
         logged=logged,
         suspicions=findings.suspicions,
         tried=findings.tried,
         warnings=sections.warnings(
-            case, measured, loaded, clip_from, logged, all(state.global_step is not None for state in states)
+            case, measured, loaded, logged, all(state.global_step is not None for state in states)
         ),
         kind=loaded.folder.kind,
         responses=len(batch.responses),
@@ -151,12 +137,12 @@ def replay(
             rollouts=str(rollouts),
             step=states[1].global_step,
             advantage=rule,
-            length_weight=length_weight,
-            max_completion_length=case.max_completion_length,
+            length_weight=trainer.length_weight,
+            max_completion_length=trainer.max_completion_length,
             learning_rate=settings.learning_rate,
             temperature=batch.temperature,
-            dtype=str(settings.dtype).removeprefix("torch."),
-            autocast=None if policy.autocast is None else str(policy.autocast).removeprefix("torch."),
+            dtype=dtype_name(settings.dtype),
+            autocast=autocast_name(OFF if settings.autocast == OFF else trainer.autocast),
             microbatch=policy.microbatch_size,
             device=str(policy.device),
         ),

@@ -12,9 +12,10 @@ from entropy_probe import diagnostics
 from entropy_probe.adam_step import gradient_norm
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.policy import Measured, end_token_ids
+from entropy_probe.recorded import SAME_RATE, Source, recorded_count, recorded_rates
 from entropy_probe.replay_check.case import Replayed
 from entropy_probe.replay_check.row_causes import WHOLE_FILE, incomplete, surplus
-from entropy_probe.replay_check.settings import MIXED_TOLERANCE, recorded_count, recorded_number
+from entropy_probe.replay_check.settings import MIXED_TOLERANCE
 from entropy_probe.replay_check.suspicions import Findings
 from entropy_probe.report import Evidence
 from entropy_probe.report.replay_schema import (
@@ -94,8 +95,8 @@ def update_section(case: Replayed) -> UpdateSection:
     )
 
 
-def gradient_section(case: Replayed, clip_from: str) -> GradientSection:
-    """The loss gradient against the one that the moments tell; ``clip_from`` says where the clip is known from."""
+def gradient_section(case: Replayed) -> GradientSection:
+    """The loss gradient against the one that the moments tell."""
     step = case.step
     found = case.gradients
     why = "the checkpoint after the step has no optimizer.pt with moments one step later"
@@ -107,7 +108,7 @@ def gradient_section(case: Replayed, clip_from: str) -> GradientSection:
     return GradientSection(
         norm=step.gradient_norm,
         max_grad_norm=case.max_grad_norm,
-        max_grad_norm_from=clip_from,
+        max_grad_norm_from=case.trainer.max_grad_norm_source.value,
         clip_factor=step.clip_factor,
         relative_error=None if found is None else found.relative_error,
         cosine=None if found is None else found.cosine,
@@ -161,12 +162,12 @@ def forwards(batch: RolloutBatch) -> list[int]:
 
 
 def warnings(
-    case: Replayed, measured: Measured, loaded: Checkpoint, clip_from: str, logged: LoggedSection, steps_known: bool
+    case: Replayed, measured: Measured, loaded: Checkpoint, logged: LoggedSection, steps_known: bool
 ) -> list[Evidence]:
     """What may keep a replay from being exact, whether or not it is."""
     batch = case.batch
     found = [
-        *diagnostics.learning_rate_warnings(case.adam, False),
+        *diagnostics.learning_rate_warnings(case.adam, case.trainer, loaded.adam.learning_rates),
         *diagnostics.clipping_warnings(batch, case.step.gradient_norm, case.max_grad_norm),
         *diagnostics.on_policy_warnings(batch, measured.scores),
         *diagnostics.pairing_warnings(batch, loaded.trainer_step, case.length_weight),
@@ -184,21 +185,23 @@ def warnings(
     more = surplus(batch, case.num_generations)
     if more is not None:
         found.append(Evidence("surplus_rows", f"rows are given twice, or of another step: {more}", WHOLE_FILE))
-    if clip_from == "unknown":
+    if case.trainer.max_grad_norm_source is Source.UNKNOWN:
         found.append(
             Evidence(
                 "clipping_unknown",
                 f"nothing says whether the trainer clips; the gradient of norm {case.step.gradient_norm:.4g} was not clipped",
-                "Give --max-grad-norm (the Trainer's default is 1.0)",
+                "Set the norm that it clips at (the Trainer's default is 1.0), 0 for none",
             )
         )
-    recorded, used = recorded_number(batch, "learning_rate"), case.adam.learning_rates[0]
-    if recorded is not None and not math.isclose(recorded, used, rel_tol=1e-9):
+    recorded, used = recorded_rates(batch), case.adam.learning_rates[0]
+    overridden = case.trainer.learning_rate_source is Source.GIVEN
+    if overridden and not all(math.isclose(rate, used, rel_tol=SAME_RATE) for rate in recorded):
+        said = ", ".join(f"{rate:g}" for rate in recorded)
         found.append(
             Evidence(
                 "other_learning_rate",
-                f"the recorder saw a learning rate of {recorded:g} at this step; here it is {used:g}",
-                "Look for a scheduler that was resumed otherwise, or drop --learning-rate",
+                f"the recorder saw a learning rate of {said} at this step; here it is {used:g}",
+                "Leave the learning rate out of the settings to have the recorded one",
             )
         )
     if case.mixed:

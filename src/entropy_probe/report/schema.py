@@ -141,7 +141,8 @@ class AdamWSection:
 
     Errors are those of what this step does, given the update. ``u_statistic`` is δH₁ times ``gradient_factor`` (1 − β₁) /
     (1 − β₁^{t+1}) and ``clip_factor``: the gradient's part with v before this gradient, as in δH₁. ``gradient_factor`` is a
-    list where learning rates differ in it.
+    list where learning rates differ in it. ``max_grad_norm_source`` says where the clip is known from: given, recorded (in the
+    rows) or unknown, and then nothing is clipped.
     """
 
     parts: Mapping[str, AdamWPart]
@@ -154,6 +155,7 @@ class AdamWSection:
     gradient_norm: float
     clip_factor: float
     max_grad_norm: float | None
+    max_grad_norm_source: str
     sentence: str
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
@@ -325,7 +327,11 @@ class SweepSection:
 
 @dataclass(frozen=True)
 class ConfigSection:
-    """What was asked for, as it was resolved. A None is a default: by memory, from the rollouts, or from the checkpoint."""
+    """What was asked for, as it was resolved; the same settings give the same numbers.
+
+    A None is a default: by memory, from the rollouts, or from the checkpoint. ``max_grad_norm`` is 0 where it is known that
+    nothing is clipped, None where it is not known.
+    """
 
     mode: str
     blocks: int | None
