@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import spoiled
-from entropy_probe import InputError, Settings, probe, state_of_optimizer
+from entropy_probe import InputError, LengthWeight, Settings, probe, state_of_optimizer
 from entropy_probe.linearity import SweepRange
 from support import (
     VOCABULARY,

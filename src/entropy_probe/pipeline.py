@@ -27,7 +27,7 @@ from entropy_probe.gradients import Preparation, marked
 from entropy_probe.inputs import read_evaluation
 from entropy_probe.policy import Measured, check_fits, end_token_ids, input_limits
 from entropy_probe.progress import Clock, Progress, Silent
-from entropy_probe.recorded import Source, trainers_step
+from entropy_probe.recorded import Source, TrainersStep, trainers_step
 from entropy_probe.report import ConfigSection, Report
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.same_inputs import (
@@ -38,7 +38,7 @@ from entropy_probe.same_inputs import (
     digest_of_settings,
 )
 from entropy_probe.scores import LengthWeight
-from entropy_probe.settings import OFF, Settings, ShardingChoice, autocast_name, dtype_name
+from entropy_probe.settings import OFF, Settings, ShardingChoice, autocast_name, dtype_name, refuse_unused_constant
 from entropy_probe.stages import (
     Subject,
     Task,
@@ -96,7 +96,7 @@ def probe_checkpoint(
         batch = read_batch(rollouts, temperature)
         evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
         _check_same_arguments(ranks, batch, evaluation, settings, None)
-        trainer = trainers_step(batch, settings, assumed=LengthWeight.GUIDE)
+        trainer = _trainers_step(batch, settings)
         match member("sharding", sharding, ShardingChoice):
             case ShardingChoice.REPLICATED:
                 load = load_checkpoint
@@ -161,7 +161,7 @@ def probe(
     _check_same_arguments(ranks, batch, evaluation, settings, preparation)
     model = unwrap(model)
     settings = replace(settings, dtype=next(model.parameters()).dtype)
-    trainer = trainers_step(batch, settings, assumed=LengthWeight.GUIDE)
+    trainer = _trainers_step(batch, settings)
     if trainer.learning_rate_source is Source.RECORDED:
         trainer = replace(trainer, learning_rates=(), learning_rate_source=Source.UNKNOWN)
     sharding = sharding_of(model, ranks)
@@ -173,6 +173,14 @@ def probe(
     facts = describe_model(model, adam, test)
     subject = Subject(model, trainer.of(adam), sharding, batch, evaluation, facts, (), None, None, trainer)
     return _probe(subject, settings, Clock(), progress or Silent(), preparation)
+
+
+def _trainers_step(batch: RolloutBatch, settings: Settings) -> TrainersStep:
+    """How the trainer takes its step; the guide's length weight is assumed where neither rows nor settings name a loss."""
+    found = trainers_step(batch, settings, assumed=LengthWeight.GUIDE)
+    if not settings.resample:
+        refuse_unused_constant(settings.max_completion_length, found.length_weight)
+    return found
 
 
 def _check_same_arguments(
