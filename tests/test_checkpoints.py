@@ -97,7 +97,7 @@ def test_a_stored_learning_rate_of_zero_is_said_aloud(tmp_path: Path) -> None:
     report, printed = probe_json(checkpoint, tmp_path)
     (warning,) = [w for w in report["warnings"] if w["code"] == "learning_rate_zero"]
     assert "0.0" in warning["seen"]
-    assert "--learning-rate" in warning["advice"]
+    assert "Set the learning rate" in warning["advice"]
     assert "learning rate is 0.0" in " ".join(printed.split())
     assert report["first_order"]["delta_h1"] == 0.0
     assert report["first_order"]["u_cross"] != 0.0
