@@ -57,7 +57,7 @@ def test_the_name_of_a_member_is_the_member_and_an_unknown_one_is_refused_with_a
             assert said.startswith(f"{name} is ")
             assert said.endswith(f"known are {', '.join(known.value for known in ENUMS[name])}")
             assert "\n" not in said
-    with pytest.raises(InputError, match="advantage is <LengthWeight.GRPO"):
+    with pytest.raises(InputError, match=r"advantage is <LengthWeight\.GRPO"):
         Settings(advantage=LengthWeight.GRPO)  # type: ignore[arg-type]
 
 
