@@ -55,6 +55,8 @@ RUN = {
     "--dtype bfloat16": {"dtype": torch.bfloat16},
     "--autocast bfloat16": {"autocast": torch.bfloat16},
     "--autocast float16": {"autocast": torch.float16},
+    "--autocast off": {"autocast": "off"},
+    "--max-grad-norm 0": {"max_grad_norm": 0.0},
     "--microbatch 5": {"microbatch_size": 5},
     "--memory 1.5": {"memory_bytes": 1.5e9},
     "--seed 11": {"seed": 11},
