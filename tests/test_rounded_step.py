@@ -21,6 +21,7 @@ from entropy_probe.pipeline import probe, probe_checkpoint
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import write_rollouts
 from entropy_probe.rounded_step import RoundedStep, RoundingRule, rounded_adamw
+from entropy_probe.scores import LengthWeight
 from entropy_probe.settings import Settings
 from entropy_probe.stored_precision import Rounding, rounded_stochastically
 
@@ -202,7 +203,7 @@ def test_run_realises_the_step_that_the_optimizer_takes_in_bfloat16_and_says_wha
     batch = support.random_batch(6, 4)
     policy = Policy(wide, batch.temperature)
     advantages, _ = resolve_advantages(batch, None)
-    coefficients = advantages * resolve_length_weights(batch, Settings()) / len(batch.groups)
+    coefficients = advantages * resolve_length_weights(batch, LengthWeight.GUIDE) / len(batch.groups)
     ascent = loss_gradient(policy, batch.responses, coefficients)
     factor = clip_factor(gradient_norm(ascent), 0.5)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

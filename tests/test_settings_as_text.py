@@ -20,6 +20,7 @@ from entropy_probe.gradients.plan import make_plan
 from entropy_probe.importance_sampling import Weighting, entropy_change, linear_term
 from entropy_probe.inputs import resolve_advantages
 from entropy_probe.linearity import SweepRange
+from entropy_probe.rounded_step import RoundingRule
 from entropy_probe.same_inputs import digest_of_settings
 from entropy_probe.scores import (
     AdvantageRule,
@@ -31,6 +32,7 @@ from entropy_probe.scores import (
     length_weights,
     response_entropies,
 )
+from entropy_probe.stored_precision import Rounding
 from entropy_probe.units import Mode
 
 ENUMS: dict[str, Any] = {
@@ -40,6 +42,7 @@ ENUMS: dict[str, Any] = {
     "weighting": Weighting,
     "advantage": AdvantageRule,
     "length_weight": LengthWeight,
+    "weight_rounding": Rounding,
 }
 
 
@@ -210,6 +213,7 @@ DIRECT: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
         "estimator",
     ),
     "estimator": (lambda rule: EntropyTarget(rule), Estimator.RAO_BLACKWELL, "estimator"),
+    "rounding": (lambda rule: RoundingRule(rule), Rounding.STOCHASTIC, "weight_rounding"),
     "unit": (lambda rule: EntropyTarget(unit=rule), EntropyUnit.PER_TOKEN, "entropy"),
     "plan": (
         lambda rule: make_plan(rule, None, prompts=8, parameters=9, bytes_per_value=4, memory_bytes=1e9),
@@ -249,6 +253,15 @@ def test_the_choice_of_what_ranks_hold_may_be_text_and_an_unknown_one_is_refused
 
 
 def test_what_settings_name_is_exported() -> None:
-    for name in ("Estimator", "AdvantageRule", "LengthWeight", "EntropyUnit", "Mode", "Weighting", "ShardingChoice"):
+    for name in (
+        "Estimator",
+        "AdvantageRule",
+        "LengthWeight",
+        "EntropyUnit",
+        "Mode",
+        "Weighting",
+        "ShardingChoice",
+        "Rounding",
+    ):
         assert name in entropy_probe.__all__
         assert getattr(entropy_probe, name).__name__ == name

@@ -9,6 +9,7 @@ from entropy_probe.replay_check import ReplaySettings, replay
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
 from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
 from entropy_probe.settings import Settings, ShardingChoice
+from entropy_probe.stored_precision import Rounding
 from entropy_probe.units import Mode
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "ReplaySettings",
     "Rollout",
     "RolloutBatch",
+    "Rounding",
     "Settings",
     "ShardingChoice",
     "Weighting",

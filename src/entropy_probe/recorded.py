@@ -226,7 +226,7 @@ def _recorded(batch: RolloutBatch, name: str, parse: Callable[[object], T]) -> T
         value = row.extra.get(name)
         if (None if value is None else parse(value)) != found:
             raise InputError(
-                f"the rows disagree about {name} ({shown(first)} and {shown(value)}); one step has one value"
+                f"the rows disagree about {name} ({shown(first)} and {shown(value)}); give the rows of one step"
             )
     return found
 

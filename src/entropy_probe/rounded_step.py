@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.adam_step import adamw_delta
+from entropy_probe.choices import member
 from entropy_probe.collectives import Sharding
 from entropy_probe.errors import InputError
 from entropy_probe.stored_precision import (
@@ -30,6 +32,10 @@ class RoundingRule:
 
     how: Rounding = Rounding.NEAREST
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Put the name of a rounding into the member, and refuse an unknown one."""
+        object.__setattr__(self, "how", member("weight_rounding", self.how, Rounding))
 
     def generator(self, sharding: Sharding) -> torch.Generator:
         """The same on all ranks that hold the same, and each its own where they hold shards."""
@@ -139,10 +145,13 @@ def rounded_adamw(
             new = stepped_in_type(theta.to(dtype), moments, group, gradient).double()
         else:
             new = old + adamw_delta(theta, moments, group, -gradient)
-            if rule.how is Rounding.NEAREST:
-                new = rounded_to_nearest(new, dtype)
-            else:
-                new = rounded_stochastically(new, dtype, generator)
+            match rule.how:
+                case Rounding.NEAREST:
+                    new = rounded_to_nearest(new, dtype)
+                case Rounding.STOCHASTIC:
+                    new = rounded_stochastically(new, dtype, generator)
+                case unknown:
+                    assert_never(unknown)
         deltas[name] = new - old
         found[1] += int((new != old).sum())
         found[2] += int(((old + unrounded[name]).float() != old.float()).sum())
