@@ -249,6 +249,7 @@ def _probe_as_marked(
         *diagnostics.advantage_warnings(task.advantages, batch.group_sizes),
         *diagnostics.on_policy_warnings(batch, gradients.scores),
         *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, settings.length_weight),
+        *diagnostics.recorder_warnings(batch),
         *diagnostics.end_token_warnings(batch, end_token_ids(subject.model)),
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals, policy.sharding),
         *diagnostics.coverage_warnings(gradients.coverage),
