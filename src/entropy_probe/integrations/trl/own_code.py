@@ -23,11 +23,16 @@ def replacement(owner: object, name: str, of: type, libraries: tuple[ModuleType,
     if found is not shipped:
         holder = next(cls for cls in type(owner).__mro__ if name in vars(cls))
         return f"{holder.__module__}.{holder.__qualname__}"
-    roots = [Path(str(library.__file__)).parent.resolve() for library in libraries]
+    roots = [_root(library) for library in libraries]
     for file in _files(found):
         if not any(file.is_relative_to(root) for root in roots):
             return f"a patch in {file}"
     return None
+
+
+def _root(library: ModuleType) -> Path:
+    file = Path(str(library.__file__)).resolve()
+    return file.parent if file.name == "__init__.py" else file
 
 
 def _files(attribute: Any) -> Iterator[Path]:

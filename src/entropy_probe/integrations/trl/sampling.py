@@ -7,6 +7,7 @@ this module does not know must have its default value.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -102,11 +103,13 @@ class Bent(NamedTuple):
 
     field: str
     value: object
-    neutral: object
+    expected: object
+    known: bool = True
 
     def __str__(self) -> str:
         """For an error's one line."""
-        return f"{self.field} = {reprlib.repr(self.value)} (neutral: {self.neutral!r})"
+        doubt = "" if self.known else "not known here; "
+        return f"{self.field} = {reprlib.repr(self.value)} ({doubt}expected: {self.expected!r})"
 
 
 def neutral_sampling(trainer: Any) -> Columns:
@@ -129,8 +132,8 @@ def neutral_sampling(trainer: Any) -> Columns:
         unset = trainer.top_k is None and any(one.field == "top_k" for one in bent)
         hint = "; top_k = None there means the model's own or transformers' default" if unset else ""
         raise refuse(
-            f"generation uses {', '.join(map(str, bent))}, so the responses are not drawn from the policy whole; set the "
-            f"neutral value in GRPOConfig, in its generation_kwargs or in model.generation_config{hint}"
+            f"generation uses {', '.join(map(str, bent))}, so the responses may not be the policy's own draws; set "
+            f"what is expected in GRPOConfig, in its generation_kwargs or in model.generation_config{hint}"
         )
     return {
         "sampler": "transformers continuous batching" if batched else "transformers",
@@ -176,7 +179,7 @@ def _check_model(model: Any, batched: bool) -> None:
             )
         model = base
     for name in GENERATE_BATCH if batched else GENERATE:
-        source = replacement(model, name, GenerationMixin, (transformers, torch))
+        source = replacement(model, name, GenerationMixin, (transformers, torch, contextlib))
         if source is not None:
             raise refuse(
                 f"{type(model).__name__} generates in a way of its own: {name} is not that of transformers ({source})"
@@ -208,7 +211,7 @@ def _bent_fields(trainer: Any, model: Any, fields: Mapping[str, Any]) -> Iterato
             if value is not None and not _among(value, NEUTRAL[name]):
                 yield Bent(name, value, NEUTRAL[name][0])
         elif name not in HARMLESS and value is not None and not (name in plain and _among(value, (plain[name],))):
-            yield Bent(name, value, plain.get(name))
+            yield Bent(name, value, plain.get(name), known=name in plain)
 
 
 def _of_vllm(trainer: Any) -> Columns:
@@ -237,8 +240,8 @@ def _of_vllm(trainer: Any) -> Columns:
     bent = list(_bent_for_vllm(trainer, model, passed))
     if bent:
         raise refuse(
-            f"vLLM is told {', '.join(map(str, bent))}, so the responses are not drawn from the policy whole and each for "
-            "itself; set the neutral value in GRPOConfig or in its generation_kwargs"
+            f"vLLM is told {', '.join(map(str, bent))}, so the responses may not be the policy's own draws, each for "
+            "itself; set what is expected in GRPOConfig or in its generation_kwargs"
         )
     return {
         "sampler": "vllm",

@@ -59,7 +59,7 @@ def check_trainer(trainer: Any, stated_loss: str | None, recorder: type) -> bool
     Args:
         trainer: any object.
         stated_loss: the loss type whose gradient the user says that a loss of his own has; None: nothing is said.
-        recorder: the class whose instances may have wrapped the trainer's methods already.
+        recorder: the recorder's class, of which one at a time may wrap the trainer's methods.
 
     Returns:
         Whether the loss is the user's own, and ``stated_loss`` says which it is like.
@@ -140,11 +140,15 @@ def _has(owner: Any, path: str) -> bool:
 
 def _check_methods(trainer: Any, stated_loss: str | None, recorder: type) -> bool:
     """Of TRL's own class body, whatever is not known to be harmless must be TRL's own."""
+    if any(isinstance(getattr(vars(trainer).get(name), "__self__", None), recorder) for name in WRAPPED):
+        raise InputError(
+            f"another {recorder.__name__} records this trainer already; take all out with "
+            f"trainer.remove_callback({recorder.__name__}) and add one"
+        )
     replaced = {
         name: source
         for name in vars(trl.GRPOTrainer)
         if not name.startswith("__") and name not in FREE_TO_OVERRIDE
-        if not isinstance(getattr(vars(trainer).get(name), "__self__", None), recorder)
         if (source := replacement(trainer, name, trl.GRPOTrainer, (trl, torch))) is not None
     }
     base = [name for name in LOSS_OF_THE_BASE if inspect.getattr_static(trl.GRPOTrainer, name, None) is not None]
