@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gmpo import GMPOTrainer
+from trl.extras.profiling import profiling_decorator
 
 from entropy_probe.diagnostics import recorder_warnings
 from entropy_probe.errors import InputError
@@ -98,13 +99,14 @@ def test_a_patched_loss_is_seen_behind_a_decorator_that_copies_its_name(
 ) -> None:
     original = GRPOTrainer._compute_loss
 
-    @functools.wraps(original)
-    def patched(self: Any, model: Any, inputs: Any) -> Any:
+    def doubled(self: Any, model: Any, inputs: Any) -> Any:
         return 2 * original(self, model, inputs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(GRPOTrainer, "_compute_loss", patched)
-        assert "GRPOTrainer replaces _compute_loss (a patch in " in refusal(idle)
+    # One copies the name onto a function of ours, the other is TRL's own, around it.
+    for patched in (functools.wraps(original)(doubled), profiling_decorator(doubled)):
+        with monkeypatch.context() as patch:
+            patch.setattr(GRPOTrainer, "_compute_loss", patched)
+            assert "GRPOTrainer replaces _compute_loss (a patch in " in refusal(idle)
     monkeypatch.setattr(idle, "compute_loss", lambda *_: 0.0)
     assert "GRPOTrainer replaces compute_loss (an attribute of the object itself)" in refusal(idle)
 

@@ -103,9 +103,8 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wrap the trainer's methods; create the folder."""
         self.on_train_end(args, state, control)  # a run that raised left them wrapped
-        self._own_loss = check_trainer(
-            self.trainer, self._stated_loss, RolloutRecorder
-        )  # it may have been changed since
+        # It may have been changed since.
+        self._own_loss = check_trainer(self.trainer, self._stated_loss, RolloutRecorder)
         self._sampling = neutral_sampling(self.trainer)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._window = []
