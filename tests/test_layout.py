@@ -13,7 +13,7 @@ FLOORS = {
     "errors": 1, "files": 1, "progress": 1, "wrappers": 1, "rollouts": 1, "scores": 1, "u_statistics": 1, "units": 1,
     "adam_preconditioner": 1, "importance_sampling": 1, "float64_mode": 1, "virtual_step": 1, "report": 1, "demo": 1,
     "intervals": 1, "two_batches": 1, "noise": 1, "update_comparison": 1, "step_parts": 1, "what_if": 1, "linearity": 1,
-    "settings": 1, "collectives": 1, "same_inputs": 1, "stored_precision": 1, "choices": 1, "recorded": 1,
+    "settings": 1, "collectives": 1, "same_inputs": 1, "stored_precision": 1, "choices": 1, "recorded": 1, "dropout": 1,
     # 2: a model's log-probs, the optimizer's step, checkpoints
     "language_head": 2, "policy": 2, "adam_step": 2, "checkpoints": 2, "rounded_step": 2,
     # 3: what needs a model

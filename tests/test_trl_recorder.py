@@ -20,6 +20,7 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 pytest.importorskip("datasets")
 
+import trl
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -38,6 +39,10 @@ MAX_LENGTH = 5
 TEMPERATURE = 0.8
 LOSSES_OF_TWO_PROCESSES = ("dapo", "bnpo")
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
+NEUTRAL_COLUMNS = {
+    "sampler": "transformers", "min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0, "min_new_tokens": 0, "suppress_tokens": None, "dropout": 0,
+}  # fmt: skip
 # One prompt comes three times, so that two groups of a batch share their prompt; lengths differ, so that TRL pads.
 PROMPTS = ["abc", "abc", "abc", "de", "fghij", "k"]
 
@@ -90,7 +95,11 @@ class KeepGradients(TrainerCallback):  # type: ignore[misc]
 
 
 def make_trainer(
-    folder: Path, lora: bool = False, rewards: Sequence[Callable[..., Any]] = (vowels, length), **options: Any
+    folder: Path,
+    lora: bool = False,
+    rewards: Sequence[Callable[..., Any]] = (vowels, length),
+    kind: type = GRPOTrainer,
+    **options: Any,
 ) -> Any:
     settings: dict[str, Any] = {
         "output_dir": str(folder / "run"),
@@ -114,7 +123,7 @@ def make_trainer(
         "disable_tqdm": True,
         "logging_strategy": "no",
     }
-    return GRPOTrainer(
+    return kind(
         model=tiny_model(),
         reward_funcs=list(rewards),
         args=GRPOConfig(**(settings | options)),
@@ -125,11 +134,13 @@ def make_trainer(
     )
 
 
-def train(folder: Path, **options: Any) -> tuple[Any, KeepGradients, list[list[Rollout]]]:
+def train(
+    folder: Path, stated_loss: str | None = None, **options: Any
+) -> tuple[Any, KeepGradients, list[list[Rollout]]]:
     """Train with the recorder; return the trainer, what the callback saw, and the recorded rows of each step."""
     trainer = make_trainer(folder, **options)
     seen = KeepGradients()
-    trainer.add_callback(RolloutRecorder(trainer, folder / "rollouts"))
+    trainer.add_callback(RolloutRecorder(trainer, folder / "rollouts", loss_type=stated_loss))
     trainer.add_callback(seen)
     trainer.train()
     steps = range(1, len(seen.gradients) + 1)
@@ -265,6 +276,9 @@ def test_rows_say_what_was_sampled_and_how(tmp_path: Path) -> None:
         assert row.max_completion_length == MAX_LENGTH
         assert row.loss_type == "dapo"
         assert row.on_policy is True
+        assert row.extra.items() >= NEUTRAL_COLUMNS.items()
+        assert row.extra["trl_version"] == trl.__version__
+        assert not row.extra.keys() & {"trainer_class", "trl_is_unknown"}
     assert {row.cut for row in rows} == {True, False}
     assert {row.micro_batch for row in rows} == {0, 1}
     for step, step_rows in enumerate(steps, start=1):
@@ -355,90 +369,6 @@ def test_a_step_with_an_unscorable_row_is_left_out_aloud(tmp_path: Path, caplog:
         trainer.train()
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00003.jsonl"]
     assert "step 2 is not recorded: 1 rows" in caplog.text
-
-
-@pytest.fixture(scope="module")
-def idle_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_trainer(tmp_path_factory.mktemp("idle"))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("beta", 0.04),
-        ("loss_type", "vespo"),
-        ("loss_type", "luspo"),
-        ("args.delta", 0.5),
-        ("_entropy_bonus_enabled", True),
-        ("top_entropy_quantile", 0.2),
-        ("off_policy_mask_threshold", 0.5),
-        ("aux_loss_enabled", True),
-        ("mask_truncated_completions", True),
-        ("tools", [print]),
-        ("args.min_p", 0.1),
-        ("args.repetition_penalty", 1.1),
-        ("args.generation_kwargs", {"typical_p": 0.9}),
-    ],
-)
-def test_a_setting_that_the_rows_cannot_tell_is_refused_by_name(
-    idle_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
-) -> None:
-    owner = idle_trainer.args if name.startswith("args.") else idle_trainer
-    monkeypatch.setattr(owner, name.removeprefix("args."), value)
-    says = {"_entropy_bonus_enabled": "entropy_coef", "aux_loss_enabled": "router_aux_loss_coef"}
-    with pytest.raises(InputError, match=says.get(name, name.removeprefix("args."))) as caught:
-        RolloutRecorder(idle_trainer, tmp_path / "rollouts")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "rollouts").exists()
-
-
-def test_cispo_below_a_ratio_of_one_is_refused(
-    idle_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TRL caps the ratio itself at epsilon_high, whose default 0.2 scales every on-policy gradient by a fifth."""
-    monkeypatch.setattr(idle_trainer, "loss_type", "cispo")
-    with pytest.raises(InputError, match=r"epsilon_high is 0\.2"):
-        RolloutRecorder(idle_trainer, tmp_path / "rollouts")
-
-
-def test_vllm_correction_and_uneven_dapo_windows_are_refused(
-    idle_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(idle_trainer, "use_vllm", True)
-        patch.setattr(idle_trainer, "vllm_importance_sampling_correction", True)
-        with pytest.raises(InputError, match="vllm_importance_sampling_correction"):
-            RolloutRecorder(idle_trainer, tmp_path / "rollouts")
-    monkeypatch.setattr(idle_trainer, "loss_type", "dapo")
-    monkeypatch.setattr(idle_trainer.args, "steps_per_generation", 3)
-    with pytest.raises(InputError, match=r"steps_per_generation \(3\) is not a multiple"):
-        RolloutRecorder(idle_trainer, tmp_path / "rollouts")
-
-
-@pytest.mark.parametrize("key", ["tool_mask", "pixel_values"])
-def test_a_batch_that_cannot_be_recorded_stops_the_run_before_its_first_step(tmp_path: Path, key: str) -> None:
-    trainer = make_trainer(tmp_path)
-    original = trainer._generate_and_score_completions
-
-    def wrapped(inputs: Any) -> Any:
-        return original(inputs) | {key: torch.ones(24, MAX_LENGTH)}
-
-    trainer._generate_and_score_completions = wrapped
-    recorder = RolloutRecorder(trainer, tmp_path / "rollouts")
-    trainer.add_callback(recorder)
-    with pytest.raises(InputError, match=key):
-        trainer.train()
-    recorder.on_train_end(None, None, None)
-    assert trainer._generate_and_score_completions is wrapped
-    assert list((tmp_path / "rollouts").iterdir()) == []
-
-
-def test_an_unknown_trl_is_refused_with_what_is_missing(
-    idle_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(GRPOTrainer, "_calculate_rewards")
-    with pytest.raises(InputError, match=r"has no _calculate_rewards.*1\.10 to 1\.16"):
-        RolloutRecorder(idle_trainer, tmp_path / "rollouts")
 
 
 def test_without_trl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,15 @@
-"""Which steps the recorder writes, and what it says of a truncated sampler."""
+"""Which steps the recorder writes, and at which rates."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import torch
 
-from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
-from entropy_probe.rollouts import group_rollouts, read_rollouts
-from test_trl_recorder import make_trainer, train
+from entropy_probe.integrations.trl.trainer import learning_rates
+from entropy_probe.rollouts import read_rollouts
+from test_trl_recorder import make_trainer
 
 
 def test_every_records_the_steps_after_each_checkpoint_and_nothing_of_those_between(tmp_path: Path) -> None:
@@ -23,8 +23,8 @@ def test_every_records_the_steps_after_each_checkpoint_and_nothing_of_those_betw
         assert {str(row.prompt_id).split("-")[0] for row in rows} == {str(step)}
 
 
-def test_a_truncated_sampler_is_recorded_as_such_and_the_probe_refuses_its_rows(tmp_path: Path) -> None:
-    _, _, (rows,) = train(tmp_path, max_steps=1, top_p=0.9, top_k=7)
-    assert {(row.top_k, row.top_p) for row in rows} == {(7, 0.9)}
-    with pytest.raises(InputError, match="top_k = 7"):
-        group_rollouts(rows)
+def test_rates_that_differ_between_groups_are_recorded_each_and_empty_groups_left_out() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    groups = [{"params": [weights[0]], "lr": 0.1}, {"params": [], "lr": 0.5}, {"params": weights[1:], "lr": 0.2}]
+    assert learning_rates(torch.optim.AdamW(groups)) == [0.1, 0.2]
+    assert learning_rates(torch.optim.AdamW(groups[:2])) == 0.1

@@ -228,6 +228,41 @@ def pairing_warnings(batch: RolloutBatch, trainer_step: int | None, length_weigh
     return found
 
 
+def recorder_warnings(batch: RolloutBatch) -> list[Evidence]:
+    """What the recorder marked the rows with: a loss that it did not know, or a sampler that was not quite the policy."""
+    found = []
+    row = batch.responses[0]
+    check = "Check it: `entropy-probe replay` on two consecutive checkpoints rebuilds the trainer's own step"
+    if row.extra.get("trl_is_unknown") is True:
+        found.append(
+            Evidence(
+                "unknown_trl",
+                f"the rows were recorded with TRL {row.extra.get('trl_version')}, newer than those whose losses the recorder "
+                f"knew: loss_type {row.loss_type} may mean another loss there",
+                check,
+            )
+        )
+    if row.extra.get("trainer_class") is not None:
+        found.append(
+            Evidence(
+                "stated_loss",
+                f"the rows come from {row.extra['trainer_class']}, whose loss is its own; that its gradient is that of "
+                f"loss_type {row.loss_type} was stated when it was recorded",
+                check,
+            )
+        )
+    dropout = row.extra.get("dropout")
+    if isinstance(dropout, float) and dropout > 0.0:
+        found.append(
+            Evidence(
+                "trained_with_dropout",
+                f"the trainer's model ran with dropout of up to {dropout:g}; the policy here has none",
+                "Train with disable_dropout=True, and dropout 0 in the config, to have rows that this very policy drew",
+            )
+        )
+    return found
+
+
 def end_token_warnings(batch: RolloutBatch, end_tokens: Sequence[int]) -> list[Evidence]:
     """Responses that go on after an end token: padding kept by mistake would be scored as if it had been sampled."""
     going_on = sum(any(token in end_tokens for token in r.response_ids[:-1]) for r in batch.responses)

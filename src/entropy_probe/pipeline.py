@@ -267,6 +267,7 @@ def _probe_as_marked(
         *diagnostics.on_policy_warnings(batch, gradients.scores),
         *diagnostics.loss_warnings(trainer),
         *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
+        *diagnostics.recorder_warnings(batch),
         *diagnostics.end_token_warnings(batch, end_token_ids(subject.model)),
         *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals, policy.sharding),
         *diagnostics.coverage_warnings(gradients.coverage),

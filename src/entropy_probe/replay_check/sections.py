@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast
-
-import torch
 
 from entropy_probe import diagnostics
 from entropy_probe.adam_step import gradient_norm
 from entropy_probe.checkpoints import Checkpoint
+from entropy_probe.dropout import active_dropout
 from entropy_probe.policy import Measured, end_token_ids
 from entropy_probe.recorded import SAME_RATE, Source, recorded_count, recorded_rates
 from entropy_probe.replay_check.case import Replayed
@@ -30,15 +27,6 @@ from entropy_probe.update_comparison import micro_batch_entropy
 
 LOG_TOLERANCE = 1e-3
 """Relative difference from a logged figure that float32's order of sums may make."""
-
-FUNCTIONAL_DROPOUT = (
-    "attention_dropout",
-    "attention_probs_dropout_prob",
-    "activation_dropout",
-    "dropout",
-    "hidden_dropout",
-)
-"""Names in a model's config of dropout that may be called without a module."""
 
 
 def headline(case: Replayed, findings: Findings) -> str:
@@ -171,6 +159,7 @@ def warnings(
         *diagnostics.clipping_warnings(batch, case.step.gradient_norm, case.max_grad_norm),
         *diagnostics.on_policy_warnings(batch, measured.scores),
         *diagnostics.pairing_warnings(batch, loaded.trainer_step, case.length_weight),
+        *diagnostics.recorder_warnings(batch),
         *diagnostics.end_token_warnings(batch, end_token_ids(loaded.model)),
     ]
     fact = incomplete(batch, case.num_generations)
@@ -237,12 +226,12 @@ def warnings(
                     "norm alone departs by the loss, too",
                 )
             )
-    dropout = _active_dropout(loaded)
+    dropout = active_dropout(loaded.model)
     if dropout:
         found.append(
             Evidence(
                 "dropout",
-                f"the model has dropout of up to {max(dropout):g}, which a trainer leaves on unless "
+                f"the model has dropout of up to {dropout:g}, which a trainer leaves on unless "
                 "told otherwise; its masks cannot be replayed",
                 "Train with disable_dropout=True, and attention_dropout 0 in the config, to have a step that can be replayed",
             )
@@ -257,10 +246,3 @@ def warnings(
             )
         )
     return found
-
-
-def _active_dropout(loaded: Checkpoint) -> list[float]:
-    found = [m.p for m in loaded.model.modules() if isinstance(m, torch.nn.Dropout)]
-    config: Mapping[str, Any] = cast(Any, loaded.model).config.to_dict()
-    found += [config[name] for name in FUNCTIONAL_DROPOUT if isinstance(config.get(name), float)]
-    return [p for p in found if p > 0.0]

@@ -1,0 +1,70 @@
+"""What the recorder takes from inside TRL and transformers, in one place; whatever is missing is refused by name.
+
+Read in the sources of TRL 1.10 to 1.16 and of transformers 4.56 to 5.23.
+"""
+
+from __future__ import annotations
+
+FIRST_KNOWN, LAST_KNOWN = (1, 10), (1, 16)
+"""Versions of TRL, major and minor, whose loss was read."""
+KNOWN_VERSIONS = f"{FIRST_KNOWN[0]}.{FIRST_KNOWN[1]} to {LAST_KNOWN[0]}.{LAST_KNOWN[1]}"
+
+WRAPPED = ("_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs")
+"""Methods of the trainer that the recorder wraps while it trains."""
+
+SETTINGS = (
+    *(
+        "_entropy_bonus_enabled",
+        "_tokenizer",
+        "accelerator",
+        "args",
+        "aux_loss_enabled",
+        "beta",
+        "environment_factories",
+    ),
+    *("epsilon_high", "loss_type", "mask_truncated_completions", "max_completion_length", "model", "num_generations"),
+    *("num_iterations", "off_policy_mask_threshold", "reward_weights", "rollout_func", "scale_rewards", "temperature"),
+    *("tools", "top_entropy_quantile", "top_k", "use_transformers_continuous_batching", "use_vllm"),
+    *("vllm_importance_sampling_correction", "args.delta", "args.gradient_accumulation_steps", "args.max_grad_norm"),
+    *("args.steps_per_generation",),
+)
+"""What every known trainer has; ``args.`` for its configuration."""
+SINCE = {"eos_token_ids": (1, 15)}
+"""Settings that came with a version, and must be there from it on."""
+UNTIL = {"use_liger_kernel": (1, 14)}
+"""Settings of the trainer that went with the version after this one. Later, Liger replaces layers and leaves the loss."""
+OF_TRANSFORMERS = ("generation_config", "generation_kwargs")
+OF_VLLM = ("vllm_generation",)
+"""What a trainer that generates with transformers, or with vLLM, has besides."""
+VLLM_SETTINGS = (
+    *("generation_kwargs", "max_completion_length", "min_p", "mode", "repetition_penalty", "structured_outputs_regex"),
+    *("temperature", "top_k", "top_p"),
+)
+
+BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+IMAGES = ("pixel_values", "image_grid_thw", "num_images", "image_sizes", "spatial_shapes", "image_position_ids")
+"""Keys of the batch that TRL hands to its loss."""
+
+STATED_WITH_THE_LOSS = {
+    *("_chunked_logps", "_compute_loss", "_full_logits_logps", "_get_last_hidden_state", "compute_liger_loss"),
+    *("_get_per_token_logps_and_entropies", "compute_loss", "get_gamma_weights", "get_high_entropy_mask"),
+    *("get_off_policy_mask", "loss_is_scaled_for_ga", "training_step"),
+}
+"""Attributes of a GRPOTrainer that make its loss, and nothing else of what the rows say."""
+FREE_TO_OVERRIDE = {
+    *("_calculate_rewards", "_get_eval_sampler", "_get_train_sampler", "_load_optimizer_and_scheduler"),
+    *("_log_completion_extra", "_log_metric", "_name", "_paper", "_save_checkpoint", "_tag_names", "_template_file"),
+    *("_set_signature_columns_if_needed", "_tokenize_prompts", "get_eval_dataloader", "get_train_dataloader", "log"),
+    *("prediction_step",),
+}
+"""Attributes of a GRPOTrainer that change neither its loss nor how a prompt's responses are drawn."""
+LOSS_OF_THE_BASE = ("autocast_smart_context_manager", "compute_loss_context_manager", "get_batch_samples")
+"""Methods of transformers' Trainer that act on the loss."""
+
+PREPARE = "_prepare_generation_config"
+OVERRIDE = "_override_model_generation_config"
+GENERATE = ("generate", PREPARE, "_get_logits_processor", "_get_stopping_criteria", "_sample")
+GENERATE_BATCH = (
+    *("generate_batch", "continuous_batching_context_manager", "init_continuous_batching", "_get_logits_processor"),
+)
+"""Methods of a transformers model that decide which token is drawn: in ``generate``, and in continuous batching."""
