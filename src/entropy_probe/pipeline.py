@@ -17,7 +17,13 @@ from torch import nn
 from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamState, validate_preconditioner
 from entropy_probe.adam_step import clip_factor, gradient_norm, gradient_weights
-from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model, describe_ranks
+from entropy_probe.assemble import (
+    assemble_report,
+    describe_checkpoint,
+    describe_model,
+    describe_ranks,
+    describe_zero_v,
+)
 from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of
 from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.errors import InputError
@@ -100,6 +106,7 @@ def probe_checkpoint(
             device=device,
             learning_rate=settings.learning_rate,
             seed=settings.seed,
+            zero_v=settings.zero_v,
         )
         for rows in (batch, evaluation):
             if rows is not None:
@@ -158,7 +165,7 @@ def probe(
         adam = adam.with_learning_rate(settings.learning_rate)
     sharding = sharding_of(model, ranks)
     shapes = {name: p.shape for name, p in named_parameters(model) if p.requires_grad}
-    test = validate_preconditioner(adam, shapes, seed=settings.seed, sharding=sharding)
+    test = validate_preconditioner(adam, shapes, seed=settings.seed, zero_v=settings.zero_v, sharding=sharding)
     for rows in (batch, evaluation):
         if rows is not None:
             check_fits(rows, *input_limits(model))
@@ -241,6 +248,8 @@ def _probe_as_marked(
             positive = without_negatives(task, rules)
     what_ifs = asked_what_ifs(settings, step, step_statistics, positive, adam, norm)
     fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
+    without_v = diagnostics.elements_without_v(gradients.ascent, task.preconditioners, policy.sharding)
+    zero_v = describe_zero_v(settings.zero_v, without_v, gradients.delta_h1_of_zero_v)
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
@@ -250,7 +259,8 @@ def _probe_as_marked(
         *diagnostics.on_policy_warnings(batch, gradients.scores),
         *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, settings.length_weight),
         *diagnostics.end_token_warnings(batch, end_token_ids(subject.model)),
-        *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals, policy.sharding),
+        *diagnostics.parameter_warnings(gradients.untouched, subject.rivals),
+        *diagnostics.zero_v_warnings(zero_v, without_v),
         *diagnostics.coverage_warnings(gradients.coverage),
         *diagnostics.rounding_warnings(realized.rows, settings.weight_rounding),
         *diagnostics.realized_warnings(realized.rows),
@@ -280,6 +290,7 @@ def _probe_as_marked(
         step=step,
         gradient_statistics=gradient_statistics,
         reached=gradients.ascent,
+        zero_v=zero_v,
         gradient_norm=norm,
         what_ifs=what_ifs,
         fall=fall,
@@ -329,4 +340,5 @@ def _config(task: Task) -> ConfigSection:
         seed=settings.seed,
         max_grad_norm=settings.max_grad_norm,
         weight_rounding=settings.weight_rounding,
+        zero_v=settings.zero_v,
     )

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 import torch
 
+from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.linearity import SweepRange
@@ -55,6 +56,7 @@ class Settings:
         what_if_max_grad_norm: to say what a step clipped at this norm would do.
         what_if_no_negatives: to say what the update from responses with advantages above zero alone would do: one more pass.
         what_if_fall: nats, to say which multiple of the learning rate would lower the entropy by them.
+        zero_v: P of elements whose v is 0: left out of δH₁ and its step, or 1/ε as the guide has it.
     """
 
     mode: Mode = Mode.AUTO
@@ -84,9 +86,13 @@ class Settings:
     what_if_max_grad_norm: float | None = None
     what_if_no_negatives: bool = False
     what_if_fall: float | None = None
+    zero_v: ZeroV = ZeroV.LEAVE_OUT
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
+        if self.zero_v not in list(ZeroV):
+            raise InputError(f"zero_v is {self.zero_v!r}; expected one of {', '.join(ZeroV)}")
+        object.__setattr__(self, "zero_v", ZeroV(self.zero_v))
         if self.microbatch_size is not None and self.microbatch_size < 1:
             raise InputError(f"microbatch size is {self.microbatch_size}; expected at least 1")
         if self.memory_bytes is not None and not 0 < self.memory_bytes < float("inf"):

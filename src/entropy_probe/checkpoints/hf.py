@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, validate_preconditioner
+from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, ZeroV, validate_preconditioner
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
 from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER, DistributedFolder
 from entropy_probe.checkpoints.trainer_state import read_trainer_state
@@ -108,8 +108,11 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     learning_rate: float | None = None,
     seed: int = 0,
+    zero_v: ZeroV = ZeroV.LEAVE_OUT,
 ) -> Checkpoint:
     """Read weights and Adam state; ``learning_rate`` replaces the stored one in every group.
+
+    ``zero_v`` is P where Adam's v is 0: left out, a state that has nothing else is refused.
 
     Raises:
         InputError: anything missing, damaged or of another kind, in one line.
@@ -120,7 +123,9 @@ def load_checkpoint(
         raise InputError(f"{path} has Adam's state in {OPTIMIZER_FOLDER}/; {BY_ROWS}")
     refuse_without_optimizer(path)
     folder = load_model(path, base=base, dtype=dtype, device=device)
-    return validated(folder, *load_adam_state(optimizer, folder.model), learning_rate=learning_rate, seed=seed)
+    return validated(
+        folder, *load_adam_state(optimizer, folder.model), learning_rate=learning_rate, seed=seed, zero_v=zero_v
+    )
 
 
 def validated(
@@ -130,6 +135,7 @@ def validated(
     *,
     learning_rate: float | None,
     seed: int,
+    zero_v: ZeroV,
     sharding: Sharding = WHOLE,
 ) -> Checkpoint:
     """The checkpoint of a model and its Adam state, which fit each other; ``learning_rate`` replaces the stored one.
@@ -141,7 +147,7 @@ def validated(
     if learning_rate is not None:
         adam = adam.with_learning_rate(learning_rate)
     shapes = {name: p.shape for name, p in folder.model.named_parameters() if p.requires_grad}
-    test = validate_preconditioner(adam, shapes, seed=seed, sharding=sharding)
+    test = validate_preconditioner(adam, shapes, seed=seed, zero_v=zero_v, sharding=sharding)
     return Checkpoint(folder, adam, mapping, test, stored, read_trainer_state(folder.path).global_step)
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.adam_preconditioner import AdamState, ZeroV
 from entropy_probe.checkpoints.adam_state import OptimizerFile, OptimizerMapping, map_adam_state
 from entropy_probe.checkpoints.distributed_folders import (
     MODEL_FOLDER,
@@ -83,8 +83,11 @@ def load_sharded_checkpoint(
     device: torch.device | str = "cpu",
     learning_rate: float | None = None,
     seed: int = 0,
+    zero_v: ZeroV = ZeroV.LEAVE_OUT,
 ) -> Checkpoint:
     """Read this rank's shards of weights and Adam state; ``learning_rate`` replaces the stored one in every group.
+
+    ``zero_v`` is P where Adam's v is 0, as of one process.
 
     Weights are safetensors, or accelerate's ``pytorch_model_fsdp_0/``; Adam's state is optimizer.pt, or ``optimizer_0/``.
     The model's parameters are DTensors; every tensor of ``Checkpoint.adam`` is this rank's rows alone, possibly none. One
@@ -101,7 +104,13 @@ def load_sharded_checkpoint(
     mesh = DeviceMesh.from_group(_group_of(ranks), "cpu")
     adam, mapping = ranks.alike(partial(_adam_state, optimizer, folder.model, mesh))
     return validated(
-        folder, adam, mapping, learning_rate=learning_rate, seed=seed, sharding=sharding_of(folder.model, ranks)
+        folder,
+        adam,
+        mapping,
+        learning_rate=learning_rate,
+        seed=seed,
+        zero_v=zero_v,
+        sharding=sharding_of(folder.model, ranks),
     )
 
 

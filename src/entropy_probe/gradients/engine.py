@@ -160,6 +160,7 @@ def unit_gradients(
         coverage=passes.coverage(),
         rules=replace(rules, treatments=passes.treatments),
         looked=looked,
+        zero_v=dots.zero_v,
     )
 
 

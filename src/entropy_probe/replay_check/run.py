@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.adam_step import adamw_step
 from entropy_probe.assemble import versions
 from entropy_probe.checkpoints import load_checkpoint, load_model, read_trainer_state
@@ -72,7 +73,12 @@ def replay(
         clip, clip_from = resolve_max_grad_norm(batch, settings)
         autocast = resolve_autocast(batch, settings)
         loaded = load_checkpoint(
-            before, base=base, dtype=settings.dtype, device=device, learning_rate=settings.learning_rate
+            before,
+            base=base,
+            dtype=settings.dtype,
+            device=device,
+            learning_rate=settings.learning_rate,
+            zero_v=ZeroV.GUIDE,  # the step renews v first, so that a v of zeros does no harm here
         )
         check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
         target = load_model(after, base=base, dtype=settings.dtype, device=device)

@@ -10,28 +10,83 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_probe.files import readable_size
-from entropy_probe.report.schema import Report
+from entropy_probe.report.schema import AdamWSection, Report
 
 
-def headline(
+def headline(adamw: AdamWSection, entropy: float, unit: str, clipping: str) -> str:
+    """One sentence a person understands first: what the optimizer's next step does to the entropy, and how sure that is.
+
+    Args:
+        adamw: that step.
+        entropy: as it is now, nats per ``unit``.
+        unit: response or token.
+        clipping: what is assumed of it.
+    """
+    if adamw.total == 0.0 and not any(part.value for part in adamw.parts.values()):
+        return (
+            "The optimizer's next step changes nothing to first order: its learning rate is zero, or there is neither "
+            "momentum, nor an advantage, nor weight decay."
+        )
+    share = f" ({100 * abs(adamw.total) / entropy:.2g} % of {entropy:.3g})" if entropy > 0 else ""
+    if adamw.ci95 is None:
+        return (
+            f"To first order the optimizer's next step changes entropy by {_signed(adamw.total, None)} nats per {unit}{share}, "
+            f"{clipping}; it has no error: {adamw.null_reasons['ci95']}."
+        )
+    low, high = adamw.ci95
+    interval = f"95 % interval [{low:+.3g}, {high:+.3g}], {clipping}"
+    if low <= 0.0 <= high:
+        return (
+            "This batch does not tell whether the optimizer's next step raises or lowers entropy: "
+            f"{_signed(adamw.total, adamw.se)} nats per {unit}{share}, {interval}."
+        )
+    return (
+        f"To first order the optimizer's next step {'lowers' if adamw.total < 0 else 'raises'} entropy by "
+        f"{quantity(abs(adamw.total), adamw.se)} nats per {unit}{share}, {interval}."
+    )
+
+
+def clipping_words(adamw: AdamWSection, source: str) -> str:
+    """What is assumed of clipping; ``source`` is where the limit, or its absence, is from: given, recorded or unknown."""
+    if adamw.max_grad_norm is None:
+        return "no clipping assumed" if source == "unknown" else f"no clipping, as {source}"
+    if adamw.clip_factor == 1.0:
+        return f"gradient norm within the clip of {adamw.max_grad_norm:g}, as {source}"
+    return f"gradient clipped at {adamw.max_grad_norm:g}, as {source}"
+
+
+def preconditioned_sentence(
     delta_h1: float, se: float | None, ci95: list[float] | None, entropy: float, unit: str = "response"
 ) -> str:
-    """One sentence a person understands first: what the next step does to the entropy, and how sure that is."""
+    """What the step of δH₁ does to the entropy, and how sure that is."""
     share = f", {100 * abs(delta_h1) / entropy:.2g} %" if entropy > 0 else ""
     if delta_h1 == 0.0 and (se is None or se == 0.0):
-        return "This step changes nothing to first order: its learning rate is zero, or no response has an advantage."
+        return (
+            "The preconditioned step (δH₁) changes nothing to first order: its learning rate is zero, no response has an "
+            "advantage, or every element that it would move has v = 0."
+        )
+    which = "the preconditioned step along this batch's gradient alone (δH₁)"
     if se is None:
         return (
-            f"To first order the next step changes entropy by {delta_h1:+.3g} nats per {unit}{share}; "
+            f"To first order {which} changes entropy by {delta_h1:+.3g} nats per {unit}{share}; "
             "too few units for an error bar."
         )
     size = f"{quantity(abs(delta_h1), se)} nats per {unit}{share}"
     if ci95 is not None and ci95[0] <= 0.0 <= ci95[1]:
         return (
-            f"This batch does not tell whether the next step raises or lowers entropy: "
+            f"This batch does not tell whether {which} raises or lowers entropy: "
             f"{'+' if delta_h1 >= 0 else '−'}{size} (95 % interval includes zero)."
         )
-    return f"To first order the next step {'lowers' if delta_h1 < 0 else 'raises'} entropy by {size}."
+    return f"To first order {which} {'lowers' if delta_h1 < 0 else 'raises'} entropy by {size}."
+
+
+def difference_sentence(spread_factor: float | list[float]) -> str:
+    """How δH₁ differs from what the optimizer's own step does."""
+    return (
+        f"Times clip · Σ_k = {_range(spread_factor)} that is what this batch does in all, over the steps to come, since "
+        "momentum spreads a gradient out, as long as P and the policy hold still; the optimizer's step is what happens at "
+        "this step."
+    )
 
 
 CAUSES = {
@@ -94,11 +149,13 @@ def quantity(value: float, se: float | None) -> str:
 
 def print_report(report: Report, console: Console) -> None:
     """Print the whole report."""
-    console.print(Text(report.headline, style="bold"))
+    # In a pipe or a log a sentence is one line.
+    for sentence in (Text(report.headline, style="bold"), Text(report.first_order.sentence)):
+        console.print(sentence, soft_wrap=not console.is_terminal)
     console.print()
-    console.print(section("First order, before the step", _first_order(report)))
-    console.print(section("Where the noise of δH₁ comes from, in shares of its variance", _noise(report)))
     console.print(section("The optimizer's own step, to first order", _adamw(report)))
+    console.print(section("The preconditioned step, to first order: δH₁", _first_order(report)))
+    console.print(section("Where the noise of δH₁ comes from, in shares of its variance", _noise(report)))
     console.print(section(f"Realised, after a step ({_nats(report)})", _realized(report)))
     if report.sweep:
         console.print(section("Along the step, α times the learning rate", _sweep(report)))
@@ -159,8 +216,23 @@ def _first_order(report: Report) -> Table:
             "sd of r; kept to compare",
         ),
         ("learning rate", _rates(first.learning_rate), ""),
+        *_zero_v(report),
         ("self-test residual", f"{first.self_test_residual:.1e}", "relative"),
     )
+
+
+def _zero_v(report: Report) -> list[tuple[str, str, str]]:
+    """Nothing where no element has v = 0."""
+    found = report.first_order.zero_v
+    if not found.elements:
+        return []
+    added = f"{found.delta_h1_added:+.4g} {_nats(report)}"
+    treated = (
+        f"left out of P; what they would add with 1/ε: {added}"
+        if found.treatment == "leave-out"
+        else f"P is 1/ε there; what they add: {added}"
+    )
+    return [("elements with v = 0", f"{found.elements:,}", treated)]
 
 
 def _noise(report: Report) -> Table:
@@ -208,6 +280,13 @@ def _adamw(report: Report) -> RenderableType:
             _signed(adamw.total, adamw.se),
             f"{_nats(report)}; gradient norm {adamw.gradient_norm:.4g}, {clipped}",
         )
+    )
+    interval = (
+        f"none: {adamw.null_reasons['ci95']}" if adamw.ci95 is None else f"[{adamw.ci95[0]:+.4g}, {adamw.ci95[1]:+.4g}]"
+    )
+    rows.append(("95 % interval of it", interval, "of what this step does, given the update"))
+    rows.append(
+        ("clip · Σ_k", _range(adamw.spread_factor), "times δH₁: what this batch does in all, over the steps to come")
     )
     for row in report.what_if.rows:
         name = row.name.replace("_", " ") + ("" if row.asked is None else f" {row.asked:g}")
@@ -262,6 +341,10 @@ def _other_batches(report: Report) -> list[tuple[str, str, str]]:
 
 def _signed(value: float, se: float | None) -> str:
     return f"{'+' if value >= 0 else '−'}{quantity(abs(value), se)}"
+
+
+def _range(factors: float | list[float]) -> str:
+    return f"{min(factors):.3g} to {max(factors):.3g}" if isinstance(factors, list) else f"{factors:.3g}"
 
 
 def _rates(rates: float | list[float]) -> str:
