@@ -23,7 +23,8 @@ from entropy_probe.intervals import interval, variance_at, variance_parts
 from entropy_probe.policy import Policy
 from entropy_probe.report import Report, write_report_folder
 from entropy_probe.report.schema import AdamWSection
-from entropy_probe.report.text import clipping_words, headline, preconditioned_sentence, print_report, quantity
+from entropy_probe.report.sentences import clipping_words, headline, preconditioned_sentence, quantity
+from entropy_probe.report.text import print_report
 from entropy_probe.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.scores import EntropyTarget, Estimator
 from entropy_probe.u_statistics import CrossStatistics, cross_statistics

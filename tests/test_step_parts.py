@@ -32,7 +32,8 @@ from entropy_probe.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.intervals import t_quantile
 from entropy_probe.policy import Policy
 from entropy_probe.report.schema import AdamWPart, FallSection, WhatIfRow, WhatIfSection
-from entropy_probe.report.text import print_report, step_sentence
+from entropy_probe.report.sentences import step_sentence
+from entropy_probe.report.text import print_report
 from entropy_probe.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator, entropy_coefficients, entropy_ratio
 from entropy_probe.step_parts import PARTS, StepPrediction, predict_parts

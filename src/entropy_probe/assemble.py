@@ -48,7 +48,7 @@ from entropy_probe.report.schema import (
     WhatIfSection,
     ZeroVSection,
 )
-from entropy_probe.report.text import (
+from entropy_probe.report.sentences import (
     clipping_words,
     difference_sentence,
     headline,
