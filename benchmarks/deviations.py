@@ -10,9 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from entropy_probe import Settings, probe_checkpoint, read_batch
+from entropy_probe import (
+    Rollout,
+    Settings,
+    ZeroV,
+    group_rollouts,
+    probe,
+    probe_checkpoint,
+    read_batch,
+    state_of_optimizer,
+)
 from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.demo import demo_files
@@ -86,6 +95,35 @@ def two_steps() -> str:
     return "; ".join(f"{r.step}: realised {r.delta_h:+.4f} ± {r.se:.4f}, linear {r.predicted:+.4f}" for r in rows)
 
 
+def without_v() -> str:
+    """An untied embedding of 400 tokens that three steps on 200 of them have trained."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, tie_word_embeddings=False, initializer_range=0.3, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    for _ in range(3):
+        ids = torch.randint(4, 204, (32, 10))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    prompts, responses = torch.randint(4, 400, (12, 4)).tolist(), torch.randint(4, 400, (12, 4, 6)).tolist()
+    batch = group_rollouts(
+        Rollout(n, tuple(prompts[n]), tuple(response), sum(token % 3 == 0 for token in response) / 6)
+        for n, group in enumerate(responses)
+        for response in group
+    )
+    adam = state_of_optimizer(optimizer, model)
+    ours, guide = (
+        probe(model, adam, batch, Settings(noise=False, length_weight=LengthWeight.GRPO, zero_v=zero_v)).report
+        for zero_v in (ZeroV.LEAVE_OUT, ZeroV.GUIDE)
+    )
+    return (
+        f"δH₁ {guide.first_order.delta_h1:+.2g} by the guide's text, {ours.first_order.delta_h1:+.2g} without the "
+        f"{ours.first_order.zero_v.elements} elements that have v = 0; the gradient's part of AdamW's own step "
+        f"{ours.adamw.parts['gradient'].value:+.2g}"
+    )
+
+
 def dropout() -> str:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
@@ -109,7 +147,8 @@ def main() -> None:
         ("2 geometry", one_geometry(batch)),
         ("3 standard error", standard_errors()),
         ("5 two steps", two_steps()),
-        ("7 dropout", dropout()),
+        ("6 elements without v", without_v()),
+        ("8 dropout", dropout()),
     ):
         print(f"{row}: {text}")
 

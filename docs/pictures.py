@@ -23,7 +23,7 @@ def main() -> None:
     files = demo_files()
     settings = Settings(length_weight=LengthWeight.DR_GRPO, max_completion_length=files.max_completion_length)
     report = probe_checkpoint(files.checkpoint, files.rollouts, settings).report
-    console = Console(record=True, width=96, file=io.StringIO())
+    console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
     print_report(report, console)
     console.save_svg(str(IMAGES / "demo.svg"), title="make demo")
     plot_predicted_and_realized(report, IMAGES / "predicted_and_realized.png")

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from entropy_probe import AdamState, InputError, adam_preconditioner, state_of_optimizer
-from entropy_probe.adam_preconditioner import AdamMoments, normal_chunk, preconditioner, validate_preconditioner
+from entropy_probe.adam_preconditioner import (
+    AdamMoments,
+    ZeroV,
+    normal_chunk,
+    preconditioner,
+    validate_preconditioner,
+)
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.collectives import Ranks, Sharding, row_spans
 from entropy_probe.u_statistics import FloatArray
@@ -234,7 +240,8 @@ def test_amsgrads_maximum_takes_vs_place_and_survives_the_file(tmp_path: Path) -
 
 def test_p_is_one_over_root_v_hat_plus_eps_with_eps_outside_the_root() -> None:
     state, _ = adam_state(step=7, exp_avg_sq=torch.tensor([[4e-6, 1.0, 0.0], [9.0, 1e-16, 25.0]], dtype=torch.float64))
-    p = preconditioner(state.moments["b.weight"], replace(state.groups[0], beta2=0.99, eps=1e-4))
+    group = replace(state.groups[0], beta2=0.99, eps=1e-4)
+    p = preconditioner(state.moments["b.weight"], group, ZeroV.GUIDE)
     correction = 1 - 0.99**7
     for found, v in zip(p.flatten().tolist(), [4e-6, 1.0, 0.0, 9.0, 1e-16, 25.0], strict=True):
         assert found == pytest.approx(1.0 / ((v / correction) ** 0.5 + 1e-4), rel=1e-13)

@@ -128,7 +128,9 @@ def test_the_demo_resolves_a_fall_of_the_entropy() -> None:
         noise=False,
     )
     report = probe_checkpoint(files.checkpoint, files.rollouts, settings).report
-    assert "lowers entropy" in report.headline
+    assert "the optimizer's next step lowers entropy" in report.headline
+    assert "(δH₁) lowers entropy" in report.first_order.sentence
+    assert report.first_order.zero_v.elements == 0
     assert report.first_order.self_test_residual < 1e-10
     for row in report.realized:
         assert row.delta_h < 0

@@ -148,7 +148,25 @@ def test_row_5_with_beta1_zero_no_decay_and_the_renewed_state_the_two_steps_are_
     assert (wrong - moved[name]).abs().max() > 1e-2 * moved[name].abs().max()
 
 
-def test_row_6_blocks_follow_prompts_and_not_microbatches() -> None:
+def test_row_6_elements_without_v_make_the_literal_delta_h1_noise_and_ours_leaves_them_out() -> None:
+    """Untied embeddings of which training met a few tokens; two halves of the prompts are two answers to one question."""
+    model = support.tiny_model("llama-untied", dtype=torch.float64)
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-5, vocabulary=10), model)
+    batch = support.random_batch(12, 4)
+    seen = batch.of_prompts(range(12))
+    literal, ours = (probe(model, adam, seen, Settings(zero_v=zero_v)).report for zero_v in ("guide", "leave-out"))
+    # The literal text: all but a thousandth of δH₁ is of elements that no step has touched, and no step of Adam's is like it.
+    assert literal.first_order.zero_v.delta_h1_added == pytest.approx(literal.first_order.delta_h1, rel=1e-3)
+    gradient = literal.adamw.parts["gradient"].value
+    assert abs(literal.first_order.delta_h1) > 1e3 * abs(gradient)
+    assert abs(ours.first_order.delta_h1) < 1e2 * abs(gradient)
+    assert ours.first_order.zero_v.elements == literal.first_order.zero_v.elements > 0
+    # The realised step too: the literal one throws the policy away.
+    assert literal.realized[0].ess_fraction < 0.5
+    assert ours.realized[0].ess_fraction > 0.99
+
+
+def test_row_7_blocks_follow_prompts_and_not_microbatches() -> None:
     model = support.tiny_model("llama-tied", dtype=torch.float64)
     adam = state_of_optimizer(support.trained_optimizer(model), model)
     batch = support.random_batch(7, 3)
@@ -161,7 +179,7 @@ def test_row_6_blocks_follow_prompts_and_not_microbatches() -> None:
         assert other.first_order.u_cross == pytest.approx(reports[0].first_order.u_cross, rel=1e-10)
 
 
-def test_row_7_dropout_is_inactive_and_the_training_flag_comes_back() -> None:
+def test_row_8_dropout_is_inactive_and_the_training_flag_comes_back() -> None:
     model = support.tiny_model("gpt2")
     model.train()
     batch = support.random_batch(3, 2)

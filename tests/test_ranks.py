@@ -98,11 +98,28 @@ COLLECTIVES = {
 }
 """Which argument is what a rank hands over."""
 
+FRESH = ("fresh/exact", "fresh/exact-streamed")
+"""Rows of embeddings have v = 0."""
+
 EVERYWHERE = ("full/exact", "full/exact-streamed", "lora/block", "lora/block-streamed-score")
 CASES: Mapping[tuple[int, ShardingChoice], Sequence[str]] = {
     (1, ShardingChoice.FSDP2): ("full/exact",),
-    (2, ShardingChoice.REPLICATED): (*EVERYWHERE, "full/exact-score", "full/folds", "full/evaluation", "full/resample"),
-    (2, ShardingChoice.FSDP2): (*EVERYWHERE, "full/exact-score", "full/folds", "full/evaluation", "full/resample"),
+    (2, ShardingChoice.REPLICATED): (
+        *EVERYWHERE,
+        *FRESH,
+        "full/exact-score",
+        "full/folds",
+        "full/evaluation",
+        "full/resample",
+    ),
+    (2, ShardingChoice.FSDP2): (
+        *EVERYWHERE,
+        *FRESH,
+        "full/exact-score",
+        "full/folds",
+        "full/evaluation",
+        "full/resample",
+    ),
     (3, ShardingChoice.REPLICATED): ("full/exact", "lora/block-streamed-score"),
     (4, ShardingChoice.REPLICATED): EVERYWHERE,
     (4, ShardingChoice.FSDP2): EVERYWHERE,
@@ -127,6 +144,7 @@ class Found:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ranks")
     make_checkpoint(root / "full")
+    make_checkpoint(root / "fresh", "llama-untied", vocabulary=10)
     base = tiny_model("llama-untied")
     base.save_pretrained(root / "base")
     adapted = lora_model(base)
@@ -251,6 +269,11 @@ def test_every_rank_reports_what_one_process_does(
         else:
             scale = np.abs(expected.kernel).max()
             np.testing.assert_allclose(found.kernel, expected.kernel, rtol=0, atol=TOLERANCE * scale)
+
+
+def test_ranks_agree_on_elements_without_v(folder: Path) -> None:
+    assert all(alone(folder, case).report.first_order.zero_v.elements > 0 for case in FRESH)
+    assert not alone(folder, "full/exact").report.first_order.zero_v.elements
 
 
 def test_a_number_that_is_off_is_a_difference(folder: Path) -> None:

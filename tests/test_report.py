@@ -22,7 +22,9 @@ from entropy_probe.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.intervals import interval, variance_at, variance_parts
 from entropy_probe.policy import Policy
 from entropy_probe.report import Report, write_report_folder
-from entropy_probe.report.text import headline, print_report, quantity
+from entropy_probe.report.schema import AdamWSection
+from entropy_probe.report.sentences import clipping_words, headline, preconditioned_sentence, quantity
+from entropy_probe.report.text import print_report
 from entropy_probe.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.scores import EntropyTarget, Estimator, LengthWeight
 from entropy_probe.u_statistics import CrossStatistics, cross_statistics
@@ -111,15 +113,90 @@ def test_the_interval_and_the_error_are_of_delta_h1(result: ProbeResult) -> None
             -0.003,
             0.009,
             [-0.02, 0.01],
-            "does not tell whether the next step raises or lowers entropy: −0.0030 ± 0.0090",
+            "does not tell whether the preconditioned step along this batch's gradient alone (δH₁) raises or lowers entropy: "
+            "−0.0030 ± 0.0090",
         ),
         (-0.003, None, None, "too few units for an error bar"),
+        (0.0, 0.0, [0.0, 0.0], "changes nothing"),
     ],
 )
-def test_the_first_sentence_says_what_happens_and_how_sure_that_is(
+def test_the_preconditioned_steps_sentence_says_what_happens_and_how_sure_that_is(
     delta: float, se: float | None, interval: list[float] | None, said: str
 ) -> None:
-    assert said in headline(delta, se, interval, 1.48)
+    assert said in preconditioned_sentence(delta, se, interval, 1.48)
+
+
+def own_step(total: float, se: float | None, interval: list[float] | None, **more: Any) -> AdamWSection:
+    facts: dict[str, Any] = {
+        "parts": {}, "v_at_t": total, "spread_factor": 1.0, "gradient_factor": 0.1, "u_statistic": 0.0, "u_statistic_se": 0.0,
+        "gradient_norm": 2.0, "clip_factor": 1.0, "max_grad_norm": None,
+        "max_grad_norm_source": "unknown", "sentence": "",
+        "null_reasons": {"se": "two units tell nothing", "ci95": "two units tell nothing"},
+    }  # fmt: skip
+    return AdamWSection(total=total, se=se, ci95=interval, **(facts | more))
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            own_step(-0.021, 0.0015, [-0.024, -0.018]),
+            "To first order the optimizer's next step lowers entropy by 0.0210 ± 0.0015 nats per response (0.69 % of 3.05), "
+            "95 % interval [-0.024, -0.018], no clipping assumed.",
+        ),
+        (own_step(0.021, 0.0015, [0.018, 0.024]), "step raises entropy by 0.0210 ± 0.0015 nats"),
+        (
+            own_step(-0.003, 0.009, [-0.021, 0.015]),
+            "does not tell whether the optimizer's next step raises or lowers entropy: −0.0030 ± 0.0090 nats per response "
+            "(0.098 % of 3.05), 95 % interval [-0.021, +0.015], no clipping assumed.",
+        ),
+        (
+            own_step(-0.003, None, None),
+            "changes entropy by −0.003 nats per response (0.098 % of 3.05), no clipping assumed; it has no error: "
+            "two units tell nothing.",
+        ),
+        (own_step(0.0, 0.0, [0.0, 0.0]), "The optimizer's next step changes nothing to first order"),
+    ],
+)
+def test_the_first_sentence_is_about_the_optimizers_own_step(found: AdamWSection, said: str) -> None:
+    assert said in headline(found, 3.05, "response")
+
+
+@pytest.mark.parametrize(
+    ("limit", "factor", "source", "said"),
+    [
+        (None, 1.0, "unknown", "no clipping assumed"),
+        (None, 1.0, "recorded", "no clipping, as recorded"),
+        (0.5, 0.25, "given", "gradient clipped at 0.5, as given"),
+        (5.0, 1.0, "recorded", "gradient norm within the clip of 5, as recorded"),
+    ],
+)
+def test_the_first_sentence_says_what_it_takes_clipping_to_be(
+    limit: float | None, factor: float, source: str, said: str
+) -> None:
+    found = own_step(
+        -0.021, 0.0015, [-0.024, -0.018], max_grad_norm=limit, clip_factor=factor, max_grad_norm_source=source
+    )
+    assert clipping_words(found) == said
+
+
+def test_both_sentences_come_first_and_say_how_the_steps_differ(result: ProbeResult, capsys: Any) -> None:
+    print_report(result.report, Console(width=80))
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first == result.report.headline
+    assert "the optimizer's next step" in first
+    assert "no clipping assumed" in first
+    adamw = result.report.adamw
+    assert adamw.ci95 is not None
+    assert f"[{adamw.ci95[0]:+.3g}, {adamw.ci95[1]:+.3g}]" in first
+    assert second == result.report.first_order.sentence
+    assert "(δH₁)" in second
+    # At t = 3: Σ_k of 0.1 · 0.9^k / (1 − 0.9^{4+k}).
+    assert adamw.spread_factor == pytest.approx(sum(0.1 * 0.9**k / (1 - 0.9 ** (4 + k)) for k in range(400)), rel=1e-12)
+    assert f"Times clip · Σ_k = {adamw.spread_factor:.3g} that is what this batch does in all" in second
+    assert rest.index("The optimizer's own step, to first order") < rest.index(
+        "The preconditioned step, to first order: δH₁"
+    )
 
 
 def test_errors_are_shown_with_two_digits() -> None:

@@ -107,7 +107,9 @@ def test_small_print_of_the_report() -> None:
     batch = support.random_batch(5, 3)
     report = probe(model, mixed, batch).report
     assert report.checkpoint.adam_step == [3, 9]
-    assert f"{100 * abs(report.first_order.delta_h1) / report.entropy.per_response:.2g} %" in report.headline
+    assert (
+        f"{100 * abs(report.first_order.delta_h1) / report.entropy.per_response:.2g} %" in report.first_order.sentence
+    )
     assert 0 < report.first_order.self_test_residual < 1e-9
     still = probe(model, adam, batch, Settings(learning_rate=0.0)).report.first_order
     assert str(still.delta_h1) == "0.0"

@@ -33,7 +33,8 @@ from entropy_probe.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.intervals import t_quantile
 from entropy_probe.policy import Policy
 from entropy_probe.report.schema import AdamWPart, FallSection, WhatIfRow, WhatIfSection
-from entropy_probe.report.text import print_report, step_sentence
+from entropy_probe.report.sentences import step_sentence
+from entropy_probe.report.text import print_report
 from entropy_probe.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.scores import (
     EntropyTarget,
@@ -202,6 +203,12 @@ def test_predictions_are_means_over_prompts_with_the_error_of_their_sum(sizes: l
     rows = -along[:, :3].sum(1)
     variance = rows.var(ddof=1) / units + shared
     assert found.total.se == pytest.approx(np.sqrt(max(0.0, variance)), rel=1e-12)
+    half_width = 2.570581836 * found.total.se  # Student's quantile of five degrees of freedom
+    assert found.ci95(found.total) == pytest.approx((found.total.value - half_width, found.total.value + half_width))
+    for factor in (0.99, 1.01):
+        asked = replace(found.total, value=factor * half_width)
+        assert found.is_resolved(asked) is (factor > 1)
+    assert found.ci95(replace(found.total, se=None)) is None
     assert "needs the matrix" in predict_parts(along, None, sizes).of(gradient=1.0).why_not
 
 
@@ -396,6 +403,10 @@ def test_streamed_vectors_give_the_same_parts() -> None:
     assert stored.adamw.parts["gradient"].value != pytest.approx(exact.adamw.parts["gradient"].value, rel=1e-3)
     assert "streaming" in streamed.adamw.parts["gradient"].null_reasons["se"]
     assert "streaming" in streamed.adamw.null_reasons["se"]
+    assert "it has no error: needs the matrix of unit dots" in streamed.headline
+    assert exact.adamw.ci95 == pytest.approx(
+        [exact.adamw.total + sign * t_quantile(8) * (exact.adamw.se or 0.0) for sign in (-1, 1)], rel=1e-12
+    )
     assert streamed.adamw.parts["momentum"].se == pytest.approx(exact.adamw.parts["momentum"].se, rel=1e-9)
     streamed.to_dict()
 
@@ -423,6 +434,9 @@ def test_two_units_have_parts_without_errors() -> None:
     assert report.adamw.se is None
     assert report.adamw.parts["momentum"].se is None
     assert "three units" in report.adamw.null_reasons["se"]
+    assert report.adamw.ci95 is None
+    assert "three units" in report.adamw.null_reasons["ci95"]
+    assert "it has no error: two units" in report.headline
     assert "Without an error" in report.adamw.sentence
     report.to_dict()
 

@@ -12,12 +12,12 @@ import torch
 
 import support
 from entropy_probe import Settings, diagnostics
-from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState
+from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
 from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights
 from entropy_probe.realized import EntropyMeasure, RealizedChange
 from entropy_probe.recorded import trainers_step
-from entropy_probe.report import Evidence
+from entropy_probe.report import Evidence, ZeroVSection
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.scores import EntropyTarget, LengthWeight
 from entropy_probe.u_statistics import CrossStatistics, UnitDots, cross_statistics
@@ -101,12 +101,14 @@ def test_off_policy_is_the_mean_distance_a_token_or_a_response() -> None:
 def test_a_second_moment_of_zero_counts_where_there_is_a_gradient() -> None:
     v, y = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 2.0])
     state = AdamState((group(("a",), 1e-3),), {"a": AdamMoments(1, torch.zeros(3), v)})
-    assert diagnostics.parameter_warnings((), {"a": torch.tensor([0.0, 1.0, 0.0])}, state, ()) == []
-    (found,) = diagnostics.parameter_warnings((), {"a": y}, state, ())
+    assert diagnostics.elements_without_v({"a": torch.tensor([0.0, 1.0, 0.0])}, Preconditioners(state)) == {}
+    assert diagnostics.zero_v_warnings(ZeroVSection("leave-out", 0, 0.0), {}) == []
+    assert diagnostics.elements_without_v({"a": y}, Preconditioners(state)) == {"a": 1}
+    (found,) = diagnostics.zero_v_warnings(ZeroVSection("leave-out", 1, 0.5), {"a": 1})
     assert found.seen.startswith("1 elements (a)")
-    (rival,) = diagnostics.parameter_warnings((), {}, state, ("another rule",))
+    (rival,) = diagnostics.parameter_warnings((), ("another rule",))
     assert (rival.code, "another rule" in rival.seen) == ("ambiguous_mapping", True)
-    (untouched,) = diagnostics.parameter_warnings(list("abcde"), {}, state, ())
+    (untouched,) = diagnostics.parameter_warnings(list("abcde"), ())
     assert untouched.seen.endswith("a, b, c and 2 more")
 
 

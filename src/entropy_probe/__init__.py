@@ -1,6 +1,6 @@
 """entropy-probe: what will the next optimizer step do to a language model policy's entropy, how sure are we, what did it do?"""
 
-from entropy_probe.adam_preconditioner import AdamState, state_of_optimizer
+from entropy_probe.adam_preconditioner import AdamState, ZeroV, state_of_optimizer
 from entropy_probe.collectives import Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import Weighting
@@ -31,6 +31,7 @@ __all__ = [
     "Settings",
     "ShardingChoice",
     "Weighting",
+    "ZeroV",
     "group_rollouts",
     "probe",
     "probe_checkpoint",

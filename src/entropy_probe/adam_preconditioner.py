@@ -2,8 +2,9 @@
 
 The step that Adam takes along an ascent direction Ȳ is Δθ = η P Ȳ, so every dot product of the probe is X P Y:
 ``sqrt`` gives P^½ for both sides, X̃ = P^½ X and Ỹ = P^½ Y. (P on both sides would give X P² Y.)
-With amsgrad the running maximum of v takes v's place. Source: guide section 3; Kingma & Ba (2015); torch.optim.AdamW, whose
-ε stands outside the square root.
+With amsgrad the running maximum of v takes v's place. An element with v = 0 has had no gradient yet, and P = 1/ε there, 10⁸ by
+default: such elements are left out of P (P = 0) unless the guide's text is asked for. Source: guide section 3; Kingma & Ba
+(2015); torch.optim.AdamW, whose ε stands outside the square root.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +25,13 @@ from entropy_probe.errors import InputError
 from entropy_probe.wrappers import held_part, named_parameters, reshard, unwrap
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class ZeroV(StrEnum):
+    """P of an element whose v is exactly 0: 0 (``leave-out``), or 1/ε as the guide has it (``guide``)."""
+
+    LEAVE_OUT = "leave-out"
+    GUIDE = "guide"
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,13 @@ class AdamState:
         return {name: group for group in self.groups for name in group.names}
 
 
-def preconditioner(moments: AdamMoments, group: AdamGroup) -> Tensor:
+def second_moment(moments: AdamMoments, group: AdamGroup) -> Tensor:
+    """v of one parameter, as P has it: amsgrad's running maximum where there is one."""
+    largest = moments.max_exp_avg_sq if group.amsgrad else None
+    return moments.exp_avg_sq if largest is None else largest
+
+
+def preconditioner(moments: AdamMoments, group: AdamGroup, zero_v: ZeroV = ZeroV.LEAVE_OUT) -> Tensor:
     """P of one parameter in float64, the shape of v.
 
     Raises:
@@ -93,12 +108,12 @@ def preconditioner(moments: AdamMoments, group: AdamGroup) -> Tensor:
     """
     if moments.step < 1:
         raise ValueError(f"Adam has taken {moments.step} steps; its preconditioner is defined from the first step on")
-    largest = moments.max_exp_avg_sq if group.amsgrad else None
-    second_moment = moments.exp_avg_sq if largest is None else largest
+    v = second_moment(moments, group)
     bias_correction = 1.0 - group.beta2**moments.step
     # In place on one copy: at the size of a model each temporary costs as much as the arithmetic.
-    v_hat = second_moment.to(torch.float64, copy=True).div_(bias_correction)
-    return v_hat.sqrt_().add_(group.eps).reciprocal_()
+    v_hat = v.to(torch.float64, copy=True).div_(bias_correction)
+    p = v_hat.sqrt_().add_(group.eps).reciprocal_()
+    return p if zero_v is ZeroV.GUIDE else p.masked_fill_(v == 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -106,10 +121,11 @@ class Preconditioners(Mapping[str, Tensor]):
     """P of every parameter, by name, float64, computed when asked for: of a large model no copy stands in memory."""
 
     state: AdamState
+    zero_v: ZeroV = ZeroV.LEAVE_OUT
 
     def __getitem__(self, name: str) -> Tensor:
         """P of one parameter."""
-        return preconditioner(self.state.moments[name], self._groups[name])
+        return preconditioner(self.state.moments[name], self._groups[name], self.zero_v)
 
     def __iter__(self) -> Iterator[str]:
         """Names, in the state's order."""
@@ -130,7 +146,23 @@ class Preconditioners(Mapping[str, Tensor]):
                 max_exp_avg_sq=None if largest is None else largest.flatten()[part],
             ),
             self._groups[name],
+            self.zero_v,
         )
+
+    def zeros(self, name: str) -> Tensor:
+        """Where v of one parameter is exactly 0, the shape of v."""
+        return second_moment(self.state.moments[name], self._groups[name]) == 0
+
+    def guides_zeros(self, name: str, part: slice) -> Tensor:
+        """1/ε where v is 0, and 0 elsewhere: what the guide's P has there, float64; ε is above 0."""
+        group = self._groups[name]
+        zeros = second_moment(self.state.moments[name], group).flatten()[part] == 0
+        return torch.zeros(zeros.shape, dtype=torch.float64, device=zeros.device).masked_fill_(zeros, 1.0 / group.eps)
+
+    @cached_property
+    def with_zeros(self) -> frozenset[str]:
+        """Parameters some element of which has v = 0, of what this rank holds."""
+        return frozenset(name for name in self.state.moments if bool(self.zeros(name).any()))
 
     @cached_property
     def _groups(self) -> Mapping[str, AdamGroup]:
@@ -146,7 +178,12 @@ class PreconditionerTest:
 
 
 def validate_preconditioner(
-    state: AdamState, shapes: Mapping[str, torch.Size], *, seed: int = 0, sharding: Sharding = WHOLE
+    state: AdamState,
+    shapes: Mapping[str, torch.Size],
+    *,
+    seed: int = 0,
+    zero_v: ZeroV = ZeroV.LEAVE_OUT,
+    sharding: Sharding = WHOLE,
 ) -> PreconditionerTest:
     """The guide's validator (section 3D): every trainable parameter has a usable v, and a dot product through P is finite.
 
@@ -154,30 +191,44 @@ def validate_preconditioner(
         state: the optimizer's state by name.
         shapes: the whole shape of every trainable parameter, by name.
         seed: of the two test vectors; the global random state is not touched.
+        zero_v: P where v is 0.
         sharding: where a rank holds rows of the moments alone, the dots are summed over ranks.
 
     Raises:
         InputError: names the first parameter whose state is missing, mis-shaped, NaN, infinite or negative, or at t = 0; of
-            shards on all ranks, whichever's it is.
+            shards on all ranks, whichever's it is. Or every element of every parameter is left out of P.
     """
-    if not sharding.sharded:
-        return PreconditionerTest(*_test_dots(state, shapes, seed, sharding))
-    own = sharding.ranks.alike(lambda: _test_dots(state, shapes, seed, sharding))
-    return PreconditionerTest(*map(float, sharding.ranks.sum_numbers(np.array(own))))
+    preconditioners = Preconditioners(state, zero_v)
+    if sharding.sharded:
+        own = sharding.ranks.alike(lambda: _test_dots(preconditioners, shapes, seed, sharding))
+        plain, weighted, kept = map(float, sharding.ranks.sum_numbers(np.array(own)))
+    else:
+        plain, weighted, kept = _test_dots(preconditioners, shapes, seed, sharding)
+    if shapes and kept == 0:
+        raise InputError(
+            "Adam's v (exp_avg_sq) is 0 in every element of every trainable parameter, so there is no preconditioner; "
+            "expected the state after a step with a gradient: train one, or give the zero-v setting guide to take 1/ε for all"
+        )
+    return PreconditionerTest(plain, weighted)
 
 
 def _test_dots(
-    state: AdamState, shapes: Mapping[str, torch.Size], seed: int, sharding: Sharding
-) -> tuple[float, float]:
-    """Without P and with it, of what this rank holds."""
+    preconditioners: Preconditioners, shapes: Mapping[str, torch.Size], seed: int, sharding: Sharding
+) -> tuple[float, float, float]:
+    """The dot without P and with it, and how many elements are in P, of what this rank holds."""
+    state = preconditioners.state
     groups = state.group_of()
-    preconditioners = Preconditioners(state)
-    plain = weighted = 0.0
+    plain = weighted = kept = 0.0
     for number, (name, shape) in enumerate(shapes.items()):
         span = sharding.own(name) if sharding.sharded else slice(0, math.prod(shape))
         problem = moments_problem(state.moments.get(name) if name in groups else None, sharding.held(name, shape))
         if problem is not None:
             raise InputError(f"parameter {name}: {problem}")
+        if groups[name].eps == 0.0 and bool(preconditioners.zeros(name).any()):
+            raise InputError(
+                f"parameter {name}: v holds zeros and ε is 0.0, so that the optimizer divides by zero there; expected an ε "
+                "above 0"
+            )
         dot = 0.0
         for chunk, part in _chunks(span):
             skipped, count = part.start - chunk * CHUNK, part.stop - chunk * CHUNK
@@ -186,12 +237,14 @@ def _test_dots(
             p = preconditioners.chunk(name, slice(part.start - span.start, part.stop - span.start)).cpu()
             plain += float(product.sum())
             dot += float(product @ p)
+            kept += float(torch.count_nonzero(p))
         if not math.isfinite(dot):
             raise InputError(
-                f"parameter {name}: a dot product through 1/(√v̂ + ε) is {dot}; v holds zeros and ε is {groups[name].eps}"
+                f"parameter {name}: a dot product through 1/(√v̂ + ε) is {dot}; v is too near to zero for an ε of "
+                f"{groups[name].eps}"
             )
         weighted += dot
-    return plain, weighted
+    return plain, weighted, kept
 
 
 CHUNK = 1 << 20

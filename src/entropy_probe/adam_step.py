@@ -19,10 +19,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, preconditioner
+from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, ZeroV, preconditioner
 from entropy_probe.collectives import WHOLE, Sharding
 
 
@@ -149,6 +150,7 @@ class StepsOfOthers:
         ascent: Ȳ by name.
         clip_factor: of the gradient.
         sizes: s_u, prompts of every unit.
+        zero_v: P where v at t is 0, for what is told with v at t.
         count: of the numbers that :meth:`along` gives a unit.
     """
 
@@ -157,6 +159,7 @@ class StepsOfOthers:
     ascent: Mapping[str, Tensor]
     clip_factor: float
     sizes: Sequence[int]
+    zero_v: ZeroV = ZeroV.LEAVE_OUT
     count: int = 6
 
     def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
@@ -177,7 +180,8 @@ class StepsOfOthers:
         own = torch.tensor([self.sizes[unit] for unit in units], dtype=x.dtype, device=x.device)[:, None]
         prompts = float(sum(self.sizes))
         others = (prompts * mean.to(x) - y) / (prompts - own)
-        fixed = _fixed_factors(theta.to(mean), moments, group, self.clip_factor)
+        p = preconditioner(moments, group, self.zero_v).to(mean)
+        fixed = _fixed_factors(theta.to(mean), moments, group, self.clip_factor, p)
         seen = others * -self.clip_factor
         if not group.decoupled_weight_decay:
             seen += fixed.decay.to(x)
@@ -238,13 +242,14 @@ class _FixedFactors:
     decay_t: Tensor
 
 
-def _fixed_factors(theta: Tensor, moments: AdamMoments, group: AdamGroup, clip_factor: float) -> _FixedFactors:
+def _fixed_factors(
+    theta: Tensor, moments: AdamMoments, group: AdamGroup, clip_factor: float, p: Tensor
+) -> _FixedFactors:
     correction = 1.0 - group.beta2 ** (moments.step + 1)
     scale = group.learning_rate / (1.0 - group.beta1 ** (moments.step + 1))
     decay = group.weight_decay * theta
     coupled = None if group.decoupled_weight_decay else -(1.0 - group.beta1) * scale * decay
     momentum = -group.beta1 * scale * moments.exp_avg.to(theta)
-    p = preconditioner(moments, group).to(theta)
     largest = moments.max_exp_avg_sq if group.amsgrad else None
     return _FixedFactors(
         decay=decay,
@@ -336,6 +341,36 @@ def gradient_factors(state: AdamState, names: Collection[str]) -> dict[float, fl
         if not math.isclose(found.setdefault(group.learning_rate, factor), factor, rel_tol=1e-9):
             return None
     return found
+
+
+def spread_factors(state: AdamState, names: Collection[str], clip_factor: float) -> list[float]:
+    """clip · Σ_k (1 − β₁) β₁^k / (1 − β₁^{t+1+k}) over k ≥ 0, the distinct ones of parameters with a gradient.
+
+    At step t + k the optimizer gives this batch's gradient the weight of term k. So the preconditioned step η P Ȳ, times this,
+    is what the batch does in all, over the steps to come, as long as P and the policy hold still.
+    """
+    groups = state.group_of()
+    ages = dict.fromkeys((group.beta1, state.moments[name].step) for name, group in groups.items() if name in names)
+    return [clip_factor * _sum_of_weights(beta1, step) for beta1, step in ages]
+
+
+def _sum_of_weights(beta1: float, step: int) -> float:
+    """Σ_{k≥0} (1 − β) β^k / (1 − β^{t+1+k}), to a relative 1e-12.
+
+    Each term is a geometric series in β^{t+1+k}; summed over k first, they are Σ_{j≥0} β^{j(t+1)} (1 − β) / (1 − β^{j+1}),
+    which needs few terms late in a run. What is left after J of them is at most
+    β^{J(t+1)} / (1 − β^{t+1}) · (1 − β) / (1 − β^{J+1}).
+    """
+    ratio = beta1 ** (step + 1)
+    total, first, chunk = 0.0, 0, 4096
+    while True:
+        j = np.arange(first, first + chunk, dtype=np.float64)
+        total += float((ratio**j * (1.0 - beta1) / (1.0 - beta1 ** (j + 1.0))).sum())
+        first += chunk
+        rest = ratio**first / (1.0 - ratio) * (1.0 - beta1) / (1.0 - beta1 ** (first + 1))
+        if rest <= 1e-12 * total:
+            return total
+        chunk = min(2 * chunk, 1 << 20)
 
 
 def gradient_weights(state: AdamState, names: Collection[str], clip_factor: float) -> dict[float, float] | None:

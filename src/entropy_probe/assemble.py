@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest
-from entropy_probe.adam_step import clip_factor, gradient_factors
+from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, ZeroV
+from entropy_probe.adam_step import clip_factor, gradient_factors, spread_factors
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.collectives import Kind, Payload, Sharding
 from entropy_probe.gradients import Coverage, Plan, Preparation
@@ -47,8 +47,15 @@ from entropy_probe.report.schema import (
     UnitsSection,
     WhatIfRow,
     WhatIfSection,
+    ZeroVSection,
 )
-from entropy_probe.report.text import headline, step_sentence
+from entropy_probe.report.sentences import (
+    difference_sentence,
+    headline,
+    preconditioned_sentence,
+    step_sentence,
+    stored_sentence,
+)
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import EntropyTarget, EntropyUnit, response_entropies
 from entropy_probe.settings import ShardingChoice
@@ -97,6 +104,7 @@ def assemble_report(
     step: StepPrediction,
     gradient_statistics: CrossStatistics | None,
     reached: Collection[str],
+    zero_v: ZeroVSection,
     gradient_norm: float,
     trainer: TrainersStep,
     what_ifs: Sequence[WhatIf],
@@ -115,22 +123,20 @@ def assemble_report(
     lengths = np.array(tokens, dtype=np.float64)
     entropy, entropy_se = entropy_estimate(entropies, batch.group_sizes)
     rate, rate_se = entropy_estimate(entropies, batch.group_sizes, lengths)
-    per_token = target.unit is EntropyUnit.PER_TOKEN
-    first = _first_order(statistics, step_statistics, adam, batch, plan.units, target)
+    now = (rate, "token") if target.unit is EntropyUnit.PER_TOKEN else (entropy, "response")
+    first = _first_order(statistics, step_statistics, adam, batch, plan.units, target, zero_v)
+    adamw = _adamw(step, gradient_statistics, adam, reached, gradient_norm, trainer)
+    said = preconditioned_sentence(first.delta_h1, first.delta_h1_se, first.delta_h1_ci95, *now)
+    if first.delta_h1 != 0.0:
+        said = f"{said} {difference_sentence(adamw.spread_factor)}"
     return Report(
-        headline=headline(
-            first.delta_h1,
-            first.delta_h1_se,
-            first.delta_h1_ci95,
-            rate if per_token else entropy,
-            "token" if per_token else "response",
-        ),
-        first_order=first,
+        headline=" ".join([headline(adamw, *now), *_stored(realized, now[1])]),
+        first_order=replace(first, sentence=said),
         needed=_needed(step_statistics, len(batch.groups) / len(plan.units.ranges), target_se),
         noise=_noise(noise, step_statistics, asked=config.noise),
         two_batches=None if two_batches is None else _two_batches(two_batches, evaluation),
         folds=None if folds is None else _folds(folds, step_kernel, plan),
-        adamw=_adamw(step, gradient_statistics, adam, reached, gradient_norm, trainer),
+        adamw=adamw,
         what_if=WhatIfSection([_what_if(found) for found in what_ifs], None if fall is None else _fall(fall)),
         units=UnitsSection(
             mode=plan.units.mode.value,
@@ -216,6 +222,17 @@ def describe_ranks(
     )
 
 
+def describe_zero_v(treatment: ZeroV, by_name: Mapping[str, int], added: float) -> ZeroVSection:
+    """The report's section of elements with v = 0.
+
+    Args:
+        treatment: P there.
+        by_name: how many have a gradient.
+        added: what they add to δH₁ under 1/ε, nats.
+    """
+    return ZeroVSection(treatment.value, sum(by_name.values()), added)
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that a number may depend on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
@@ -234,7 +251,9 @@ def _first_order(
     batch: RolloutBatch,
     units: Units,
     target: EntropyTarget,
+    zero_v: ZeroVSection,
 ) -> FirstOrder:
+    """Without its sentence, which the optimizer's own step is in too."""
     rates = adam.learning_rates
     reasons = {name: why for name, why in statistics.null_reasons.items() if name not in {"variance", "ci95"}}
     if statistics.ci95 is None:
@@ -265,6 +284,8 @@ def _first_order(
         delta_h1_se_this_step=step.se_this_step,
         interval_method=statistics.interval_method,
         self_test_residual=statistics.self_test_residual,
+        zero_v=zero_v,
+        sentence="",
         null_reasons=reasons,
     )
 
@@ -334,6 +355,14 @@ def _folds(folds: Sequence[int], kernel: FloatArray | None, plan: Plan) -> FoldS
     return FoldSection(count, -found.mean + 0.0, found.se, [-value + 0.0 for value in found.by_fold], reasons)
 
 
+def _stored(realized: Sequence[RealizedChange], unit: str) -> list[str]:
+    """What the headline adds where the optimizer rounds its weights as it stores them: of the first such row."""
+    for row in realized:
+        if row.kept is not None:
+            return [stored_sentence(row.kept.said, row.change.delta_h, row.change.se, unit)]
+    return []
+
+
 def _adamw(
     step: StepPrediction,
     gradient: CrossStatistics | None,
@@ -349,7 +378,12 @@ def _adamw(
         name: AdamWPart(estimate.value, estimate.se, float(at_t) + 0.0, reasons(estimate))
         for (name, estimate), at_t in zip(step.parts.items(), step.values_v_at_t, strict=True)
     }
-    why = reasons(step.total)
+    total = step.total
+    why = reasons(total)
+    if total.se is None:
+        why["ci95"] = total.why_not
+    interval = step.ci95(total)
+    spread = spread_factors(adam, names, clip_factor(gradient_norm, trainer.max_grad_norm))
     factors = gradient_factors(adam, names)
     factor: float | list[float] | None = None
     if factors is None:
@@ -363,13 +397,14 @@ def _adamw(
             why["u_statistic_se"] = gradient.null_reasons["se_this_step"]
     if trainer.max_grad_norm is None:
         why["max_grad_norm"] = NOT_CLIPPED[trainer.max_grad_norm_source]
-    total = step.total
     resolved = [name for name, estimate in step.parts.items() if step.is_resolved(estimate)]
     return AdamWSection(
         parts=parts,
         total=total.value,
         se=total.se,
+        ci95=None if interval is None else list(interval),
         v_at_t=float(step.values_v_at_t.sum()) + 0.0,
+        spread_factor=spread[0] if len(spread) == 1 else spread,
         gradient_factor=factor,
         u_statistic=None if gradient is None else -gradient.u_cross + 0.0,
         u_statistic_se=None if gradient is None else gradient.se_this_step,

@@ -8,13 +8,13 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.adam_preconditioner import AdamState, Preconditioners, ZeroV
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.realized import RealizedChange
 from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS, Source, TrainersStep
-from entropy_probe.report import Evidence
+from entropy_probe.report import Evidence, ZeroVSection
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import LengthWeight, by_group
 from entropy_probe.stored_precision import Rounding
@@ -293,14 +293,45 @@ def coverage_warnings(coverage: Coverage) -> list[Evidence]:
     ]
 
 
-def parameter_warnings(
-    untouched: Sequence[str],
-    ascent: Mapping[str, Tensor],
-    state: AdamState,
-    rivals: Sequence[str],
-    sharding: Sharding = WHOLE,
-) -> list[Evidence]:
-    """Parameters out of reach, elements whose v is exactly zero, and a mapping that shapes alone could not settle."""
+def elements_without_v(
+    ascent: Mapping[str, Tensor], preconditioners: Preconditioners, sharding: Sharding = WHOLE
+) -> dict[str, int]:
+    """How many elements have v = 0 but a gradient in this batch, by parameter that has such; of shards, those of all ranks."""
+    counts = [
+        float((preconditioners.zeros(name).to(y.device) & (y != 0)).sum())
+        if name in preconditioners.with_zeros
+        else 0.0
+        for name, y in ascent.items()
+    ]
+    every = sharding.ranks.sum_numbers(np.array(counts)) if sharding.sharded else counts
+    return {name: int(count) for name, count in zip(ascent, every, strict=True) if count}
+
+
+def zero_v_warnings(found: ZeroVSection, by_name: Mapping[str, int]) -> list[Evidence]:
+    """Elements with v = 0 and a gradient, and what P makes of them."""
+    if not found.elements:
+        return []
+    which = f"{found.elements:,} elements ({_some(list(by_name))}) have v = 0 but a gradient in this batch"
+    added = f"{found.delta_h1_added:+.3g} nats"
+    if found.treatment == ZeroV.LEAVE_OUT:
+        return [
+            Evidence(
+                "zero_second_moment",
+                f"{which}, and are left out of P and of δH₁; with P = 1/ε they would add {added} to it, mostly noise",
+                "The adamw rows hold them, since that step renews v first; to have 1/ε, set zero-v to guide",
+            )
+        ]
+    return [
+        Evidence(
+            "zero_second_moment",
+            f"{which}, so P is 1/ε there and they can outweigh all others: they add {added} to δH₁",
+            "Trust the adamw row, whose step renews v first; a few more training steps fill v",
+        )
+    ]
+
+
+def parameter_warnings(untouched: Sequence[str], rivals: Sequence[str]) -> list[Evidence]:
+    """Parameters out of reach, and a mapping that shapes alone could not settle."""
     found = []
     if untouched:
         found.append(
@@ -308,22 +339,6 @@ def parameter_warnings(
                 "untouched_parameters",
                 f"{len(untouched)} trainable parameters are reached by no response: {_some(untouched)}",
                 "They count as zero; if they should train, look for a frozen or unused module",
-            )
-        )
-    counts = [
-        float(((state.moments[name].exp_avg_sq == 0).to(y.device) & (y != 0)).sum()) for name, y in ascent.items()
-    ]
-    every = sharding.ranks.sum_numbers(np.array(counts)) if sharding.sharded else counts
-    fresh = {name: int(count) for name, count in zip(ascent, every, strict=True)}
-    total = sum(fresh.values())
-    if total:
-        names = [name for name, count in fresh.items() if count]
-        found.append(
-            Evidence(
-                "zero_second_moment",
-                f"{total} elements ({_some(names)}) have v = 0 but a gradient in this batch, so P is 1/ε there and they "
-                "can outweigh all others",
-                "Trust the adamw row, whose step renews v first; a few more training steps fill v",
             )
         )
     if rivals:

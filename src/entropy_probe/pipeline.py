@@ -18,7 +18,13 @@ from torch import nn
 from entropy_probe import diagnostics
 from entropy_probe.adam_preconditioner import AdamState, validate_preconditioner
 from entropy_probe.adam_step import clip_factor, gradient_norm, gradient_weights
-from entropy_probe.assemble import assemble_report, describe_checkpoint, describe_model, describe_ranks
+from entropy_probe.assemble import (
+    assemble_report,
+    describe_checkpoint,
+    describe_model,
+    describe_ranks,
+    describe_zero_v,
+)
 from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of
 from entropy_probe.choices import member
 from entropy_probe.collectives import ALONE, Ranks
@@ -104,7 +110,9 @@ def probe_checkpoint(
                 load = partial(load_sharded_checkpoint, ranks=ranks)
             case unknown:
                 assert_never(unknown)
-        loaded = load(checkpoint, base=base, dtype=settings.dtype, device=device, seed=settings.seed)
+        loaded = load(
+            checkpoint, base=base, dtype=settings.dtype, device=device, seed=settings.seed, zero_v=settings.zero_v
+        )
         for rows in (batch, evaluation):
             if rows is not None:
                 check_fits(rows, loaded.folder.vocabulary, loaded.folder.context_length)
@@ -166,7 +174,7 @@ def probe(
         trainer = replace(trainer, learning_rates=(), learning_rate_source=Source.UNKNOWN)
     sharding = sharding_of(model, ranks)
     shapes = {name: p.shape for name, p in named_parameters(model) if p.requires_grad}
-    test = validate_preconditioner(adam, shapes, seed=settings.seed, sharding=sharding)
+    test = validate_preconditioner(adam, shapes, seed=settings.seed, zero_v=settings.zero_v, sharding=sharding)
     for rows in (batch, evaluation):
         if rows is not None:
             check_fits(rows, *input_limits(model))
@@ -258,6 +266,8 @@ def _probe_as_marked(
             positive = without_negatives(task, rules)
     what_ifs = asked_what_ifs(settings, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
     fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
+    without_v = diagnostics.elements_without_v(gradients.ascent, task.preconditioners, policy.sharding)
+    zero_v = describe_zero_v(settings.zero_v, without_v, gradients.delta_h1_of_zero_v)
 
     warnings = [
         *diagnostics.learning_rate_warnings(adam, trainer, subject.facts.stored_learning_rates),
@@ -269,7 +279,8 @@ def _probe_as_marked(
         *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
         *diagnostics.recorder_warnings(batch),
         *diagnostics.end_token_warnings(batch, end_token_ids(subject.model)),
-        *diagnostics.parameter_warnings(gradients.untouched, gradients.ascent, adam, subject.rivals, policy.sharding),
+        *diagnostics.parameter_warnings(gradients.untouched, subject.rivals),
+        *diagnostics.zero_v_warnings(zero_v, without_v),
         *diagnostics.coverage_warnings(gradients.coverage),
         *diagnostics.rounding_warnings(realized.rows, settings.weight_rounding),
         *diagnostics.realized_warnings(realized.rows),
@@ -299,6 +310,7 @@ def _probe_as_marked(
         step=step,
         gradient_statistics=gradient_statistics,
         reached=gradients.ascent,
+        zero_v=zero_v,
         gradient_norm=norm,
         trainer=trainer,
         what_ifs=what_ifs,
@@ -349,4 +361,5 @@ def _config(task: Task) -> ConfigSection:
         seed=settings.seed,
         max_grad_norm=None if trainer.max_grad_norm_source is Source.UNKNOWN else trainer.max_grad_norm or 0.0,
         weight_rounding=settings.weight_rounding,
+        zero_v=settings.zero_v,
     )

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 import torch
 
+from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.choices import Check, member, number, optional, settle, shown, truth, whole_number
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import Weighting
@@ -71,6 +72,7 @@ class Settings:
         what_if_max_grad_norm: to say what a step clipped at this norm would do.
         what_if_no_negatives: to say what the update from responses with advantages above zero alone would do: one more pass.
         what_if_fall: nats, to say which multiple of the learning rate would lower the entropy by them.
+        zero_v: P of elements whose v is 0: left out of δH₁ and its step, or 1/ε as the guide has it.
     """
 
     mode: Mode = Mode.AUTO
@@ -100,6 +102,7 @@ class Settings:
     what_if_max_grad_norm: float | None = None
     what_if_no_negatives: bool = False
     what_if_fall: float | None = None
+    zero_v: ZeroV = ZeroV.LEAVE_OUT
 
     def __post_init__(self) -> None:
         """Put text into the fields' own types, and refuse values that cannot be meant."""
@@ -224,5 +227,6 @@ CHECKS: Mapping[str, Check] = {
     "what_if_max_grad_norm": POSITIVE,
     "what_if_no_negatives": truth,
     "what_if_fall": POSITIVE,
+    "zero_v": partial(member, kind=ZeroV),
 }
 """What each field may hold; how many blocks or folds the prompts allow is looked at where they are known."""

@@ -176,7 +176,7 @@ def make_task(
         advantages=advantages,
         advantage_rule=rule,
         coefficients=coefficients,
-        preconditioners=Preconditioners(subject.adam),
+        preconditioners=Preconditioners(subject.adam, settings.zero_v),
         learning_rates={name: group.learning_rate for name, group in subject.adam.group_of().items()},
         plan=plan,
         vector_dtype=vector_dtype,
@@ -193,7 +193,7 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
 
     def steps_of_others(ascent: Mapping[str, Tensor]) -> StepsOfOthers:
         factor = clip_factor(gradient_norm(ascent, policy.sharding), task.subject.trainer.max_grad_norm)
-        return StepsOfOthers(policy.held(), task.subject.adam, ascent, factor, units.sizes)
+        return StepsOfOthers(policy.held(), task.subject.adam, ascent, factor, units.sizes, settings.zero_v)
 
     return unit_gradients(
         policy,

@@ -89,9 +89,17 @@ class StepPrediction:
         """The whole step."""
         return self.of(1.0, 1.0, 1.0)
 
+    def ci95(self, estimate: Estimate) -> tuple[float, float] | None:
+        """value ± t SE, t with U − 1 degrees of freedom; None without an error."""
+        if estimate.se is None:
+            return None
+        half_width = t_quantile(len(self.deviations)) * estimate.se
+        return estimate.value - half_width, estimate.value + half_width
+
     def is_resolved(self, estimate: Estimate) -> bool:
         """Whether its 95 % interval excludes zero."""
-        return estimate.se is not None and abs(estimate.value) > t_quantile(len(self.deviations)) * estimate.se
+        interval = self.ci95(estimate)
+        return interval is not None and not interval[0] <= 0.0 <= interval[1]
 
     def most(self) -> str | None:
         """The part that is more than half of the total, where the errors can tell that; else None."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from entropy_probe.intervals import t_quantile
 from entropy_probe.step_parts import Estimate, StepPrediction
 
 
@@ -83,5 +82,6 @@ def learning_rate_for_fall(step: StepPrediction, nats: float) -> Fall:
         return Fall(nats, None, None, "the optimizer's own step cannot be told from zero within the errors")
     if total.value > 0:
         return Fall(nats, None, None, "the optimizer's own step raises the entropy to first order")
-    half_width = t_quantile(len(step.deviations)) * total.se
-    return Fall(nats, nats / -total.value, (nats / (-total.value + half_width), nats / (-total.value - half_width)))
+    interval = step.ci95(total)
+    assert interval is not None
+    return Fall(nats, nats / -total.value, (nats / -interval[0], nats / -interval[1]))

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, validate_preconditioner
+from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, ZeroV, validate_preconditioner
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
 from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER, DistributedFolder
 from entropy_probe.checkpoints.trainer_state import read_trainer_state
@@ -106,8 +106,11 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    zero_v: ZeroV = ZeroV.LEAVE_OUT,
 ) -> Checkpoint:
     """Read weights and Adam state.
+
+    ``zero_v`` is P where Adam's v is 0: left out, a state that has nothing else is refused.
 
     Raises:
         InputError: anything missing, damaged or of another kind, in one line.
@@ -118,7 +121,7 @@ def load_checkpoint(
         raise InputError(f"{path} has Adam's state in {OPTIMIZER_FOLDER}/; {BY_ROWS}")
     refuse_without_optimizer(path)
     folder = load_model(path, base=base, dtype=dtype, device=device)
-    return validated(folder, *load_adam_state(optimizer, folder.model), seed=seed)
+    return validated(folder, *load_adam_state(optimizer, folder.model), seed=seed, zero_v=zero_v)
 
 
 def validated(
@@ -127,6 +130,7 @@ def validated(
     mapping: OptimizerMapping,
     *,
     seed: int,
+    zero_v: ZeroV,
     sharding: Sharding = WHOLE,
 ) -> Checkpoint:
     """The checkpoint of a model and its Adam state, which fit each other.
@@ -135,7 +139,7 @@ def validated(
         InputError: a trainable parameter has no usable state.
     """
     shapes = {name: p.shape for name, p in folder.model.named_parameters() if p.requires_grad}
-    test = validate_preconditioner(adam, shapes, seed=seed, sharding=sharding)
+    test = validate_preconditioner(adam, shapes, seed=seed, zero_v=zero_v, sharding=sharding)
     return Checkpoint(folder, adam, mapping, test, read_trainer_state(folder.path).global_step)
 
 

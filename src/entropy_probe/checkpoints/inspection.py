@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from entropy_probe.adam_preconditioner import moments_problem, preconditioner
+from entropy_probe.adam_preconditioner import ZeroV, moments_problem, preconditioner
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
 from entropy_probe.checkpoints.hf import ModelFolder, load_model
 
@@ -98,7 +98,7 @@ def inspect_checkpoint(path: Path, base: Path | None = None) -> Inspection:
                 learning_rate=group.learning_rate,
                 weight_decay=group.weight_decay,
                 step=None if sound is None else sound.step,
-                median_p=None if sound is None else float(preconditioner(sound, group).median()),
+                median_p=None if sound is None else float(preconditioner(sound, group, ZeroV.GUIDE).median()),
                 problem=problem,
             )
         )

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.adam_preconditioner import AdamState, ZeroV
 from entropy_probe.checkpoints.adam_state import OptimizerFile, OptimizerMapping, map_adam_state
 from entropy_probe.checkpoints.distributed_folders import (
     MODEL_FOLDER,
@@ -82,8 +82,11 @@ def load_sharded_checkpoint(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    zero_v: ZeroV = ZeroV.LEAVE_OUT,
 ) -> Checkpoint:
     """Read this rank's shards of weights and Adam state.
+
+    ``zero_v`` is P where Adam's v is 0, as of one process.
 
     Weights are safetensors, or accelerate's ``pytorch_model_fsdp_0/``; Adam's state is optimizer.pt, or ``optimizer_0/``.
     The model's parameters are DTensors; every tensor of ``Checkpoint.adam`` is this rank's rows alone, possibly none. One
@@ -99,7 +102,8 @@ def load_sharded_checkpoint(
     # Adam's state stays on the CPU, as in one process, wherever the model is.
     mesh = DeviceMesh.from_group(_group_of(ranks), "cpu")
     adam, mapping = ranks.alike(partial(_adam_state, optimizer, folder.model, mesh))
-    return validated(folder, adam, mapping, seed=seed, sharding=sharding_of(folder.model, ranks))
+    sharding = sharding_of(folder.model, ranks)
+    return validated(folder, adam, mapping, seed=seed, zero_v=zero_v, sharding=sharding)
 
 
 def load_sharded_model(

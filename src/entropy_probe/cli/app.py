@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.checkpoints import load_model, load_sharded_model, sharding_of
 from entropy_probe.cli.bar import TerminalProgress
 from entropy_probe.cli.inspection import print_inspection
@@ -202,6 +203,9 @@ def run(
         float | None,
         typer.Option(metavar="NATS", help="Say which multiple of the learning rate would lower the entropy by this."),
     ] = None,
+    zero_v: Annotated[
+        ZeroV, typer.Option(help="Elements with v = 0: left out of P, or with 1/ε as the guide has it.")
+    ] = ZeroV.LEAVE_OUT,
     advantage: Annotated[
         AdvantageRule | None, typer.Option(help="Default: given where the rows have it, else dr_grpo.")
     ] = None,
@@ -272,6 +276,7 @@ def run(
         what_if_max_grad_norm=what_if_max_grad_norm,
         what_if_no_negatives=what_if_no_negatives,
         what_if_fall=what_if_fall,
+        zero_v=zero_v,
     )
     own_device = job.device(device.torch_device)
     with job.ranks(own_device) as ranks:

@@ -163,6 +163,7 @@ def unit_gradients(
         coverage=passes.coverage(),
         rules=replace(rules, treatments=passes.treatments),
         looked=looked,
+        zero_v=dots.zero_v,
     )
 
 

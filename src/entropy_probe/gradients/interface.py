@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -73,6 +73,7 @@ class UnitGradients:
         coverage: how parameters got their gradients.
         rules: for the next call on the same model; None where the backend has none.
         looked: the dots of the ``look`` that was asked for.
+        zero_v: by learning rate Σ_{u≠w} XS_u · (1/ε) YS_w over elements with v = 0, in ``dots`` or left out of them.
     """
 
     dots: Mapping[float, UnitDots]
@@ -84,6 +85,7 @@ class UnitGradients:
     coverage: Coverage = Coverage()
     rules: Rules | None = None
     looked: Looked | None = None
+    zero_v: Mapping[float, float] = field(default_factory=dict)
 
     @property
     def total(self) -> UnitDots:
@@ -98,6 +100,13 @@ class UnitGradients:
     def step_weighted(self) -> UnitDots:
         """Σ over learning rates η · dots: the inner product in which δH₁ = −U_cross."""
         return self.weighted({rate: rate for rate in self.dots})
+
+    @property
+    def delta_h1_of_zero_v(self) -> float:
+        """−Σ over learning rates η · zero_v / D, D = B² − Σ s_u²: what elements with v = 0 add to δH₁ under P = 1/ε."""
+        sizes = next(iter(self.dots.values())).sizes
+        pairs = float(sizes.sum() ** 2 - (sizes**2).sum())
+        return -sum(rate * dot for rate, dot in self.zero_v.items()) / pairs + 0.0
 
     def weighted(self, weights: Mapping[float, float]) -> UnitDots:
         """Σ over learning rates weight · dots."""

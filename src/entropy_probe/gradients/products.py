@@ -27,10 +27,11 @@ CHUNK = 1 << 19
 
 @dataclass(frozen=True)
 class Dots:
-    """Unit dots by learning rate, and Σ_u Y_u by parameter, of the elements that are here."""
+    """Unit dots and :func:`zero_v_dots` by learning rate, and Σ_u Y_u by parameter, of the elements that are here."""
 
     dots: dict[float, UnitDots]
     y_sums: dict[str, Tensor]
+    zero_v: dict[float, float]
 
 
 def stored_dots(
@@ -86,13 +87,44 @@ def stored_dots(
                 used += count
         if pieces:
             multiply(rate, pieces, used)
-    found = [torch.cat([kernel.flatten(), sum_dots[rate][None]]).cpu().numpy() for rate, kernel in kernels.items()]
-    together = ranks.sum_numbers(np.stack(found))
+    of_zeros = zero_v_dots(vectors, units, preconditioners, learning_rates)
+    found = [
+        torch.cat([kernel.flatten(), sum_dots[rate][None], of_zeros[rate][None].to(kernel)]).cpu().numpy()
+        for rate, kernel in kernels.items()
+    ]
+    together = dict(zip(kernels, ranks.sum_numbers(np.stack(found)), strict=True))
     dots = {
-        rate: UnitDots.from_kernel(numbers[:-1].reshape((len(units),) * 2), sizes, float(numbers[-1]))
-        for rate, numbers in zip(kernels, together, strict=True)
+        rate: UnitDots.from_kernel(numbers[:-2].reshape((len(units),) * 2), sizes, float(numbers[-2]))
+        for rate, numbers in together.items()
     }
-    return Dots(dots, {name: y for name, y in y_sums.items() if name in vectors.reached})
+    return Dots(
+        dots,
+        {name: y for name, y in y_sums.items() if name in vectors.reached},
+        {rate: float(numbers[-1]) for rate, numbers in together.items()},
+    )
+
+
+def zero_v_dots(
+    vectors: Shards,
+    units: Sequence[int],
+    preconditioners: Mapping[str, Tensor],
+    learning_rates: Mapping[str, float],
+) -> dict[float, Tensor]:
+    """By learning rate Σ_{u≠w} X_u · (1/ε) Y_w over the elements with v = 0 that are here, whether or not P has them; scalars.
+
+    Parameters without such an element are passed by, and so is a plain mapping of P, which knows nothing of v.
+    """
+    found = {rate: torch.zeros((), dtype=torch.float64) for rate in learning_rates.values()}
+    if not isinstance(preconditioners, Preconditioners):
+        return found
+    for name in (name for name in vectors.values if name in preconditioners.with_zeros):
+        values = vectors.of(name, units)
+        for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
+            p = preconditioners.guides_zeros(name, _moved(part, vectors.first(name))).to(values.device)
+            x, y = values[:, 0, part].double(), values[:, 1, part].double()
+            pairs = torch.dot(x.sum(0) * p, y.sum(0)) - torch.dot((x * y).sum(0), p)
+            found[learning_rates[name]] += pairs.cpu()
+    return found
 
 
 def own_sums(vectors: UnitVectors, units: Sequence[int], sharding: Sharding) -> dict[str, Tensor]:
@@ -237,6 +269,7 @@ class StreamedSums:
     x_sums: dict[str, Tensor] = field(default_factory=dict)
     y_sums: dict[str, Tensor] = field(default_factory=dict)
     _diagonal: dict[float, FloatArray] = field(default_factory=dict)
+    _zero_v: dict[float, float] = field(default_factory=dict)
 
     def add(self, vectors: Shards, units: Sequence[int]) -> None:
         """ΣX += X_u, ΣY += Y_u, and X_u · P · Y_u for these units."""
@@ -257,7 +290,10 @@ class StreamedSums:
                     self.x_sums[name][part] += x.sum(0)
                     self.y_sums[name][part] += y.sum(0)
                 p = _p_chunk(self.preconditioners, name, part).to(values.device, torch.float64)
-                diagonal += x.mul_(y).mv(p)
+                own = x.mul_(y)
+                diagonal += own.mv(p)
+                if name in self._with_zeros:
+                    self._add_zero_v(name, -float(torch.dot(own.sum(0), self._guides_zeros(name, part, own))))
             rate = self.learning_rates[name]
             self._diagonal.setdefault(rate, np.zeros(self.units))[list(units)] += diagonal.cpu().numpy()
 
@@ -289,22 +325,42 @@ class StreamedSums:
         names = {rate: [name for name in self.x_sums if self.learning_rates[name] == rate] for rate in self._diagonal}
         totals = [torch.stack([contractions.values[name] for name in names[rate]]).sum(0) for rate in names]
         summed = ranks.sum_numbers(torch.stack(totals).cpu().numpy())
-        sum_dots = ranks.sum_numbers(np.array([sum(self._sum_dot(name) for name in names[rate]) for rate in names]))
+        of_sums = [sum(self._sum_dot(name) for name in names[rate]) for rate in names]
+        of_zeros = [self._zero_v.get(rate, 0.0) for rate in names]
+        sum_dots, zero_v = ranks.sum_numbers(np.array([of_sums, of_zeros]))
         dots = {}
         for rate, total, sum_dot in zip(names, summed, sum_dots, strict=True):
             along_y, along_x = total.T.tolist()
             dots[rate] = UnitDots.streamed(sizes, along_y, along_x, self._diagonal[rate].tolist(), float(sum_dot))
-        return Dots(dots, {name: y for name, y in self.y_sums.items() if name in reached})
+        y_sums = {name: y for name, y in self.y_sums.items() if name in reached}
+        return Dots(dots, y_sums, dict(zip(names, zero_v.tolist(), strict=True)))
 
     def _sum_dot(self, name: str) -> float:
-        """ΣX · P ΣY, of this rank's span."""
+        """ΣX · P ΣY, of this rank's span; what it is over elements with v = 0 is noted on the way."""
         x_sum, y_sum = self.x_sums[name], self.y_sums[name]
         span = self.sharding.own(name) if self.sharding.replicated else slice(0, len(x_sum))
         total = torch.zeros((), dtype=torch.float64, device=x_sum.device)
         for part in (_moved(part, span.start) for part in _chunks(span.stop - span.start, CHUNK)):
             p = _p_chunk(self.preconditioners, name, part).to(x_sum.device, torch.float64)
             total += torch.dot(x_sum[part] * p, y_sum[part])
+            if name in self._with_zeros:
+                zeros = self._guides_zeros(name, part, x_sum)
+                self._add_zero_v(name, float(torch.dot(x_sum[part] * zeros, y_sum[part])))
         return float(total)
+
+    @property
+    def _with_zeros(self) -> frozenset[str]:
+        """As :func:`zero_v_dots` has it: none of a plain mapping of P."""
+        p = self.preconditioners
+        return p.with_zeros if isinstance(p, Preconditioners) else frozenset()
+
+    def _guides_zeros(self, name: str, part: slice, like: Tensor) -> Tensor:
+        assert isinstance(self.preconditioners, Preconditioners)
+        return self.preconditioners.guides_zeros(name, part).to(like)
+
+    def _add_zero_v(self, name: str, pairs: float) -> None:
+        rate = self.learning_rates[name]
+        self._zero_v[rate] = self._zero_v.get(rate, 0.0) + pairs
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

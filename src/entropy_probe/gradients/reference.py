@@ -13,6 +13,7 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.checkpointing import checkpointing
 from entropy_probe.gradients.interface import Storage, UnitGradients
@@ -82,6 +83,7 @@ def unit_gradients(
 
     ascent_sum: dict[str, Tensor] = {}
     reached: set[str] = set()
+    zero_v = _ZeroV(preconditioners, learning_rates)
 
     def vectors(span: slice, *, first_pass: bool) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
         x_grads, y_grads = _two_gradients(
@@ -94,6 +96,7 @@ def unit_gradients(
         )
         if first_pass:
             reached.update(x_grads, y_grads)
+            zero_v.add(x_grads, y_grads)
             for name, grad in y_grads.items():
                 # Sums over units are kept in float64: they are subtracted from and compared with dots of float64.
                 total = ascent_sum.setdefault(name, torch.zeros_like(grad, dtype=torch.float64))
@@ -122,6 +125,7 @@ def unit_gradients(
         untouched=tuple(name for name in parameters if name not in reached),
         scores=scores,
         token_entropies=measured.entropies,
+        zero_v=zero_v.dots(),
     )
 
 
@@ -278,6 +282,32 @@ def _streamed(
         rate: UnitDots.streamed(sizes, x_dot_sum[rate], y_dot_sum[rate], diagonal[rate], sums.dot(rate))
         for rate in segments
     }
+
+
+class _ZeroV:
+    """Σ_{u≠w} XS_u · (1/ε) YS_w over elements with v = 0, by learning rate; none of a plain mapping of P."""
+
+    def __init__(self, preconditioners: Mapping[str, Tensor], learning_rates: Mapping[str, float]) -> None:
+        self._rates = learning_rates
+        self._weights: dict[str, Tensor] = {}
+        if isinstance(preconditioners, Preconditioners):
+            for name in preconditioners.with_zeros:
+                every = slice(0, preconditioners[name].numel())
+                self._weights[name] = preconditioners.guides_zeros(name, every)
+        self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def add(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> None:
+        for name, weights in self._weights.items():
+            own = [g[name].flatten().double() if name in g else torch.zeros_like(weights) for g in (x, y)]
+            found = (*own, own[0] * own[1])
+            before = self._sums.get(name)
+            self._sums[name] = found if before is None else tuple(a + b for a, b in zip(before, found, strict=True))  # type: ignore[assignment]
+
+    def dots(self) -> dict[float, float]:
+        found = dict.fromkeys(self._rates.values(), 0.0)
+        for name, (x, y, diagonal) in self._sums.items():
+            found[self._rates[name]] += float((self._weights[name] * (x * y - diagonal)).sum())
+        return found
 
 
 class _Sums:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.adam_step import adamw_step
 from entropy_probe.assemble import versions
 from entropy_probe.checkpoints import load_checkpoint, load_model, read_trainer_state
@@ -61,7 +62,8 @@ def replay(
         refuse_unused_constant(settings.max_completion_length, trainer.length_weight)
         advantages, rule = resolve_advantages(batch, settings.advantage)
         weights = resolve_length_weights(batch, trainer.length_weight, settings.max_completion_length)
-        loaded = load_checkpoint(before, base=base, dtype=settings.dtype, device=device)
+        # The step renews v first, so that a v of zeros does no harm here.
+        loaded = load_checkpoint(before, base=base, dtype=settings.dtype, device=device, zero_v=ZeroV.GUIDE)
         adam = trainer.of(loaded.adam)
         check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
         target = load_model(after, base=base, dtype=settings.dtype, device=device)

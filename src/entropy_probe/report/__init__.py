@@ -11,6 +11,7 @@ from entropy_probe.report.schema import (
     Report,
     SweepSection,
     UnitsSection,
+    ZeroVSection,
 )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Report",
     "SweepSection",
     "UnitsSection",
+    "ZeroVSection",
     "write_json",
     "write_report_folder",
 ]

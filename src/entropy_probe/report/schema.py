@@ -26,13 +26,26 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class ZeroVSection:
+    """Elements with v = 0 and a gradient in this batch: ``treatment`` is P there (``leave-out``: 0, ``guide``: 1/ε).
+
+    ``delta_h1_added`` is what they add to δH₁ under 1/ε: it is in ``delta_h1`` by the guide, and not where they are left out.
+    """
+
+    treatment: str
+    elements: int
+    delta_h1_added: float
+
+
+@dataclass(frozen=True)
 class FirstOrder:
     """The prediction δH₁ = −η U_cross and its uncertainty.
 
     Standard errors are of U_cross; ``delta_h1_se`` and ``delta_h1_ci95`` are of δH₁ and belong together (``interval_method``);
     ``delta_h1_se_this_step`` is what this very update does to δH₁, without the noise that another batch's Y would add.
     ``learning_rate`` is a list where parameter groups differ. ``unit_ids`` are prompt ids, lists of them for blocks.
-    ``row_means``, ``row_x`` and ``row_y`` are r_u, x_u and y_u, one a unit.
+    ``row_means``, ``row_x`` and ``row_y`` are r_u, x_u and y_u, one a unit. ``sentence`` says δH₁ in words, and how it differs
+    from what the optimizer's own step does.
     """
 
     estimator: str
@@ -57,6 +70,8 @@ class FirstOrder:
     delta_h1_se_this_step: float | None
     interval_method: str | None
     self_test_residual: float
+    zero_v: ZeroVSection
+    sentence: str
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -141,14 +156,17 @@ class AdamWSection:
 
     Errors are those of what this step does, given the update. ``u_statistic`` is δH₁ times ``gradient_factor`` (1 − β₁) /
     (1 − β₁^{t+1}) and ``clip_factor``: the gradient's part with v before this gradient, as in δH₁. ``gradient_factor`` is a
-    list where learning rates differ in it. ``max_grad_norm_source`` says where the clip is known from: given, recorded (in the
-    rows) or unknown, and then nothing is clipped.
+    list where learning rates differ in it. ``ci95`` is the total's. ``spread_factor`` times δH₁ is what this batch does in all,
+    over the steps to come; a list where parameters differ in it. ``max_grad_norm_source`` says where the clip is known from:
+    given, recorded (in the rows) or unknown, and then nothing is clipped.
     """
 
     parts: Mapping[str, AdamWPart]
     total: float
     se: float | None
+    ci95: list[float] | None
     v_at_t: float
+    spread_factor: float | list[float]
     gradient_factor: float | list[float] | None
     u_statistic: float | None
     u_statistic_se: float | None
@@ -359,6 +377,7 @@ class ConfigSection:
     seed: int
     max_grad_norm: float | None
     weight_rounding: str
+    zero_v: str
 
 
 @dataclass(frozen=True)
@@ -389,7 +408,7 @@ class CheckpointSection:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole of report.json. ``headline`` is the sentence that a person reads first."""
+    """The whole of report.json. ``headline`` is the sentence that a person reads first: of the optimizer's own step."""
 
     headline: str
     first_order: FirstOrder

@@ -1,8 +1,6 @@
-"""The report for people: one sentence, then the numbers with their units, then warnings with evidence and advice."""
+"""The report for people: two sentences, then the numbers with their units, then warnings with evidence and advice."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -11,94 +9,18 @@ from rich.text import Text
 
 from entropy_probe.files import readable_size
 from entropy_probe.report.schema import Report
-
-
-def headline(
-    delta_h1: float, se: float | None, ci95: list[float] | None, entropy: float, unit: str = "response"
-) -> str:
-    """One sentence a person understands first: what the next step does to the entropy, and how sure that is."""
-    share = f", {100 * abs(delta_h1) / entropy:.2g} %" if entropy > 0 else ""
-    if delta_h1 == 0.0 and (se is None or se == 0.0):
-        return "This step changes nothing to first order: its learning rate is zero, or no response has an advantage."
-    if se is None:
-        return (
-            f"To first order the next step changes entropy by {delta_h1:+.3g} nats per {unit}{share}; "
-            "too few units for an error bar."
-        )
-    size = f"{quantity(abs(delta_h1), se)} nats per {unit}{share}"
-    if ci95 is not None and ci95[0] <= 0.0 <= ci95[1]:
-        return (
-            f"This batch does not tell whether the next step raises or lowers entropy: "
-            f"{'+' if delta_h1 >= 0 else '−'}{size} (95 % interval includes zero)."
-        )
-    return f"To first order the next step {'lowers' if delta_h1 < 0 else 'raises'} entropy by {size}."
-
-
-CAUSES = {
-    "momentum": "momentum from earlier steps",
-    "gradient": "this batch's gradient",
-    "weight_decay": "weight decay",
-}
-
-
-def step_sentence(
-    parts: Mapping[str, float],
-    total: float,
-    se: float | None,
-    resolved: Sequence[str],
-    *,
-    total_resolved: bool,
-    most: str | None,
-) -> str:
-    """Which part of the optimizer's own step moves the entropy, or that it cannot be told.
-
-    Args:
-        parts: their values, nats.
-        total: their sum.
-        se: its standard error.
-        resolved: parts whose interval excludes zero.
-        total_resolved: whether the total's does.
-        most: the part that is more than half of the total, where the errors tell.
-    """
-    if total == 0.0 and not any(parts.values()):
-        return "The optimizer's own step changes nothing to first order."
-    if se is None:
-        return (
-            "Without an error of the whole it cannot be told which part of the optimizer's own step moves the entropy."
-        )
-    if most is not None:
-        return f"Most of the {'fall' if total < 0 else 'rise'} by the optimizer's own step is {CAUSES[most]}."
-    if total_resolved:
-        effect = "lowers" if total < 0 else "raises"
-        return (
-            f"The optimizer's own step {effect} entropy; which part does most of it cannot be told within the errors."
-        )
-    if resolved:
-        alone = ", ".join(f"{CAUSES[name]} alone {'lowers' if parts[name] < 0 else 'raises'} it" for name in resolved)
-        return f"Whether the optimizer's own step lowers or raises entropy cannot be told within the errors; {alone}."
-    return "Neither the optimizer's own step nor any part of it can be told from zero within the errors."
-
-
-def quantity(value: float, se: float | None) -> str:
-    """``value ± se`` with two digits of the error."""
-    if se is None or se == 0.0:
-        return f"{value:.4g}"
-    exponent = int(f"{se:e}".split("e")[1])
-    if -4 <= exponent <= 3:
-        digits = max(0, 1 - exponent)
-        return f"{value:.{digits}f} ± {se:.{digits}f}"
-    leading = max(exponent, int(f"{value:e}".split("e")[1]))
-    scale, digits = 10.0**leading, 1 + leading - exponent
-    return f"({value / scale:.{digits}f} ± {se / scale:.{digits}f})e{leading}"
+from entropy_probe.report.sentences import CAUSES, quantity, range_of, signed
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print the whole report."""
-    console.print(Text(report.headline, style="bold"))
+    # In a pipe or a log a sentence is one line.
+    for sentence in (Text(report.headline, style="bold"), Text(report.first_order.sentence)):
+        console.print(sentence, soft_wrap=not console.is_terminal)
     console.print()
-    console.print(section("First order, before the step", _first_order(report)))
-    console.print(section("Where the noise of δH₁ comes from, in shares of its variance", _noise(report)))
     console.print(section("The optimizer's own step, to first order", _adamw(report)))
+    console.print(section("The preconditioned step, to first order: δH₁", _first_order(report)))
+    console.print(section("Where the noise of δH₁ comes from, in shares of its variance", _noise(report)))
     console.print(section(f"Realised, after a step ({_nats(report)})", _realized(report)))
     if report.sweep:
         console.print(section("Along the step, α times the learning rate", _sweep(report)))
@@ -159,8 +81,23 @@ def _first_order(report: Report) -> Table:
             "sd of r; kept to compare",
         ),
         ("learning rate", _rates(first.learning_rate), ""),
+        *_zero_v(report),
         ("self-test residual", f"{first.self_test_residual:.1e}", "relative"),
     )
+
+
+def _zero_v(report: Report) -> list[tuple[str, str, str]]:
+    """Nothing where no element has v = 0."""
+    found = report.first_order.zero_v
+    if not found.elements:
+        return []
+    added = f"{found.delta_h1_added:+.4g} {_nats(report)}"
+    treated = (
+        f"left out of P; what they would add with 1/ε: {added}"
+        if found.treatment == "leave-out"
+        else f"P is 1/ε there; what they add: {added}"
+    )
+    return [("elements with v = 0", f"{found.elements:,}", treated)]
 
 
 def _noise(report: Report) -> Table:
@@ -197,7 +134,7 @@ def _adamw(report: Report) -> RenderableType:
     rows = [
         (
             CAUSES[name],
-            _signed(part.value, part.se),
+            signed(part.value, part.se),
             "" if part.v_at_t == part.value else f"{part.v_at_t:+.4g} with v before this gradient",
         )
         for name, part in adamw.parts.items()
@@ -205,14 +142,21 @@ def _adamw(report: Report) -> RenderableType:
     rows.append(
         (
             "total",
-            _signed(adamw.total, adamw.se),
+            signed(adamw.total, adamw.se),
             f"{_nats(report)}; gradient norm {adamw.gradient_norm:.4g}, {clipped}",
         )
+    )
+    interval = (
+        f"none: {adamw.null_reasons['ci95']}" if adamw.ci95 is None else f"[{adamw.ci95[0]:+.4g}, {adamw.ci95[1]:+.4g}]"
+    )
+    rows.append(("95 % interval of it", interval, "of what this step does, given the update"))
+    rows.append(
+        ("clip · Σ_k", range_of(adamw.spread_factor), "times δH₁: what this batch does in all, over the steps to come")
     )
     for row in report.what_if.rows:
         name = row.name.replace("_", " ") + ("" if row.asked is None else f" {row.asked:g}")
         said = [
-            f"{what} {_signed(value, se)}"
+            f"{what} {signed(value, se)}"
             for what, value, se in (("δH₁", row.delta_h1, row.delta_h1_se), ("this step", row.adamw, row.adamw_se))
             if value is not None
         ]
@@ -249,19 +193,15 @@ def _other_batches(report: Report) -> list[tuple[str, str, str]]:
     if (two := report.two_batches) is not None:
         interval = f"95 % interval [{two.delta_h1_ci95[0]:+.4g}, {two.delta_h1_ci95[1]:+.4g}]"
         said = f"{interval}, X from {two.evaluation_responses} responses to {two.evaluation_prompts} other prompts"
-        rows.append(("δH₁, two batches", _signed(two.delta_h1, two.delta_h1_se), said))
+        rows.append(("δH₁, two batches", signed(two.delta_h1, two.delta_h1_se), said))
     if (folds := report.folds) is not None:
         value = (
             f"none: {folds.null_reasons['delta_h1']}"
             if folds.delta_h1 is None
-            else _signed(folds.delta_h1, folds.delta_h1_se)
+            else signed(folds.delta_h1, folds.delta_h1_se)
         )
         rows.append((f"δH₁, {folds.folds} folds", value, "X of one fold against Y of the others"))
     return rows
-
-
-def _signed(value: float, se: float | None) -> str:
-    return f"{'+' if value >= 0 else '−'}{quantity(abs(value), se)}"
 
 
 def _rates(rates: float | list[float]) -> str:
@@ -276,7 +216,7 @@ def _realized(report: Report) -> RenderableType:
     for row in report.realized:
         table.add_row(
             f"{row.title} ({row.batch}{', resampled' if row.method == 'resampled' else ''}), {row.estimator}",
-            _signed(row.delta_h, row.se),
+            signed(row.delta_h, row.se),
             f"{row.predicted:+.4g}",
             f"{row.ess_fraction:.3f}",
             "none" if row.pareto_k is None else f"{row.pareto_k:.2f}",

@@ -1,0 +1,167 @@
+"""What a report says in sentences: of the optimizer's own step first, then of δH₁; and how numbers are written in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from entropy_probe.report.schema import AdamWSection
+
+
+def headline(adamw: AdamWSection, entropy: float, unit: str) -> str:
+    """One sentence a person understands first: what the optimizer's next step does to the entropy, and how sure that is.
+
+    Args:
+        adamw: that step.
+        entropy: as it is now, nats per ``unit``.
+        unit: response or token.
+    """
+    clipping = clipping_words(adamw)
+    if adamw.total == 0.0 and not any(part.value for part in adamw.parts.values()):
+        return (
+            "The optimizer's next step changes nothing to first order: its learning rate is zero, or there is neither "
+            "momentum, nor an advantage, nor weight decay."
+        )
+    share = f" ({100 * abs(adamw.total) / entropy:.2g} % of {entropy:.3g})" if entropy > 0 else ""
+    if adamw.ci95 is None:
+        return (
+            f"To first order the optimizer's next step changes entropy by {signed(adamw.total, None)} nats per {unit}{share}, "
+            f"{clipping}; it has no error: {adamw.null_reasons['ci95']}."
+        )
+    low, high = adamw.ci95
+    interval = f"95 % interval [{low:+.3g}, {high:+.3g}], {clipping}"
+    if low <= 0.0 <= high:
+        return (
+            "This batch does not tell whether the optimizer's next step raises or lowers entropy: "
+            f"{signed(adamw.total, adamw.se)} nats per {unit}{share}, {interval}."
+        )
+    return (
+        f"To first order the optimizer's next step {'lowers' if adamw.total < 0 else 'raises'} entropy by "
+        f"{quantity(abs(adamw.total), adamw.se)} nats per {unit}{share}, {interval}."
+    )
+
+
+def clipping_words(adamw: AdamWSection) -> str:
+    """What is assumed of clipping, and where the limit, or its absence, is known from: given, recorded or unknown."""
+    source = adamw.max_grad_norm_source
+    if adamw.max_grad_norm is None:
+        return "no clipping assumed" if source == "unknown" else f"no clipping, as {source}"
+    if adamw.clip_factor == 1.0:
+        return f"gradient norm within the clip of {adamw.max_grad_norm:g}, as {source}"
+    return f"gradient clipped at {adamw.max_grad_norm:g}, as {source}"
+
+
+def stored_sentence(said: str, delta_h: float, se: float, unit: str) -> str:
+    """What is left of the optimizer's step where its weights are stored in fewer than 32 bits: it follows the headline.
+
+    Args:
+        said: which share of the weights moves.
+        delta_h: the realised change by the step as it is stored, nats per ``unit``.
+        se: its standard error.
+        unit: response or token.
+    """
+    return (
+        f"That is the step before its weights are rounded; {said}. As it is stored the step changes entropy by "
+        f"{signed(delta_h, se)} nats per {unit} (realised)."
+    )
+
+
+def preconditioned_sentence(
+    delta_h1: float, se: float | None, ci95: list[float] | None, entropy: float, unit: str = "response"
+) -> str:
+    """What the step of δH₁ does to the entropy, and how sure that is."""
+    share = f", {100 * abs(delta_h1) / entropy:.2g} %" if entropy > 0 else ""
+    if delta_h1 == 0.0 and (se is None or se == 0.0):
+        return (
+            "The preconditioned step (δH₁) changes nothing to first order: its learning rate is zero, no response has an "
+            "advantage, or every element that it would move has v = 0."
+        )
+    which = "the preconditioned step along this batch's gradient alone (δH₁)"
+    if se is None:
+        return (
+            f"To first order {which} changes entropy by {delta_h1:+.3g} nats per {unit}{share}; "
+            "too few units for an error bar."
+        )
+    size = f"{quantity(abs(delta_h1), se)} nats per {unit}{share}"
+    if ci95 is not None and ci95[0] <= 0.0 <= ci95[1]:
+        return (
+            f"This batch does not tell whether {which} raises or lowers entropy: "
+            f"{'+' if delta_h1 >= 0 else '−'}{size} (95 % interval includes zero)."
+        )
+    return f"To first order {which} {'lowers' if delta_h1 < 0 else 'raises'} entropy by {size}."
+
+
+def difference_sentence(spread_factor: float | list[float]) -> str:
+    """How δH₁ differs from what the optimizer's own step does."""
+    return (
+        f"Times clip · Σ_k = {range_of(spread_factor)} that is what this batch does in all, over the steps to come, since "
+        "momentum spreads a gradient out, as long as P and the policy hold still; the optimizer's step is what happens at "
+        "this step."
+    )
+
+
+CAUSES = {
+    "momentum": "momentum from earlier steps",
+    "gradient": "this batch's gradient",
+    "weight_decay": "weight decay",
+}
+
+
+def step_sentence(
+    parts: Mapping[str, float],
+    total: float,
+    se: float | None,
+    resolved: Sequence[str],
+    *,
+    total_resolved: bool,
+    most: str | None,
+) -> str:
+    """Which part of the optimizer's own step moves the entropy, or that it cannot be told.
+
+    Args:
+        parts: their values, nats.
+        total: their sum.
+        se: its standard error.
+        resolved: parts whose interval excludes zero.
+        total_resolved: whether the total's does.
+        most: the part that is more than half of the total, where the errors tell.
+    """
+    if total == 0.0 and not any(parts.values()):
+        return "The optimizer's own step changes nothing to first order."
+    if se is None:
+        return (
+            "Without an error of the whole it cannot be told which part of the optimizer's own step moves the entropy."
+        )
+    if most is not None:
+        return f"Most of the {'fall' if total < 0 else 'rise'} by the optimizer's own step is {CAUSES[most]}."
+    if total_resolved:
+        effect = "lowers" if total < 0 else "raises"
+        return (
+            f"The optimizer's own step {effect} entropy; which part does most of it cannot be told within the errors."
+        )
+    if resolved:
+        alone = ", ".join(f"{CAUSES[name]} alone {'lowers' if parts[name] < 0 else 'raises'} it" for name in resolved)
+        return f"Whether the optimizer's own step lowers or raises entropy cannot be told within the errors; {alone}."
+    return "Neither the optimizer's own step nor any part of it can be told from zero within the errors."
+
+
+def quantity(value: float, se: float | None) -> str:
+    """``value ± se`` with two digits of the error."""
+    if se is None or se == 0.0:
+        return f"{value:.4g}"
+    exponent = int(f"{se:e}".split("e")[1])
+    if -4 <= exponent <= 3:
+        digits = max(0, 1 - exponent)
+        return f"{value:.{digits}f} ± {se:.{digits}f}"
+    leading = max(exponent, int(f"{value:e}".split("e")[1]))
+    scale, digits = 10.0**leading, 1 + leading - exponent
+    return f"({value / scale:.{digits}f} ± {se / scale:.{digits}f})e{leading}"
+
+
+def signed(value: float, se: float | None) -> str:
+    """:func:`quantity` with its sign."""
+    return f"{'+' if value >= 0 else '−'}{quantity(abs(value), se)}"
+
+
+def range_of(factors: float | list[float]) -> str:
+    """One number, or from which to which."""
+    return f"{min(factors):.3g} to {max(factors):.3g}" if isinstance(factors, list) else f"{factors:.3g}"
