@@ -80,14 +80,13 @@ def _refuse_padded_prompts(batch: RolloutBatch, special: SpecialIds, what: str) 
     ids = first.prompt_ids
     pad = ids[0] if ids[0] in special.pad else ids[-1]
     rows = sum(len(group.responses) for group in found)
-    length, side = _run(ids, pad), "begins"
-    if not length:
-        length, side = _run(ids[::-1], pad), "ends"
+    ahead, behind = _run(ids, pad), _run(ids[::-1], pad)
+    where = f"begins with {ahead}" if ahead else f"ends with {behind}"
+    mask = " (at the start prompt_attention_mask may name it: 0 at padding, and 1 throughout where the model really saw it)"
     raise InputError(
         f"{what} hold prompts with the pad id {pad} at an edge, in {rows} of {len(batch.responses)} rows (that of prompt_id "
-        f"{first.prompt_id!r} {side} with {length}, of {len(ids)} ids), which would be scored as part of the prompt; leave "
-        "padding out of prompt_ids, or give prompt_attention_mask beside it, 0 at padding (1 throughout where the model really "
-        "saw these ids)"
+        f"{first.prompt_id!r} {where}, of {len(ids)} ids), which would be scored as part of the prompt; leave padding out of "
+        f"prompt_ids{mask}"
     )
 
 
@@ -166,8 +165,9 @@ def _refuse_going_on(batch: RolloutBatch, special: SpecialIds, what: str) -> Non
     raise InputError(
         f"{what} hold responses that go on after an end token of {whose}, in {len(found)} of {len(batch.responses)} rows "
         f"(first: prompt_id {row.prompt_id!r}, id {row.response_ids[place]} at place {place} of {len(row.response_ids)}), and "
-        "nobody sampled what follows; cut response_ids and logprobs after the first end token, or, where your sampler really "
-        "went on, say at which ids it stops in a column eos_ids ([] for none)"
+        "nobody sampled what follows; cut response_ids and logprobs after the first end token (text of a tool or environment "
+        "cannot be scored), or, where the policy itself was sampled past it, say at which ids the sampler stops in a column "
+        "eos_ids ([] for none)"
     )
 
 
