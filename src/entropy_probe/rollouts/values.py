@@ -65,22 +65,16 @@ def positive(value: object, name: str) -> float:
     Raises:
         InputError: it is something else.
     """
-    found = number(value, name)
-    if found <= 0:
-        raise InputError(f"{name} is {found}; expected a number above 0")
-    return found
+    return _above_0(value, name, "expected a number above 0")
 
 
 def temperature(value: object, name: str) -> float:
-    """A finite number above 0, of a sampler that has an entropy.
+    """The same, of a sampler that has an entropy.
 
     Raises:
         InputError: it is something else.
     """
-    found = number(value, name)
-    if found <= 0:
-        raise InputError(f"{name} is {found}; a greedy sampler has no entropy to predict, sample above 0")
-    return found
+    return _above_0(value, name, "a greedy sampler has no entropy to predict, sample above 0")
 
 
 def integer(value: object, name: str) -> int:
@@ -216,6 +210,13 @@ OPTIONAL: dict[str, Callable[[object, str], Any]] = {
     "padding_id": integer,
 }
 """Columns that a row may have, with what they may hold."""
+
+
+def _above_0(value: object, name: str, advice: str) -> float:
+    found = number(value, name)
+    if found <= 0:
+        raise InputError(f"{name} is {found}; {advice}")
+    return found
 
 
 def _items(value: object, name: str, what: str) -> tuple[Any, ...]:
