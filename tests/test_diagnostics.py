@@ -68,7 +68,7 @@ def long_responses(noise: float, tokens: int = 1000) -> tuple[Any, torch.Tensor]
     generator = torch.Generator().manual_seed(0)
     rows, scores = [], []
     for n in range(12):
-        true = -torch.rand(tokens, generator=generator, dtype=torch.float64)
+        true = -2 - torch.rand(tokens, generator=generator, dtype=torch.float64)
         sampler = true + noise * torch.randn(tokens, generator=generator, dtype=torch.float64)
         rows.append(Rollout(n // 2, (3 + n // 2,), (4,) * tokens, 0.0, logprobs=tuple(sampler.tolist())))
         scores.append(float(true.sum()))

@@ -582,3 +582,14 @@ def test_a_log_that_averages_is_not_compared(tmp_path: Path) -> None:
     assert report.logged.entropy_logged is None
     assert "mean over steps 1 to 3" in report.logged.null_reasons["entropy_logged"]
     assert report.logged.grad_norm == pytest.approx(report.logged.grad_norm_logged, rel=1e-5)
+
+
+def test_rows_that_were_padded_afterwards_are_refused(dapo: Path, tmp_path: Path) -> None:
+    pad = json.loads((dapo / "run" / "checkpoint-2" / "config.json").read_text())["pad_token_id"]
+
+    def padded(rows: list[Rollout]) -> list[Rollout]:
+        longest = max(len(row.response_ids) for row in rows) + 1
+        return [replace(r, response_ids=(*r.response_ids, *[pad] * (longest - len(r.response_ids)))) for r in rows]
+
+    with pytest.raises(InputError, match=f"responses that end with padding, the pad id {pad}"):
+        run(dapo, rollouts=edited(dapo, tmp_path, padded))

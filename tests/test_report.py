@@ -293,13 +293,6 @@ def test_elements_without_second_moment_that_receive_a_gradient_are_said() -> No
     assert "model.embed_tokens.weight" in warnings["zero_second_moment"]
 
 
-def test_responses_that_go_on_after_an_end_token_are_said() -> None:
-    rows = support.random_rollouts(6, 3)
-    assert "tokens_after_end" not in warnings_of(group_rollouts(rows))
-    padded = [dataclasses.replace(r, response_ids=(*r.response_ids, support.EOS)) for r in rows[:2]] + rows[2:]
-    assert "2 of 18" in warnings_of(group_rollouts(padded))["tokens_after_end"]
-
-
 @dataclasses.dataclass(frozen=True)
 class StrongSignal:
     """Rewarding likely responses lowers entropy; 32 prompts x 16 responses sampled from an enumerable policy."""

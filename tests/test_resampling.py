@@ -232,7 +232,11 @@ def test_fresh_responses_are_drawn_as_the_rollouts_were() -> None:
     assert [prompt.prompt_ids for prompt in plan.prompts] == list(PROMPTS)
     assert plan.settings.seed != 9  # or fresh responses would be the rollouts again where those were sampled with it
     ended = [replace(r, response_ids=(*r.response_ids[:-1], 4), cut=False) for r in batch.responses]
-    assert set(plan_resampling(policy, group_rollouts(ended), None, 0).settings.eos_ids) == {END, 4}
+    assert plan_resampling(policy, group_rollouts(ended), None, 0).settings.eos_ids == (
+        END,
+    )  # as the rows' sampler stopped
+    unsaid = group_rollouts(replace(r, eos_ids=None) for r in ended)
+    assert set(plan_resampling(policy, unsaid, None, 0).settings.eos_ids) == {END, 4}
 
 
 def test_what_cannot_be_resampled_is_refused_before_the_work() -> None:
@@ -243,7 +247,8 @@ def test_what_cannot_be_resampled_is_refused_before_the_work() -> None:
         plan_resampling(Policy(EnumerablePolicy(2)), batch, None, 0)
     endless = small_llama()
     endless.config.eos_token_id = endless.generation_config.eos_token_id = None
-    rows = [replace(r, response_ids=r.response_ids[:n], cut=None) for r in batch.responses for n in (1, 2)]
+    bare = [replace(r, logprobs=None, cut=None, eos_ids=None) for r in batch.responses]
+    rows = [replace(r, response_ids=r.response_ids[:n]) for r in bare for n in (1, 2)]
     with pytest.raises(InputError, match="cannot tell what ends a response"):
         plan_resampling(Policy(endless), group_rollouts(rows), None, 0)
     with pytest.raises(InputError, match="context holds 16"):

@@ -22,7 +22,8 @@ from support import random_rollouts
 FULL = Rollout(
     prompt_id="p", prompt_ids=(3, 4), response_ids=(5, 6, 1), reward=0.5, advantage=-1.25, logprobs=(-0.5, -1e-9, -30.0),
     temperature=0.7, top_k=0, top_p=1.0, cut=False, prompt="eine Frage", response="„ja“\n\u2028\x85 ✓", micro_batch=2,
-    window_tokens=120.5, max_completion_length=64, loss_type="dapo", step=8, on_policy=True,
+    window_tokens=120.5, max_completion_length=64, loss_type="dapo", step=8, on_policy=True, eos_ids=(1, 9),
+    padding_id=0,
     extra={"answer": "102", "turn": 3, "tags": ["a", "b"]},
 )  # fmt: skip
 KINDS = ["jsonl", "parquet"]
@@ -166,6 +167,7 @@ COLUMNS: dict[str, st.SearchStrategy[Any]] = {
     "micro_batch": st.integers(0, 9),
     "window_tokens": st.floats(1e-3, 1e9),
     "max_completion_length": st.integers(1, 2**20),
+    "eos_ids": st.lists(token, max_size=3).map(tuple),
 }
 EXTRAS: list[st.SearchStrategy[Any]] = [
     text,
@@ -185,7 +187,7 @@ def some_rollouts(draw: st.DrawFn) -> list[Rollout]:
     rows = []
     for _ in range(draw(st.integers(1, 5))):
         ids = tuple(draw(st.lists(token, min_size=1, max_size=5)))
-        logprobs = tuple(draw(number) for _ in ids) if draw(st.booleans()) else None
+        logprobs = tuple(draw(st.floats(-1e300, 0.0)) for _ in ids) if draw(st.booleans()) else None
         optional = {name: draw(COLUMNS[name]) for name in sorted(columns) if draw(st.booleans())}
         extra = {name: draw(value) for name, value in extras.items()}
         prompt = tuple(draw(st.lists(token, min_size=1, max_size=5)))

@@ -18,7 +18,7 @@ from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights
 from entropy_probe.realized import EntropyMeasure, RealizedChange
 from entropy_probe.recorded import trainers_step
 from entropy_probe.report import Evidence, ZeroVSection
-from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.rollouts import Rollout, group_rollouts
 from entropy_probe.scores import EntropyTarget, LengthWeight
 from entropy_probe.u_statistics import CrossStatistics, UnitDots, cross_statistics
 
@@ -142,16 +142,6 @@ def test_warnings_about_a_realised_step() -> None:
     assert realized(delta_h=-1e-6) == {"below_noise_floor"}
     assert realized(delta_h=-1.1e-6) == set()
     assert realized(delta_h=0.0, predicted=0.0) == set()
-
-
-def test_going_on_after_an_end_token_is_not_ending_with_it() -> None:
-    def batch(*responses: tuple[int, ...]) -> RolloutBatch:
-        return group_rollouts(Rollout(f"p{n // 2}", (3,), ids, 0.0) for n, ids in enumerate(responses))
-
-    ends = ((4, 1), (1,), (4, 5), (4, 1))
-    assert diagnostics.end_token_warnings(batch(*ends), (1,)) == []
-    (found,) = diagnostics.end_token_warnings(batch(*ends[:3], (1, 4)), (1,))
-    assert found.seen.startswith("1 of 4 responses")
 
 
 def test_parameters_without_a_rule_are_named_with_their_share() -> None:

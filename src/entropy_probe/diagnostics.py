@@ -15,7 +15,7 @@ from entropy_probe.importance_sampling import Weighting
 from entropy_probe.realized import RealizedChange
 from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS, Source, TrainersStep
 from entropy_probe.report import Evidence, ZeroVSection
-from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.rollouts import RolloutBatch, SpecialIds, doubtful_rows
 from entropy_probe.scores import LengthWeight, by_group
 from entropy_probe.stored_precision import Rounding
 from entropy_probe.sweep import SweepCurve
@@ -263,19 +263,27 @@ def recorder_warnings(batch: RolloutBatch) -> list[Evidence]:
     return found
 
 
-def end_token_warnings(batch: RolloutBatch, end_tokens: Sequence[int]) -> list[Evidence]:
-    """Responses that go on after an end token: padding kept by mistake would be scored as if it had been sampled."""
-    going_on = sum(any(token in end_tokens for token in r.response_ids[:-1]) for r in batch.responses)
-    if not going_on:
-        return []
-    return [
-        Evidence(
-            "tokens_after_end",
-            f"{going_on} of {len(batch.responses)} responses go on after an end token of the model "
-            f"({', '.join(map(str, end_tokens))}), and what follows is scored too",
-            "Cut response_ids after the first end token, unless your sampler really went on",
+def padding_warnings(batch: RolloutBatch, special: SpecialIds) -> list[Evidence]:
+    """One pad id at an edge, which may be padding or not; what is padding for certain is refused before."""
+    found = []
+    prompts, responses = doubtful_rows(batch, special)
+    if responses:
+        found.append(
+            Evidence(
+                "pad_at_the_end",
+                f"{responses} of {len(batch.responses)} responses end with one pad id, which a policy hardly ever samples",
+                "If it is padding, cut it from response_ids and logprobs: it is scored; if it was sampled, all is well",
+            )
         )
-    ]
+    if prompts:
+        found.append(
+            Evidence(
+                "pad_at_the_start",
+                f"{prompts} of {len(batch.responses)} rows have prompts that begin with one pad id, the unknown token too",
+                "If it is padding, cut it from prompt_ids, or give prompt_attention_mask",
+            )
+        )
+    return found
 
 
 def coverage_warnings(coverage: Coverage) -> list[Evidence]:

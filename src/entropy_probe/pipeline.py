@@ -25,17 +25,17 @@ from entropy_probe.assemble import (
     describe_ranks,
     describe_zero_v,
 )
-from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of
+from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of, tokenizer_ids
 from entropy_probe.choices import member
 from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Preparation, marked
 from entropy_probe.inputs import read_evaluation
-from entropy_probe.policy import Measured, check_fits, end_token_ids, input_limits
+from entropy_probe.policy import Measured, check_fits, input_limits, special_ids
 from entropy_probe.progress import Clock, Progress, Silent
 from entropy_probe.recorded import Source, TrainersStep, trainers_step
 from entropy_probe.report import ConfigSection, Report
-from entropy_probe.rollouts import RolloutBatch, read_batch
+from entropy_probe.rollouts import RolloutBatch, read_batch, refuse_unsampled
 from entropy_probe.same_inputs import (
     check_same_inputs,
     digest_of_adam,
@@ -116,6 +116,7 @@ def probe_checkpoint(
         for rows in (batch, evaluation):
             if rows is not None:
                 check_fits(rows, loaded.folder.vocabulary, loaded.folder.context_length)
+        special = special_ids(loaded.model, tokenizer_ids(loaded.folder.tokenizer_folders))
     subject = Subject(
         loaded.model,
         trainer.of(loaded.adam),
@@ -127,6 +128,7 @@ def probe_checkpoint(
         str(rollouts),
         None if evaluation_rollouts is None else str(evaluation_rollouts),
         trainer,
+        special,
     )
     return _probe(subject, settings, clock, progress or Silent(), None)
 
@@ -178,8 +180,8 @@ def probe(
     for rows in (batch, evaluation):
         if rows is not None:
             check_fits(rows, *input_limits(model))
-    facts = describe_model(model, adam, test)
-    subject = Subject(model, trainer.of(adam), sharding, batch, evaluation, facts, (), None, None, trainer)
+    facts, special = describe_model(model, adam, test), special_ids(model)
+    subject = Subject(model, trainer.of(adam), sharding, batch, evaluation, facts, (), None, None, trainer, special)
     return _probe(subject, settings, Clock(), progress or Silent(), preparation)
 
 
@@ -217,7 +219,10 @@ def _check_same_state(subject: Subject) -> None:
     if subject.sharding.ranks.count == 1:
         return
     steps = {name: moments.step for name, moments in subject.adam.moments.items()}
-    found = {"optimizer settings": digest_of_settings(subject.adam.groups, steps)}
+    found = {
+        "optimizer settings": digest_of_settings(subject.adam.groups, steps),
+        "special ids (of configs or tokenizer files)": digest_of_settings(subject.special),
+    }
     if subject.sharding.replicated:
         found |= {"weights": digest_of_model(subject.model), "optimizer state": digest_of_adam(subject.adam)}
     check_same_inputs(subject.sharding.ranks, found)
@@ -234,6 +239,9 @@ def _probe_as_marked(
     subject: Subject, settings: Settings, clock: Clock, progress: Progress, earlier: Preparation | None
 ) -> ProbeResult:
     _check_same_state(subject)
+    refuse_unsampled(subject.batch, subject.special, "the rollouts")
+    if subject.evaluation is not None:
+        refuse_unsampled(subject.evaluation, subject.special, "the evaluation rollouts")
     task, preparation = make_task(subject, settings, earlier, clock, progress)
     batch, evaluation, adam, policy = subject.batch, subject.evaluation, subject.adam, task.policy
     trainer = subject.trainer
@@ -278,7 +286,7 @@ def _probe_as_marked(
         *diagnostics.loss_warnings(trainer),
         *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
         *diagnostics.recorder_warnings(batch),
-        *diagnostics.end_token_warnings(batch, end_token_ids(subject.model)),
+        *diagnostics.padding_warnings(batch, subject.special),
         *diagnostics.parameter_warnings(gradients.untouched, subject.rivals),
         *diagnostics.zero_v_warnings(zero_v, without_v),
         *diagnostics.coverage_warnings(gradients.coverage),

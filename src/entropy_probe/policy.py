@@ -10,7 +10,7 @@ runs in float32 or better.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, assert_never
@@ -34,7 +34,7 @@ from entropy_probe.language_head import (
     output_head,
 )
 from entropy_probe.progress import Progress, Silent
-from entropy_probe.rollouts import Rollout, RolloutBatch
+from entropy_probe.rollouts import Rollout, RolloutBatch, SpecialIds
 from entropy_probe.wrappers import (
     held_part,
     mixed_precision,
@@ -340,7 +340,7 @@ class Policy:
 def idle_row(responses: Sequence[Rollout]) -> Rollout:
     """Two tokens for a rank that has no rows left while others, whose forwards need it, have."""
     first = responses[0]
-    return replace(first, prompt_ids=first.prompt_ids[:1], response_ids=first.response_ids[:1])
+    return Rollout(first.prompt_id, first.prompt_ids[:1], first.response_ids[:1], 0.0)
 
 
 def combine(here: Measured, responses: Sequence[Rollout], rows: range, ranks: Ranks) -> Measured:
@@ -456,17 +456,39 @@ def input_limits(model: nn.Module) -> tuple[int | None, int | None]:
 def end_token_ids(model: nn.Module) -> tuple[int, ...]:
     """The ids that the transformers model in ``model`` ends with, by its config and its generation config; () without any.
 
-    Of a generation config these ids alone are read: many chat models name their end of turn only there.
+    Of a generation config these ids, and those of :func:`special_ids`, alone are read: many chat models name their end of turn
+    only there.
     """
+    return _configured_ids(model, "eos_token_id")
+
+
+def special_ids(model: nn.Module, tokenizer: SpecialIds = SpecialIds()) -> SpecialIds:  # noqa: B008 (frozen)
+    """The ids that pad, end and begin by the configs of the transformers model in ``model`` and by its tokenizer."""
+    end = end_token_ids(model)
+    return SpecialIds(
+        pad=_each_once(_configured_ids(model, "pad_token_id"), tokenizer.pad),
+        end=end,
+        stop=_each_once(end, tokenizer.stop),
+        begin=_each_once(_configured_ids(model, "bos_token_id"), tokenizer.begin),
+        unknown=tokenizer.unknown,
+    )
+
+
+def _configured_ids(model: nn.Module, name: str) -> tuple[int, ...]:
+    """What the text model's config and the generation config call by this name; original Llama's pad of -1 is none."""
     inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
         return ()
-    ids: list[int | None] = []
+    ids: list[object] = []
     generation = vars(inner).get("generation_config")
-    own = generation.eos_token_id if isinstance(generation, GenerationConfig) else None
-    for configured in (inner.config.get_text_config().eos_token_id, own):
+    own = getattr(generation, name, None) if isinstance(generation, GenerationConfig) else None
+    for configured in (getattr(inner.config.get_text_config(), name, None), own):
         ids.extend(configured if isinstance(configured, list | tuple) else [configured])
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
+    return _each_once(token for token in ids if isinstance(token, int) and token >= 0)
+
+
+def _each_once(*ids: Iterable[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(itertools.chain(*ids)))
 
 
 def check_fits(batch: RolloutBatch, vocabulary: int | None, context_length: int | None) -> None:

@@ -43,8 +43,8 @@ def plan_resampling(policy: Policy, batch: RolloutBatch, max_completion_length: 
     """Sample as the rollouts were: their temperature, as many responses a prompt as the largest group has, their length limit.
 
     The limit is the one given or recorded; else the length of responses that were cut (told so, or without an end token last);
-    else twice the longest response, as far as the context goes. End tokens are the model's, and what ended the responses that
-    are said not to be cut.
+    else twice the longest response, as far as the context goes. End tokens are those that the rows name as their
+    sampler's; else the model's, and what ended the responses that are said not to be cut.
 
     Args:
         policy: its model generates.
@@ -57,8 +57,10 @@ def plan_resampling(policy: Policy, batch: RolloutBatch, max_completion_length: 
     """
     if not any(isinstance(module, GenerationMixin) for module in policy.model.modules()):
         raise InputError("--resample needs a transformers model with generate; this one has none, drop the option")
-    ended = {r.response_ids[-1] for r in batch.responses if r.cut is False}
-    eos_ids = tuple(dict.fromkeys((*end_token_ids(policy.model), *sorted(ended))))
+    eos_ids = batch.responses[0].eos_ids  # all rows say the same
+    if eos_ids is None:
+        ended = {r.response_ids[-1] for r in batch.responses if r.cut is False}
+        eos_ids = tuple(dict.fromkeys((*end_token_ids(policy.model), *sorted(ended))))
     lengths = [len(r.response_ids) for r in batch.responses]
     if not eos_ids and len(set(lengths)) > 1:
         raise InputError(

@@ -58,9 +58,10 @@ class Prompt:
 class SamplingSettings:
     """How to sample: G responses a prompt at temperature τ, at most ``max_new_tokens`` each.
 
-    ``eos_ids`` end a response. ``batch_size`` responses are generated at a time; it changes which random numbers go to which
-    response, so the same seed gives the same rollouts only at the same batch size. Batch j, counted from 0 over all ranks, is
-    drawn after ``torch.manual_seed`` of ``numpy.random.SeedSequence(seed, spawn_key=(j,)).generate_state(1, numpy.uint64)``:
+    ``eos_ids`` end a response, and are written into its row. ``batch_size`` responses are generated at a time; it changes which
+    random numbers go to which response, so the same seed gives the same rollouts only at the same batch size. Batch j, counted
+    from 0 over all ranks, is drawn after ``torch.manual_seed`` of
+    ``numpy.random.SeedSequence(seed, spawn_key=(j,)).generate_state(1, numpy.uint64)``:
     on any number of ranks the rollouts are the same.
     """
 
@@ -128,6 +129,7 @@ def sample_rollouts(
             top_k=0,
             top_p=1.0,
             cut=ids[-1] not in settings.eos_ids,
+            eos_ids=settings.eos_ids,
             prompt=prompt.text or None,
             response=text or None,
         )

@@ -39,14 +39,14 @@ from entropy_probe.inputs import (
     units_on_a_rank,
 )
 from entropy_probe.noise import LEAST_UNITS, NoiseParts, noise_of
-from entropy_probe.policy import Measured, Policy, end_token_ids
+from entropy_probe.policy import Measured, Policy
 from entropy_probe.progress import Clock, Progress
 from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure, RealizedChange
 from entropy_probe.realized_rows import Realizer
 from entropy_probe.recorded import TrainersStep
 from entropy_probe.report import CheckpointSection, Evidence
 from entropy_probe.resampling import Resampling, plan_resampling, resample
-from entropy_probe.rollouts import RolloutBatch
+from entropy_probe.rollouts import RolloutBatch, SpecialIds
 from entropy_probe.rounded_step import RoundingRule
 from entropy_probe.scores import AdvantageRule, EntropyTarget, Estimator
 from entropy_probe.settings import Settings, dtype_name
@@ -78,6 +78,7 @@ class Subject:
     rollouts: str | None
     evaluation_rollouts: str | None
     trainer: TrainersStep
+    special: SpecialIds
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,7 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
                 *diagnostics.pairing_warnings(
                     evaluation, task.subject.facts.trainer_step, task.subject.trainer.length_weight
                 ),
-                *diagnostics.end_token_warnings(evaluation, end_token_ids(model)),
+                *diagnostics.padding_warnings(evaluation, task.subject.special),
             ]
     return Realizations(rows, curves, folds, of_evaluation)
 

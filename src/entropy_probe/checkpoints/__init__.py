@@ -3,6 +3,7 @@
 from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
 from entropy_probe.checkpoints.hf import Checkpoint, ModelFolder, load_checkpoint, load_model
 from entropy_probe.checkpoints.sharded import load_sharded_checkpoint, load_sharded_model, sharding_of
+from entropy_probe.checkpoints.tokenizer_ids import tokenizer_ids
 from entropy_probe.checkpoints.trainer_state import TrainerState, read_trainer_state
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "load_sharded_model",
     "read_trainer_state",
     "sharding_of",
+    "tokenizer_ids",
 ]

@@ -16,11 +16,12 @@ from torch import Tensor
 from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.adam_step import adamw_step
 from entropy_probe.assemble import versions
-from entropy_probe.checkpoints import load_checkpoint, load_model, read_trainer_state
+from entropy_probe.checkpoints import load_checkpoint, load_model, read_trainer_state, tokenizer_ids
+from entropy_probe.diagnostics import padding_warnings
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, prepare
 from entropy_probe.inputs import free_memory, resolve_advantages, resolve_length_weights
-from entropy_probe.policy import Policy, check_finite, check_fits
+from entropy_probe.policy import Policy, check_finite, check_fits, special_ids
 from entropy_probe.progress import Clock, Progress, Silent
 from entropy_probe.recorded import check_recorded, recorded_count, trainers_step
 from entropy_probe.replay_check import pairs, sections
@@ -28,7 +29,7 @@ from entropy_probe.replay_check.case import Replayed, against
 from entropy_probe.replay_check.settings import ReplaySettings
 from entropy_probe.replay_check.suspicions import Findings, find_suspicions
 from entropy_probe.report.replay_schema import ReplayConfig, ReplayReport
-from entropy_probe.rollouts import read_batch
+from entropy_probe.rollouts import read_batch, refuse_unsampled
 from entropy_probe.settings import OFF, autocast_name, dtype_name, refuse_unused_constant
 from entropy_probe.update_comparison import compare_gradients, recovered_gradient
 
@@ -66,6 +67,8 @@ def replay(
         loaded = load_checkpoint(before, base=base, dtype=settings.dtype, device=device, zero_v=ZeroV.GUIDE)
         adam = trainer.of(loaded.adam)
         check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
+        special = special_ids(loaded.model, tokenizer_ids(loaded.folder.tokenizer_folders))
+        refuse_unsampled(batch, special, "the rollouts")
         target = load_model(after, base=base, dtype=settings.dtype, device=device)
         pairs.check_same_model(loaded.folder, target)
         adam_after = pairs.adam_after(after, target, adam)
@@ -125,9 +128,10 @@ def replay(
         logged=logged,
         suspicions=findings.suspicions,
         tried=findings.tried,
-        warnings=sections.warnings(
-            case, measured, loaded, logged, all(state.global_step is not None for state in states)
-        ),
+        warnings=[
+            *sections.warnings(case, measured, loaded, logged, all(state.global_step is not None for state in states)),
+            *padding_warnings(batch, special),
+        ],
         kind=loaded.folder.kind,
         responses=len(batch.responses),
         prompts=len(batch.groups),

@@ -8,7 +8,7 @@ from entropy_probe import diagnostics
 from entropy_probe.adam_step import gradient_norm
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.dropout import active_dropout
-from entropy_probe.policy import Measured, end_token_ids
+from entropy_probe.policy import Measured
 from entropy_probe.recorded import SAME_RATE, Source, recorded_count, recorded_rates
 from entropy_probe.replay_check.case import Replayed
 from entropy_probe.replay_check.row_causes import WHOLE_FILE, incomplete, surplus
@@ -160,7 +160,6 @@ def warnings(
         *diagnostics.on_policy_warnings(batch, measured.scores),
         *diagnostics.pairing_warnings(batch, loaded.trainer_step, case.length_weight),
         *diagnostics.recorder_warnings(batch),
-        *diagnostics.end_token_warnings(batch, end_token_ids(loaded.model)),
     ]
     fact = incomplete(batch, case.num_generations)
     if fact is not None:

@@ -1,11 +1,14 @@
 """Rollouts: prompts, their sampled responses, and the files that hold them (JSON Lines or Parquet, one row a response).
 
 Exact token ids are the truth; text is for people. Rows of one prompt need not be adjacent: a prompt stands where its
-first row stands, its responses in the order of their rows. Unknown columns are kept in ``Rollout.extra``.
+first row stands, its responses in the order of their rows. Unknown columns are kept in ``Rollout.extra``; those that
+contradict what the probe computes are refused (:mod:`~entropy_probe.rollouts.columns`).
 """
 
 from entropy_probe.rollouts.files import read_batch, read_rollouts, read_rows, write_rollouts
-from entropy_probe.rollouts.records import PromptGroup, PromptId, Rollout, RolloutBatch, count_cut, group_rollouts
+from entropy_probe.rollouts.grouping import group_rollouts
+from entropy_probe.rollouts.padding import SpecialIds, doubtful_rows, refuse_unsampled
+from entropy_probe.rollouts.records import PromptGroup, PromptId, Rollout, RolloutBatch, count_cut
 from entropy_probe.rollouts.rows import rollout_from_row, row_from_rollout
 
 __all__ = [
@@ -13,11 +16,14 @@ __all__ = [
     "PromptId",
     "Rollout",
     "RolloutBatch",
+    "SpecialIds",
     "count_cut",
+    "doubtful_rows",
     "group_rollouts",
     "read_batch",
     "read_rollouts",
     "read_rows",
+    "refuse_unsampled",
     "rollout_from_row",
     "row_from_rollout",
     "write_rollouts",

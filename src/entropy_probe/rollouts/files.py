@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import pyarrow.parquet
 
 from entropy_probe.errors import InputError, first_line
 from entropy_probe.files import replacing
-from entropy_probe.rollouts.records import Rollout, RolloutBatch, group_rollouts
-from entropy_probe.rollouts.rows import rollout_from_row, row_from_rollout
+from entropy_probe.rollouts.grouping import group_rollouts
+from entropy_probe.rollouts.records import Rollout, RolloutBatch
+from entropy_probe.rollouts.rows import as_rollouts, rollout_from_row, row_from_rollout
 
 
 def read_batch(path: Path, temperature: float | None = None, *, least_responses: int = 2) -> RolloutBatch:
@@ -80,14 +81,14 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path} is not UTF-8 text; expected JSON Lines") from error
 
 
-def write_rollouts(rollouts: Iterable[Rollout], path: Path) -> None:
-    """Write rows as JSON Lines or Parquet, by the file's name; an interrupted write leaves no file.
+def write_rollouts(rollouts: Iterable[Rollout | Mapping[str, Any]], path: Path) -> None:
+    """Write rows, records or mappings, as JSON Lines or Parquet, by the file's name; an interrupted write leaves no file.
 
     Raises:
-        InputError: the name ends in neither ``.jsonl`` nor ``.parquet``, the folder cannot be written, or the format
-            cannot hold a value.
+        InputError: a row breaks the schema, the name ends in neither ``.jsonl`` nor ``.parquet``, the folder cannot be written,
+            or the format cannot hold a value.
     """
-    rows = [row_from_rollout(rollout) for rollout in rollouts]
+    rows = [row_from_rollout(rollout) for rollout in as_rollouts(rollouts)]
     if path.suffix not in {".jsonl", ".parquet"}:
         raise InputError(f"{path} ends in {path.suffix!r}; rollouts are written as .jsonl or .parquet")
     try:

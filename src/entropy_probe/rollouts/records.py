@@ -1,23 +1,31 @@
-"""Responses, prompts and batches, and what the estimators need of them."""
+"""Responses, prompts and batches."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from entropy_probe.errors import InputError
+from entropy_probe.rollouts import values
+from entropy_probe.rollouts.columns import is_of_tokens
+from entropy_probe.rollouts.masks import ATTENTION_MASKS, padding_of
 
 PromptId = str | int
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response to one prompt.
+    """One response to one prompt, checked and put into Python's own types when it is made, from a file or not.
 
     ``prompt_ids`` and ``response_ids`` are token ids; the response holds its EOS if one was sampled. ``logprobs`` are the
-    sampler's, one per response token, in nats. ``cut`` is true where the length limit ended the response.
+    sampler's, one per response token, in nats. ``cut`` is true where the length limit ended the response. ``eos_ids`` are the
+    ids at which the sampler ended a response, where it is known; () for none.
+
+    Lists, NumPy arrays and torch tensors of ids and numbers become tuples. Attention masks in ``extra``
+    (:mod:`~entropy_probe.rollouts.masks`) are used: ids that they call padding are dropped, with their log-probs, values in
+    masks of tokens and those attention masks; ``padding_id`` is then the id that stood at the response's end.
 
     The last ones describe the trainer's accumulation window, where a recorder knows it: ``micro_batch`` is the index of
     the micro-batch that held the row, ``window_tokens`` the token count that the trainer divides by (dapo),
@@ -43,7 +51,60 @@ class Rollout:
     loss_type: str | None = None
     step: int | None = None
     on_policy: bool | None = None
+    eos_ids: tuple[int, ...] | None = None
+    padding_id: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every column, and drop what a mask calls padding.
+
+        Raises:
+            InputError: a value has the wrong type, is not finite, or is empty; log-probs are not one a response token; a mask
+                does not fit. The prompt and the column are named.
+        """
+        self._set("prompt_id", values.prompt_id(self.prompt_id, "prompt_id"))
+        try:
+            for name, check in values.REQUIRED.items():
+                self._set(name, check(getattr(self, name), name))
+            for name, check in values.OPTIONAL.items():
+                value = getattr(self, name)
+                if value is not None:
+                    self._set(name, check(value, name))
+            self._set("extra", values.columns(self.extra, "extra"))
+            if self.logprobs is not None and len(self.logprobs) != len(self.response_ids):
+                raise InputError(
+                    f"{len(self.logprobs)} logprobs for {len(self.response_ids)} response tokens; expected one each"
+                )
+            self._drop_padding()
+        except InputError as error:
+            raise InputError(f"prompt_id {self.prompt_id!r}: {error}") from error
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the record is frozen for everyone else
+
+    def _drop_padding(self) -> None:
+        padding = padding_of(self.extra, len(self.prompt_ids), len(self.response_ids))
+        if not padding.prompt and not padding.response:
+            return
+        kept = len(self.response_ids) - padding.response
+        dropped = set(self.response_ids[kept:])
+        if len(dropped) > 1:
+            raise InputError(
+                f"a mask is 0 over different ids at the response's end ({', '.join(map(str, sorted(dropped)))}), of which one "
+                "alone can be padding; is it 0 over the end token, which was sampled? Give 1 there"
+            )
+        lengths = {len(self.response_ids): 0, self.length: padding.prompt}
+        extra = {}
+        for name, value in self.extra.items():
+            if name in ATTENTION_MASKS:
+                continue  # it would no longer fit
+            first = lengths.get(len(value)) if isinstance(value, list | tuple) and is_of_tokens(name) else None
+            extra[name] = value if first is None else value[first : len(value) - padding.response]
+        self._set("prompt_ids", self.prompt_ids[padding.prompt :])
+        self._set("response_ids", self.response_ids[:kept])
+        self._set("logprobs", None if self.logprobs is None else self.logprobs[:kept])
+        self._set("padding_id", dropped.pop() if dropped else self.padding_id)
+        self._set("extra", extra)
 
     @property
     def length(self) -> int:
@@ -67,12 +128,12 @@ class RolloutBatch:
     groups: tuple[PromptGroup, ...]
     temperature: float
 
-    @property
+    @cached_property
     def responses(self) -> tuple[Rollout, ...]:
         """Every response, prompt by prompt: the order in which scores and coefficients are laid out."""
         return tuple(response for group in self.groups for response in group.responses)
 
-    @property
+    @cached_property
     def group_sizes(self) -> tuple[int, ...]:
         """G_n, the number of responses of each prompt."""
         return tuple(len(group.responses) for group in self.groups)
@@ -81,102 +142,21 @@ class RolloutBatch:
         """The batch of these prompts alone, by their places."""
         return RolloutBatch(tuple(self.groups[n] for n in prompts), self.temperature)
 
-    @property
+    @cached_property
     def mean_length(self) -> float:
         """T̄, the mean over prompts of the mean response length, in tokens."""
         means = [sum(len(r.response_ids) for r in group.responses) / len(group.responses) for group in self.groups]
         return sum(means) / len(means)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Number of response tokens."""
         return sum(len(response.response_ids) for response in self.responses)
 
-    @property
-    def positions(self) -> list[int]:
+    @cached_property
+    def positions(self) -> tuple[int, ...]:
         """Of every prompt, tokens of all its sequences, prompts and responses: what its forwards cost."""
-        return [sum(response.length for response in group.responses) for group in self.groups]
-
-
-def group_rollouts(
-    rollouts: Iterable[Rollout], temperature: float | None = None, *, least_responses: int = 2
-) -> RolloutBatch:
-    """Group rows by ``prompt_id`` and check what the estimators need: two prompts, two responses each, one temperature.
-
-    Args:
-        rollouts: the rows, in any order.
-        temperature: sampling temperature of rows that declare none; 1 if neither says.
-        least_responses: that a prompt must have; 1 will do for an evaluation batch under Rao-Blackwell.
-
-    Raises:
-        InputError: fewer than two prompts, a prompt with one response, two prompts under one id, rows that disagree
-            about the temperature or about a window column, or a truncated sampling distribution.
-    """
-    by_prompt: dict[PromptId, list[Rollout]] = {}
-    for rollout in rollouts:
-        by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
-    if not by_prompt:
-        raise InputError("the rollouts are empty; at least two prompts with two responses each are needed")
-    for prompt_id, rows in by_prompt.items():
-        if any(row.prompt_ids != rows[0].prompt_ids for row in rows):
-            raise InputError(
-                f"prompt_id {prompt_id!r} names two different prompts (their prompt_ids differ); give each its own id"
-            )
-        if len(rows) < least_responses:
-            raise InputError(
-                f"prompt_id {prompt_id!r} has one response; the leave-one-out mean needs at least two responses a prompt"
-            )
-    if len(by_prompt) < 2:
-        raise InputError("the rollouts hold one prompt; the cross-prompt estimator needs at least two")
-    rows = [row for group in by_prompt.values() for row in group]
-    for row in rows:
-        _refuse_truncated_sampling(row)
-    _refuse_mixed(rows)
-    declared = {row.temperature for row in rows if row.temperature is not None}
-    if temperature is not None and declared - {temperature}:
-        raise InputError(f"the rows declare temperature {sorted(declared)}, but {temperature} was asked for; drop one")
-    groups = tuple(PromptGroup(key, group[0].prompt_ids, tuple(group)) for key, group in by_prompt.items())
-    tau = temperature if temperature is not None else next(iter(declared), 1.0)
-    if not (math.isfinite(tau) and tau > 0):
-        raise InputError(f"temperature is {tau}; entropy needs a finite temperature above 0")
-    return RolloutBatch(groups, float(tau))
-
-
-NEUTRAL = {
-    "top_k": (None, 0, -1),
-    "top_p": (None, 1),
-    "min_p": (None, 0),
-    "typical_p": (None, 1),
-    "epsilon_cutoff": (None, 0),
-    "eta_cutoff": (None, 0),
-    "repetition_penalty": (None, 1),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "no_repeat_ngram_size": (None, 0),
-}
-"""Sampling settings that leave the distribution whole; any other value makes S another policy's log-prob."""
-
-
-def _refuse_truncated_sampling(row: Rollout) -> None:
-    declared = {"top_k": row.top_k, "top_p": row.top_p, **row.extra}
-    for name, neutral in NEUTRAL.items():
-        if declared.get(name) not in neutral:
-            raise InputError(
-                f"prompt_id {row.prompt_id!r} was sampled with {name} = {declared[name]}: its log-probs are not the policy's; "
-                "sample from the whole distribution (top_k = 0, top_p = 1, no other processors)"
-            )
-
-
-def _refuse_mixed(rows: Sequence[Rollout]) -> None:
-    for name in ("temperature", "window_tokens", "max_completion_length", "loss_type", "step"):
-        values = {getattr(row, name) for row in rows}
-        if len(values) > 1:
-            shown = ", ".join(sorted(map(str, values)))
-            raise InputError(f"the rows disagree about {name} ({shown}); one probe takes one batch with one value")
-    for name in ("advantage", "micro_batch"):
-        missing = sum(getattr(row, name) is None for row in rows)
-        if 0 < missing < len(rows):
-            raise InputError(f"{missing} of {len(rows)} rows have no {name}; give it in every row or in none")
+        return tuple(sum(response.length for response in group.responses) for group in self.groups)
 
 
 def count_cut(rollouts: Iterable[Rollout]) -> int:

@@ -126,12 +126,12 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
         if state.global_step % self.every:
             return
         step = state.global_step + 1
-        rows = [row for index in range(len(window)) for row in self._rows(window, index, step)]
         # A row that the format cannot hold would leave a file that is not the batch: no file is the honest answer.
-        bad = sum(not math.isfinite(row.reward) or not row.response_ids for _, row in rows)
+        bad = sum(_unscored_or_empty(inputs) for inputs in window)
         if bad:
             logger.warning("step %d is not recorded: %d rows have no reward or no response tokens", step, bad)
             return
+        rows = [row for index in range(len(window)) for row in self._rows(window, index, step)]
         rows.sort(key=lambda row: row[0])
         rank = f"-rank{args.process_index}" if args.world_size > 1 else ""
         write_rollouts((row for _, row in rows), self.folder / f"step-{step:05d}{rank}.jsonl")
@@ -194,7 +194,7 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
                 temperature=float(trainer.temperature),
                 top_k=0,
                 top_p=1.0,
-                cut=not response_ids or response_ids[-1] not in eos,
+                cut=response_ids[-1] not in eos,
                 prompt=tokenizer.decode(prompt_ids, skip_special_tokens=False),
                 response=tokenizer.decode(response_ids, skip_special_tokens=False),
                 micro_batch=args.process_index * len(window) + index,
@@ -203,6 +203,7 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
                 loss_type=self._stated_loss or trainer.loss_type,
                 step=step,
                 on_policy=self._on_policy,
+                eos_ids=tuple(sorted(eos)),
                 extra=facts,
             )
             yield (generated_for, group), row
@@ -226,3 +227,9 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
         if self._own_loss:
             facts["trainer_class"] = type(trainer).__name__
         return facts
+
+
+def _unscored_or_empty(inputs: Mapping[str, Any]) -> int:
+    """How many rows of a micro-batch have no reward or no response token."""
+    empty = ~inputs["completion_mask"].bool().any(dim=1)
+    return int((empty | ~inputs[_REWARD].isfinite().to(empty.device)).sum())

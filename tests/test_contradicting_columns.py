@@ -1,0 +1,131 @@
+"""Columns that say that a row was sampled, or that its loss was, otherwise than the probe takes it are refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from entropy_probe import InputError, Rollout, group_rollouts, read_batch, write_rollouts
+
+RESPONSE = 4
+PROMPT = 3
+
+
+def rows(**extra: Any) -> list[Rollout]:
+    """Four rows; the last one has the further columns."""
+    found = [Rollout(f"p{n // 2}", (3 + n // 2, 4, 5), (6, 7, 8, 1), 0.0, temperature=0.8) for n in range(4)]
+    return [*found[:3], replace(found[3], extra=extra)]
+
+
+MASK = "were not sampled by the policy, or are not in the loss"
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    # masks
+    **{
+        name: ({name: [1, 1, 0, 1]}, (f"{name} with 0 at 1 of 4", MASK))
+        for name in (
+            "response_mask", "completion_mask", "loss_mask", "loss_masks", "tool_mask", "env_mask", "action_mask",
+            "assistant_masks", "token_loss_mask", "generation_mask", "some_other_mask",
+        )
+    },
+    "a mask over prompt and response": ({"loss_mask": [0, 0, 0, 1, 1, 0, 0]}, ("loss_mask with 0 at 2 of 4", MASK)),
+    "a mask that counts the prompt": ({"loss_mask": [0, 1, 1, 1, 1, 1, 1]}, ("1 at 2 of 3 prompt tokens",)),
+    "booleans": ({"response_mask": [True, False, True, True]}, ("response_mask with 0 at 1 of 4",)),
+    "a tensor": ({"response_mask": torch.tensor([1.0, 1.0, 1.0, 0.0])}, ("response_mask with 0 at 1 of 4",)),
+    "all zeros": ({"loss_mask": np.zeros(4)}, ("loss_mask with 0 at 4 of 4",)),
+    "a mask too short": ({"response_mask": [1, 1]}, ("response_mask of 2 values", "expected 4")),
+    "a mask of weights": ({"loss_mask": [1, 0.5, 1, 1]}, ("loss_mask holds 0.5",)),
+    "a whole row left out": ({"sample_mask": 0.0}, ("sample_mask = 0.0", "not in the trainer's loss")),
+    "labels": ({"labels": [-100, -100, -100, 6, -100, 8, 1]}, ("labels with 0 at 1 of 4", MASK)),
+    # further terms of the loss
+    **{
+        name: ({name: 0.04}, (f"{name} = 0.04", "KL term"))
+        for name in ("beta", "kl_coef", "kl_loss_coef", "init_kl_coef", "kl_penalty", "reference_policy_kl_penalty")
+    },
+    **{
+        name: ({name: 0.01}, (f"{name} = 0.01", "entropy term"))
+        for name in ("entropy_coeff", "entropy_coef", "entropy_loss_coef", "ent_coef")
+    },
+    "a KL loss": ({"use_kl_loss": True}, ("use_kl_loss = True", "KL term")),
+    "a coefficient as text": ({"beta": "0.04"}, ("beta = '0.04'",)),
+    "a quantile of tokens": ({"top_entropy_quantile": 0.2}, ("top_entropy_quantile = 0.2", "left out")),
+    "a router's loss": ({"router_aux_loss_coef": 0.001}, ("router_aux_loss_coef = 0.001",)),
+    # weights
+    **{
+        name: ({name: [1.0, 1.0, 0.5, 1.0]}, (f"{name} = 0.5 at response token 2", "weights its tokens"))
+        for name in ("importance_sampling_ratio", "rollout_is_weights", "token_weights", "loss_weights", "weights", "ratio")
+    },
+    "one weight for the row": ({"sample_weight": 2.0}, ("sample_weight = 2.0",)),
+    "too few weights": ({"is_weights": [1.0]}, ("is_weights of 1 values", "4")),
+    "advantages of tokens": ({"advantages": [0.5, 0.5, 0.5, 0.25]}, ("advantages", "which is not read")),
+    # the sampler
+    **{
+        name: ({name: value}, (f"was sampled with {name} = ", "not the policy's"))
+        for name, value in {
+            "typical_p": 0.9, "min_new_tokens": 4, "suppress_tokens": [7], "bad_words_ids": [[7]], "num_beams": 4,
+            "guidance_scale": 1.5, "forced_eos_token_id": 1, "do_sample": False, "logit_bias": {"7": -100.0},
+            "min_tokens": 3, "presence_penalty": 0.5, "top_h": 0.4,
+        }.items()
+    },
+    "parameters of a sampler": ({"sampling_params": {"top_k": -1, "top_p": 0.9}}, ("sampling_params.top_p = 0.9",)),
+    "another temperature there": ({"sampling_params": {"temperature": 1.0}}, ("sampling_params.temperature = 1.0", "0.8")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_column_that_contradicts_the_probe_is_refused_by_its_name_and_value(name: str) -> None:
+    extra, culprits = REFUSED[name]
+    with pytest.raises(InputError) as caught:
+        group_rollouts(rows(**extra))
+    assert "'p1'" in str(caught.value)
+    for culprit in culprits:
+        assert culprit in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+NEUTRAL: dict[str, Any] = {
+    "response_mask": [1, 1, 1, 1], "loss_mask": [0, 0, 0, 1, 1, 1, 1], "tool_mask": None, "env_mask": torch.ones(4),
+    "sample_mask": 1.0, "action_mask": True, "image_mask": [0, 1], "labels": [-100, -100, -100, 6, 7, 8, 1],
+    "beta": 0.0, "kl_coef": None, "kl_penalty": "low_var_kl", "use_kl_loss": False, "entropy_coeff": 0, "betas": [0.9, 0.999],
+    "importance_sampling_ratio": [1.0, 1.0 + 1e-7, 1.0, 1.0], "sample_weight": 1, "weight": 70.5, "ratio": 0.5,
+    "top_entropy_quantile": 1.0,
+    "top_k": None, "typical_p": 1.0, "min_new_tokens": 0, "suppress_tokens": [], "num_beams": 1, "do_sample": True,
+    "guidance_scale": None, "sampling_params": {"temperature": 0.8, "top_p": 1.0, "max_tokens": 64, "seed": None},
+    "answer": "42", "entropy": 1.7, "kl": 0.02,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_column_that_changes_nothing_is_kept(name: str) -> None:
+    value = NEUTRAL[name]
+    if name != "top_k":
+        assert name in group_rollouts(rows(**{name: value})).responses[3].extra
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_columns_of_a_file_are_refused_as_those_of_python_are(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rollouts.{kind}"
+    write_rollouts(rows(tool_mask=[1, 1, 0, 1]), path)
+    with pytest.raises(InputError, match=r"'p1' has tool_mask with 0 at 1 of 4 response tokens"):
+        read_batch(path)
+    write_rollouts(rows(tool_mask=[1, 1, 1, 1]), path)
+    assert len(read_batch(path).groups) == 2
+
+
+def test_responses_that_the_limit_cut_and_the_loss_left_out_are_refused_unless_none_was_cut() -> None:
+    def masked(cut: bool | None) -> list[Rollout]:
+        return [replace(row, cut=cut, extra={"mask_truncated_completions": True}) for row in rows()]
+
+    assert len(group_rollouts(masked(False)).groups) == 2
+    for cut in (True, None):
+        with pytest.raises(InputError, match="mask_truncated_completions = True"):
+            group_rollouts(masked(cut))
+
+
+def test_advantages_that_repeat_the_advantage_are_taken() -> None:
+    given = [replace(row, advantage=0.25, extra={"advantages": [0.25] * 4}) for row in rows()]
+    assert len(group_rollouts(given).groups) == 2
