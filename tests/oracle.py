@@ -176,3 +176,19 @@ def linear_change(alone: Alone, delta: np.ndarray, group_sizes: Sequence[int]) -
     d_scores = alone.gradients @ delta
     mean = float(base @ alone.scores)
     return float(-(base @ d_scores) - (base * (alone.scores - mean)) @ d_scores)
+
+
+def folds_one_left_out(kernel: np.ndarray, folds: Sequence[int]) -> tuple[float, list[float], float]:
+    """(mean, by fold, jackknife error) of mean X of each fold against mean Y of the others, each prompt left out in turn."""
+    labels, count = np.asarray(folds), len(folds)
+
+    def estimate(kept: np.ndarray) -> list[float]:
+        found = []
+        for fold in np.unique(labels):
+            inside, outside = kept * (labels == fold), kept * (labels != fold)
+            found.append(float(inside @ kernel @ outside) / float(inside.sum() * outside.sum()))
+        return found
+
+    left = np.array([np.mean(estimate(np.where(np.arange(count) == n, 0.0, 1.0))) for n in range(count)])
+    by_fold = estimate(np.ones(count))
+    return float(np.mean(by_fold)), by_fold, math.sqrt((count - 1) / count * float(((left - left.mean()) ** 2).sum()))
