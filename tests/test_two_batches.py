@@ -145,7 +145,9 @@ def test_folds_pair_a_fold_with_the_others_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "folds", [[0, 1] * 5, [2, 0, 2, 1, 0, 1, 1, 1, 0, 2], [7, 7, -1, 7, -1, 7, 7, 7, 7, 7]], ids=["even", "mixed", "uneven"]
+    "folds",
+    [[0, 1] * 5, [2, 0, 2, 1, 0, 1, 1, 1, 0, 2], [7, 7, -1, 7, -1, 7, 7, 7, 7, 7]],
+    ids=["even", "mixed", "uneven"],
 )
 def test_fold_statistics_equal_those_with_every_prompt_left_out_in_turn(folds: list[int]) -> None:
     """And the size of the diagonal, which no estimate uses, is nothing to them."""

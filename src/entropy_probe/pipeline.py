@@ -91,7 +91,7 @@ def probe_checkpoint(
         InputError: anything that is wrong with either, in one line.
     """
     clock = Clock()
-    ranks.sent.clear()
+    sent_before = len(ranks.sent)
     with clock.stage("load"):
         batch = read_batch(rollouts, temperature)
         evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
@@ -119,6 +119,7 @@ def probe_checkpoint(
         str(rollouts),
         None if evaluation_rollouts is None else str(evaluation_rollouts),
         trainer,
+        sent_before=sent_before,
     )
     return _probe(subject, settings, clock, progress or Silent(), None)
 
@@ -157,7 +158,7 @@ def probe(
         raise InputError(
             "torch.inference_mode() is active, where no gradient can be taken; call the probe outside of it"
         )
-    ranks.sent.clear()
+    sent_before = len(ranks.sent)
     _check_same_arguments(ranks, batch, evaluation, settings, preparation)
     model = unwrap(model)
     settings = replace(settings, dtype=next(model.parameters()).dtype)
@@ -171,7 +172,19 @@ def probe(
         if rows is not None:
             check_fits(rows, *input_limits(model))
     facts = describe_model(model, adam, test)
-    subject = Subject(model, trainer.of(adam), sharding, batch, evaluation, facts, (), None, None, trainer)
+    subject = Subject(
+        model,
+        trainer.of(adam),
+        sharding,
+        batch,
+        evaluation,
+        facts,
+        (),
+        None,
+        None,
+        trainer,
+        sent_before=sent_before,
+    )
     return _probe(subject, settings, Clock(), progress or Silent(), preparation)
 
 
@@ -312,7 +325,7 @@ def _probe_as_marked(
             subject.sharding,
             [len(prompts) for prompts in dealt],
             [batch.of_prompts(prompts).tokens for prompts in dealt],
-            ranks.most_sent(),
+            ranks.most_sent(since=subject.sent_before),
         ),
         timing=clock.seconds(),
     )

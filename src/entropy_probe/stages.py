@@ -66,7 +66,10 @@ from entropy_probe.what_if import (
 
 @dataclass(frozen=True)
 class Subject:
-    """What is probed, and what the report says of where it came from."""
+    """What is probed, and what the report says of where it came from.
+
+    ``sent_before`` payloads of the ranks' record are the caller's, from before the probe.
+    """
 
     model: nn.Module
     adam: AdamState
@@ -78,6 +81,7 @@ class Subject:
     rollouts: str | None
     evaluation_rollouts: str | None
     trainer: TrainersStep
+    sent_before: int = 0
 
 
 @dataclass(frozen=True)
