@@ -24,8 +24,8 @@ def test_the_smoothed_change_is_the_smoothed_mean_minus_the_entropy_before() -> 
 
 
 def test_ess_is_low_below_the_guides_three_tenths() -> None:
-    assert ImportanceWeights(np.full(10, 0.1), 2.9, 0.29, None, None, "").is_low
-    assert not ImportanceWeights(np.full(10, 0.1), 3.1, 0.31, None, None, "").is_low
+    assert ImportanceWeights(np.full(10, 0.1), 2.9, 0.29, None, None, "", 0.7).is_low
+    assert not ImportanceWeights(np.full(10, 0.1), 3.1, 0.31, None, None, "", 0.7).is_low
 
 
 def test_log_softmax_of_a_bfloat16_model_runs_in_float32() -> None:

@@ -280,6 +280,7 @@ class RealizedRow:
     ess: float
     ess_fraction: float
     pareto_k: float | None
+    pareto_k_limit: float
     delta_h_psis: float | None
     noise_floor: float
     step_norm: float
