@@ -163,9 +163,12 @@ def test_the_prediction_and_each_realised_change_are_plotted_with_their_interval
     for container in axes.containers:
         (ends,) = container.lines[2][0].get_segments()
         spans.append((container.lines[0].get_xdata()[0], *ends[:, 0]))
-    half = 1.96 * 0.0125
-    expected = [(-0.125, -0.25, -0.0625)] + [(c, c - half, c + half) for c in (-0.375, 0.375)]
+    # What the terminal's lines say: an interval of δH₁, a standard error beside a realised change.
+    expected = [(-0.125, -0.25, -0.0625)] + [(c, c - 0.0125, c + 0.0125) for c in (-0.375, 0.375)]
     np.testing.assert_allclose(spans, expected)
+    named = {container.get_label() for container in axes.containers}
+    assert {"δH₁ with its 95 % interval", "realised ΔH ± standard error"} <= named
+    assert "95 %" not in axes.get_xlabel()
     marks = [
         list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "|" and len(line.get_xdata()) == 1
     ]
