@@ -99,7 +99,7 @@ def test_a_temperature_that_the_rows_contradict_is_refused(place: Place) -> None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
 def test_cuda_without_a_cuda_device_is_refused(place: Place) -> None:
-    refuse_run(place, "--device cuda", options=["--device", "cuda"])
+    refuse_run(place, "device cuda", options=["--device", "cuda"])
 
 
 def test_commands_without_their_arguments_are_refused(place: Place) -> None:

@@ -22,6 +22,7 @@ from entropy_probe.assemble import assemble_report, describe_checkpoint, describ
 from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of
 from entropy_probe.choices import member
 from entropy_probe.collectives import ALONE, Ranks
+from entropy_probe.devices import AUTO, check_device, choose_device
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Preparation, marked
 from entropy_probe.inputs import read_evaluation
@@ -76,7 +77,7 @@ def probe_checkpoint(
     evaluation_rollouts: Path | None = None,
     base: Path | None = None,
     temperature: float | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = AUTO,
     ranks: Ranks = ALONE,
     sharding: ShardingChoice = ShardingChoice.REPLICATED,
     progress: Progress | None = None,
@@ -85,13 +86,15 @@ def probe_checkpoint(
 
     What the rows say of the trainer (loss, clip, mixed precision, learning rate) holds where the settings say nothing.
 
-    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments.
+    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments. ``auto``
+    takes a GPU where there is one; of several ranks, the device that their process group has for them.
 
     Raises:
         InputError: anything that is wrong with either, in one line.
     """
     clock = Clock()
     sent_before = len(ranks.sent)
+    device = choose_device(device, ranks.device if ranks.count > 1 else None)
     with clock.stage("load"):
         batch = read_batch(rollouts, temperature)
         evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
@@ -152,7 +155,7 @@ def probe(
         progress: told of long work.
 
     Raises:
-        InputError: the optimizer's state, the rollouts or the preparation do not do.
+        InputError: the optimizer's state, the rollouts or the preparation do not do, or the model is where there is no float64.
     """
     if torch.is_inference_mode_enabled():
         raise InputError(
@@ -161,6 +164,8 @@ def probe(
     sent_before = len(ranks.sent)
     _check_same_arguments(ranks, batch, evaluation, settings, preparation)
     model = unwrap(model)
+    for parameter in model.parameters():
+        check_device(parameter.device)
     settings = replace(settings, dtype=next(model.parameters()).dtype)
     trainer = _trainers_step(batch, settings)
     if trainer.learning_rate_source is Source.RECORDED:

@@ -114,6 +114,7 @@ def demo(json_file: JsonOption = None, out: OutOption = None, dtype: DTypeOption
             length_weight=LengthWeight.DR_GRPO,
             max_completion_length=files.max_completion_length,
         ),
+        device="cpu",
         progress=TerminalProgress(),
     )
     _show(result, console, json_file, out)
