@@ -62,6 +62,7 @@ RUN = {
     "--seed 11": {"seed": 11},
     "--sweep 0.5:2:3": {"sweep": SweepRange(0.5, 2.0, 3)},
     "--resample": {"resample": True},
+    "--resample --resample-batch 7": {"resample": True, "resample_batch": 7},
 }
 
 

@@ -351,6 +351,7 @@ def _config(task: Task) -> ConfigSection:
         split=settings.split,
         sweep=None if settings.sweep is None else [settings.sweep.low, settings.sweep.high, settings.sweep.count],
         resample=settings.resample,
+        resample_batch=settings.resample_batch,
         rollouts=subject.rollouts,
         advantage=task.advantage_rule,
         length_weight=trainer.length_weight,

@@ -53,6 +53,7 @@ class Settings:
         sweep: factors of the learning rate at which every step is realised too, on the same and on evaluation rollouts; or
             the text LOW:HIGH:COUNT, such as 0.1:10:9.
         resample: also draw fresh responses after each step, at the rollouts' temperature and length limit.
+        resample_batch: fresh responses drawn at a time; None takes 32. Memory grows with it, and others are drawn.
         learning_rate: of every parameter group. None: of a checkpoint as the rows recorded it, else as the optimizer holds it.
         advantage: None takes the rollouts' own if they have any, else dr_grpo.
         length_weight: of the training loss. None: by the rows' loss_type, and the guide's where they name none.
@@ -83,6 +84,7 @@ class Settings:
     split: int | None = None
     sweep: SweepRange | None = None
     resample: bool = False
+    resample_batch: int | None = None
     learning_rate: float | None = None
     advantage: AdvantageRule | None = None
     length_weight: LengthWeight | None = None
@@ -104,6 +106,11 @@ class Settings:
     def __post_init__(self) -> None:
         """Put text into the fields' own types, and refuse values that cannot be meant."""
         settle(self, CHECKS)
+        if self.resample_batch is not None and not self.resample:
+            raise InputError(
+                f"resample_batch is {self.resample_batch}, but no fresh responses are asked for: ask for them by resample, or "
+                "drop it"
+            )
         if self.seed >= 2**63:
             raise InputError(f"seed is {shown(self.seed)}; expected 0 to 2^63 - 1")
         if self.length_weight is not None and not self.resample:
@@ -207,6 +214,7 @@ CHECKS: Mapping[str, Check] = {
     "split": optional(whole_number),
     "sweep": optional(sweep_setting),
     "resample": truth,
+    "resample_batch": COUNT,
     "learning_rate": optional(number),
     "advantage": optional(partial(member, kind=AdvantageRule)),
     "length_weight": optional(partial(member, kind=LengthWeight)),

@@ -45,7 +45,7 @@ from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure, RealizedChang
 from entropy_probe.realized_rows import Realizer
 from entropy_probe.recorded import TrainersStep
 from entropy_probe.report import CheckpointSection, Evidence
-from entropy_probe.resampling import Resampling, plan_resampling, resample
+from entropy_probe.resampling import GENERATED_TOGETHER, Resampling, plan_resampling, resample
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.rounded_step import RoundingRule
 from entropy_probe.scores import AdvantageRule, EntropyTarget, Estimator
@@ -171,7 +171,13 @@ def make_task(
         policy = preparation.applied(policy)
     resampling = None
     if settings.resample:
-        resampling = plan_resampling(policy, batch, settings.max_completion_length, settings.seed)
+        resampling = plan_resampling(
+            policy,
+            batch,
+            settings.max_completion_length,
+            settings.seed,
+            settings.resample_batch or GENERATED_TOGETHER,
+        )
     task = Task(
         subject=subject,
         settings=settings,

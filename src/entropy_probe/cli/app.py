@@ -163,6 +163,10 @@ def run(
     resample: Annotated[
         bool, typer.Option("--resample", help="Draw fresh responses after each step too: for a low effective sample.")
     ] = False,
+    resample_batch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Fresh responses drawn at a time; default 32. Fewer take less memory."),
+    ] = None,
     noise: Annotated[
         bool,
         typer.Option(
@@ -256,6 +260,7 @@ def run(
         split=split,
         sweep=None if sweep is None else SweepRange.parse(sweep),
         resample=resample,
+        resample_batch=resample_batch,
         learning_rate=learning_rate,
         advantage=advantage,
         length_weight=length_weight,

@@ -344,6 +344,7 @@ class ConfigSection:
     split: int | None
     sweep: list[float] | None
     resample: bool
+    resample_batch: int | None
     rollouts: str | None
     advantage: str
     length_weight: str
