@@ -79,6 +79,8 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "sweep-backwards": (["--sweep", "10:0.1:9"], "0 < LOW < HIGH"),
     "sweep-of-one": (["--sweep", "0.1:10:1"], "sweep of 1 factors"),
     "sweep-beyond-the-number-type": (["--sweep", "1:1e300:2"], "leaves the range"),
+    "interval-streamed": (["--interval", "skewed_t", "--memory", "1e-6"], "needs the matrix of unit dots"),
+    "interval-unknown": (["--interval", "bootstrap"], "bootstrap"),
     "resample-batch-without-resample": (["--resample-batch", "8"], "no fresh responses are asked for"),
     "resample-batch": (["--resample", "--resample-batch", "0"], "resample-batch"),
     "resample-beyond-the-context": (

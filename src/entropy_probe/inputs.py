@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from entropy_probe.choices import member
 from entropy_probe.collectives import ALONE, Ranks, Sharding, deal
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import VECTOR_SHARE
+from entropy_probe.gradients import VECTOR_SHARE, Plan, Storage
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.intervals import IntervalMethod
 from entropy_probe.memory import memory_there
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight, advantages_from_rewards, length_weights
@@ -102,6 +103,27 @@ def times_divided(sharding: Sharding, *batches: RolloutBatch) -> float:
     shares = [deal(batch.positions, count) for batch in batches]
     most = max(sum(len(share[rank]) for share in shares) for rank in range(count))
     return sum(len(batch.groups) for batch in batches) / most
+
+
+def check_interval(method: IntervalMethod | None, plan: Plan) -> None:
+    """Refuse an interval that was asked for and that these units cannot have.
+
+    Raises:
+        InputError: it needs the matrix of dots of equal units.
+    """
+    if method is None or not method.needs_matrix:
+        return
+    others = "take " + ", ".join(m for m in IntervalMethod if not m.needs_matrix)
+    if plan.storage is Storage.STREAMED:
+        raise InputError(
+            f"interval {method} needs the matrix of unit dots, and vectors are streamed ({plan.reason}): {others}, or give "
+            "more memory"
+        )
+    if len(set(plan.units.sizes)) > 1:
+        raise InputError(
+            f"interval {method} is for units of equal size, and these hold {min(plan.units.sizes)} to {max(plan.units.sizes)} "
+            f"prompts: {others}, or a number of blocks that divides the prompts"
+        )
 
 
 def check_split(prompts: int, split: int) -> None:

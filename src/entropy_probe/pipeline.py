@@ -251,7 +251,7 @@ def _probe_as_marked(
     with clock.stage("gradients"):
         gradients = gradients_of_units(task, preparation.rules)
     rules = gradients.rules or preparation.rules
-    statistics = cross_statistics(gradients.total)
+    statistics = cross_statistics(gradients.total, settings.interval)
     two_batches = None
     if evaluation is not None:
         with clock.stage("evaluation"):
@@ -260,7 +260,7 @@ def _probe_as_marked(
         realized = realize_steps(task, gradients, rules)
 
     # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
-    step_statistics = cross_statistics(gradients.step_weighted)
+    step_statistics = cross_statistics(gradients.step_weighted, settings.interval)
     noise = None
     if gradients.third_directions is not None and step_statistics.parts is not None:
         with clock.stage("noise"):
@@ -348,6 +348,7 @@ def _config(task: Task) -> ConfigSection:
         importance_weights=settings.weighting,
         evaluation_rollouts=subject.evaluation_rollouts,
         noise=settings.noise,
+        interval=settings.interval,
         split=settings.split,
         sweep=None if settings.sweep is None else [settings.sweep.low, settings.sweep.high, settings.sweep.count],
         resample=settings.resample,

@@ -13,6 +13,7 @@ import torch
 from entropy_probe.choices import Check, member, number, optional, settle, shown, truth, whole_number
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.intervals import IntervalMethod
 from entropy_probe.linearity import SweepRange
 from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
 from entropy_probe.stored_precision import Rounding
@@ -49,6 +50,8 @@ class Settings:
         weighting: over which responses the realised change normalises its importance weights.
         target_se: a standard error of δH₁, nats, to say how many prompts would reach.
         noise: also say where the noise of δH₁ comes from, by a forward and one or two backwards more.
+        interval: how the 95 % interval of δH₁ is made; None takes skewed_t, or jackknife_t where vectors are streamed or units
+            are of unequal size.
         split: folds of prompts; the step from all others is realised on each, and δH₁ is taken across them.
         sweep: factors of the learning rate at which every step is realised too, on the same and on evaluation rollouts; or
             the text LOW:HIGH:COUNT, such as 0.1:10:9.
@@ -81,6 +84,7 @@ class Settings:
     weighting: Weighting = Weighting.GLOBAL
     target_se: float | None = None
     noise: bool = True
+    interval: IntervalMethod | None = None
     split: int | None = None
     sweep: SweepRange | None = None
     resample: bool = False
@@ -211,6 +215,7 @@ CHECKS: Mapping[str, Check] = {
     "weighting": partial(member, kind=Weighting),
     "target_se": POSITIVE,
     "noise": truth,
+    "interval": optional(partial(member, kind=IntervalMethod)),
     "split": optional(whole_number),
     "sweep": optional(sweep_setting),
     "resample": truth,

@@ -31,6 +31,7 @@ from entropy_probe.gradients import (
 from entropy_probe.inputs import (
     check_cross_memory,
     check_evaluation,
+    check_interval,
     check_split,
     free_memory,
     resolve_advantages,
@@ -162,6 +163,7 @@ def make_task(
         memory_bytes=memory,
         most_held=partial(units_on_a_rank, subject.sharding, batch),
     )
+    check_interval(settings.interval, plan)
     with clock.stage("prepare"):
         # Planned for both batches: the evaluation's rows may be the longer ones.
         rows = batch if evaluation is None else RolloutBatch((*batch.groups, *evaluation.groups), batch.temperature)

@@ -25,6 +25,7 @@ from entropy_probe.demo import demo_files
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.intervals import IntervalMethod
 from entropy_probe.linearity import SweepRange
 from entropy_probe.pipeline import ProbeResult, probe_checkpoint
 from entropy_probe.policy import Policy
@@ -173,6 +174,12 @@ def run(
             "--noise/--no-noise", help="Say where the noise of δH₁ comes from; a forward and two backwards more."
         ),
     ] = True,
+    interval: Annotated[
+        IntervalMethod | None,
+        typer.Option(
+            help="Of δH₁; default: skewed_t, or jackknife_t where vectors are streamed or blocks are unequal."
+        ),
+    ] = None,
     target_se: Annotated[
         float | None,
         typer.Option(metavar="NATS", help="Say how many prompts would bring the error of δH₁ down to this."),
@@ -257,6 +264,7 @@ def run(
         weighting=importance_weights,
         target_se=target_se,
         noise=noise,
+        interval=interval,
         split=split,
         sweep=None if sweep is None else SweepRange.parse(sweep),
         resample=resample,

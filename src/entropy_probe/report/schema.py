@@ -341,6 +341,7 @@ class ConfigSection:
     importance_weights: str
     evaluation_rollouts: str | None
     noise: bool
+    interval: str | None
     split: int | None
     sweep: list[float] | None
     resample: bool
