@@ -43,7 +43,8 @@ def test_the_librarys_default_is_the_commands() -> None:
         ("xpu:0", "device xpu:0 has no float64"),
         ("meta", "holds no numbers"),
         ("cuda:7", "torch sees no CUDA device"),
-        ("gpu", "device 'gpu': expected auto, cpu or cuda"),
+        ("hpu", "device hpu is not known to have float64"),
+        ("gpu", "device 'gpu': torch knows none of that name; expected auto, cpu or cuda"),
     ],
 )
 def test_a_device_that_will_not_do_is_refused_by_name(
@@ -82,7 +83,7 @@ def test_a_live_model_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch
     model = support.tiny_model()
     adam = state_of_optimizer(support.trained_optimizer(model), model)
     monkeypatch.setattr(devices, "supports_float64", lambda device: False)
-    with pytest.raises(InputError, match="device cpu has no float64"):
+    with pytest.raises(InputError, match="device cpu is not known to have float64"):
         probe(model, adam, support.random_batch(4, 2))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError
 
 AUTO = "auto"
 
@@ -24,7 +24,7 @@ def choose_device(asked: str | torch.device = AUTO, shared: torch.device | None 
     try:
         device = torch.device(asked)
     except RuntimeError as error:
-        raise InputError(f"device {asked!r}: expected auto, cpu or cuda ({first_line(error, 80)})") from error
+        raise InputError(f"device {asked!r}: torch knows none of that name; expected auto, cpu or cuda") from error
     check_device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device}: torch sees no CUDA device; use cpu")
@@ -43,7 +43,8 @@ def check_device(device: torch.device) -> None:
         return
     if device.type == "meta":
         raise InputError("device meta holds no numbers; load the weights onto cpu or cuda")
-    raise InputError(f"device {device} has no float64, in which dots are summed, as far as is known; use cpu or cuda")
+    has = "has no" if device.type in {"mps", "xpu"} else "is not known to have"
+    raise InputError(f"device {device} {has} float64, in which dots are summed; use cpu or cuda")
 
 
 def supports_float64(device: torch.device) -> bool:
