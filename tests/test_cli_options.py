@@ -12,6 +12,7 @@ import torch
 
 from entropy_probe import InputError, ProbeResult, Settings, probe, state_of_optimizer
 from entropy_probe.demo import demo_files
+from entropy_probe.intervals import IntervalMethod
 from entropy_probe.linearity import SweepRange
 from entropy_probe.sampling import SamplingSettings
 from entropy_probe.scores import AdvantageRule, LengthWeight
@@ -61,7 +62,9 @@ RUN = {
     "--memory 1.5": {"memory_bytes": 1.5e9},
     "--seed 11": {"seed": 11},
     "--sweep 0.5:2:3": {"sweep": SweepRange(0.5, 2.0, 3)},
+    "--interval normal": {"interval": IntervalMethod.NORMAL},
     "--resample": {"resample": True},
+    "--resample --resample-batch 7": {"resample": True, "resample_batch": 7},
 }
 
 

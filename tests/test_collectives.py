@@ -60,6 +60,7 @@ def test_the_most_that_any_rank_sent_is_by_kind_and_leaves_its_own_gather_out(mo
         Kind.SHARDS: Payload(Kind.SHARDS, 7, 56),
         Kind.DIRECTIONS: Payload(Kind.DIRECTIONS, 0, 0),
     }
+    assert ranks.most_sent(since=1)[Kind.SHARDS] == Payload(Kind.SHARDS, 3, 16)
     assert ranks.sent == sent
 
 

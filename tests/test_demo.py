@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from entropy_probe import Settings
-from entropy_probe.adam_step import optimizer_step
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.demo import demo_files, demo_folder
 from entropy_probe.gradients import loss_gradient
@@ -19,6 +18,7 @@ from entropy_probe.pipeline import probe_checkpoint
 from entropy_probe.policy import Policy
 from entropy_probe.rollouts import read_batch
 from entropy_probe.scores import LengthWeight
+from oracle import optimizer_step
 
 DATA = demo_folder()
 INDEX = json.loads((DATA / "demo.json").read_text())

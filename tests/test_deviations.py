@@ -14,11 +14,12 @@ import oracle
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.adam_preconditioner import Preconditioners
-from entropy_probe.adam_step import optimizer_step, preconditioned_step
+from entropy_probe.adam_step import preconditioned_step
 from entropy_probe.policy import Policy
 from entropy_probe.scores import Estimator, leave_one_out_mean, probe_loss, score_coefficients
 from entropy_probe.u_statistics import UnitDots, cross_statistics
 from enumerable import EnumerablePolicy
+from oracle import optimizer_step
 
 SIZES = [3, 3]
 

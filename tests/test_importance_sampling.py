@@ -17,6 +17,7 @@ from entropy_probe.importance_sampling import (
     entropy_estimate,
     importance_weights,
     linear_term,
+    pareto_k_limit,
     pareto_smooth,
 )
 
@@ -132,6 +133,16 @@ def test_the_tail_is_that_of_the_ratios_and_not_of_the_group_sizes() -> None:
     assert unequal.smoothed is not None
     assert unequal.smoothed.sum() == pytest.approx(1.0)
     assert unequal.smoothed[:20].sum() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("count", "limit"), [(25, 0.284647), (100, 0.5), (1000, 2 / 3), (2154, 0.7), (10**6, 0.7)])
+def test_the_limit_of_the_tails_shape_grows_with_the_number_of_weights(count: int, limit: float) -> None:
+    """As arviz has it: 0.7 from 2200 weights on."""
+    assert pareto_k_limit(count) == pytest.approx(limit, abs=1e-4)
+    rng = np.random.default_rng(7)
+    if count <= 1000:
+        scores = rng.normal(size=count)
+        assert entropy_change(scores, scores, [count // 5] * 5).weights.pareto_k_limit == pareto_k_limit(count)
 
 
 def test_unequal_groups_weigh_prompts_equally() -> None:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from bootstraps import Bootstrap, bootstrap, bootstrap_interval
+
+import support
+from entropy_probe import InputError, Settings, probe, state_of_optimizer
 from entropy_probe.intervals import (
     DEFAULT_METHOD,
     MOST_UNITS,
     IntervalMethod,
-    bootstrap,
     interval,
     known_shortfall,
     needed_units,
@@ -21,9 +29,18 @@ from entropy_probe.intervals import (
     variance_at,
     variance_parts,
 )
+from entropy_probe.report import Report
 from entropy_probe.u_statistics import CrossStatistics, UnitDots, cross_statistics
+from entropy_probe.units import Mode
 
-ANALYTIC = [m for m in IntervalMethod if m not in (IntervalMethod.BOOTSTRAP, IntervalMethod.BOOTSTRAP_T)]
+METHODS = [*IntervalMethod, *Bootstrap]
+
+
+def ends(kernel: np.ndarray, method: IntervalMethod | Bootstrap, level: float = 0.95) -> tuple[float, float]:
+    """Of a method of the package, or of the coverage study alone."""
+    if isinstance(method, IntervalMethod):
+        return interval(kernel, method, level=level)
+    return bootstrap_interval(kernel, method, level=level)
 
 
 def kernels(
@@ -96,6 +113,36 @@ def test_the_symmetric_intervals_are_those_of_the_standard_errors() -> None:
     assert (high - low) / 2 / t == pytest.approx(math.sqrt(8 / 9 * ((left - np.mean(left)) ** 2).sum()), rel=1e-10)
 
 
+@pytest.mark.parametrize("method", list(IntervalMethod))
+def test_the_statistics_have_the_interval_that_was_asked_for_and_name_it(method: IntervalMethod) -> None:
+    """V stays what it is: the noise and the units needed are parts of it."""
+    kernel = one()
+    found, default = (cross_statistics(UnitDots.from_kernel(kernel, [1] * 9), m) for m in (method, None))
+    assert found.ci95 == pytest.approx(interval(kernel, method), rel=1e-12)
+    assert found.interval_method == method.described
+    assert (found.ci95 == default.ci95) is (method is DEFAULT_METHOD)
+    assert (found.variance, found.parts) == (default.variance, default.parts)
+    assert len({m.described for m in IntervalMethod}) == len(IntervalMethod)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 9, [3, 2, 2, 1, 1, 1, 1, 1, 1]], ids=["streamed", "unequal"])
+def test_without_the_matrix_of_equal_units_the_intervals_are_those_of_the_errors(sizes: list[int]) -> None:
+    whole = UnitDots.from_kernel(one(), sizes)
+    dots = UnitDots.streamed(sizes, whole.x_dot_sum, whole.y_dot_sum, whole.diagonal, whole.sum_dot)
+    for method, quantile, name in (
+        (IntervalMethod.NORMAL, stats.norm.ppf(0.975), "se_plugin"),
+        (IntervalMethod.T, stats.t.ppf(0.975, 8), "se_plugin"),
+        (IntervalMethod.JACKKNIFE_T, stats.t.ppf(0.975, 8), "se_jackknife"),
+        (None, stats.t.ppf(0.975, 8), "se_jackknife"),
+    ):
+        found = cross_statistics(dots, method)
+        half = quantile * getattr(found, name)
+        assert found.ci95 == pytest.approx((found.u_cross - half, found.u_cross + half), rel=1e-12)
+    for method in (IntervalMethod.UNBIASED_T, IntervalMethod.SKEWED_T):
+        with pytest.raises(AssertionError, match="refuses a method without its matrix"):
+            cross_statistics(dots, method)
+
+
 def skewed_by_loop(kernel: np.ndarray, *, triangles: bool = True, shared_kurtosis: bool = True) -> tuple[float, float]:
     """The default interval of h ≥ 4 units, written out; without its triangles or its linear share as planted bugs."""
     found, units, h = statistics(kernel), len(kernel), symmetric(kernel)
@@ -143,15 +190,15 @@ def skewed_without_triangles(kernel: np.ndarray) -> float:
     return found.u_cross + found.se * (t + min(1.5, max(0.0, third / found.se**3 * (2 * t * t + 1) / 6)))
 
 
-@pytest.mark.parametrize("method", list(IntervalMethod))
-def test_intervals_scale_and_turn_with_the_kernel_and_forget_the_diagonal(method: IntervalMethod) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_intervals_scale_and_turn_with_the_kernel_and_forget_the_diagonal(method: IntervalMethod | Bootstrap) -> None:
     kernel = kernels(9, 1, 1.0, 0.4, 2, sigma=1.0)[0]
-    low, high = interval(kernel, method)
-    assert interval(3.0 * kernel, method) == pytest.approx((3.0 * low, 3.0 * high), rel=1e-9)
-    assert interval(-kernel, method) == pytest.approx((-high, -low), rel=1e-9)
-    assert interval(kernel.T, method) == pytest.approx((low, high), rel=1e-9)
-    assert interval(kernel + np.diag(np.arange(9.0)), method) == pytest.approx((low, high), rel=1e-9)
-    wider = interval(kernel, method, level=0.99)
+    low, high = ends(kernel, method)
+    assert ends(3.0 * kernel, method) == pytest.approx((3.0 * low, 3.0 * high), rel=1e-9)
+    assert ends(-kernel, method) == pytest.approx((-high, -low), rel=1e-9)
+    assert ends(kernel.T, method) == pytest.approx((low, high), rel=1e-9)
+    assert ends(kernel + np.diag(np.arange(9.0)), method) == pytest.approx((low, high), rel=1e-9)
+    wider = ends(kernel, method, level=0.99)
     assert wider[0] < low < high < wider[1]
 
 
@@ -159,12 +206,12 @@ def test_the_order_of_units_does_not_matter() -> None:
     kernel = one()
     order = np.random.default_rng(0).permutation(9)
     turned = kernel[np.ix_(order, order)]
-    for method in ANALYTIC:
+    for method in IntervalMethod:
         assert interval(turned, method) == pytest.approx(interval(kernel, method), rel=1e-10)
     assert known_shortfall(turned) == known_shortfall(kernel)
     # A bootstrap draws other units; its ends agree to the noise of 999 resamples.
-    low, high = interval(kernel, IntervalMethod.BOOTSTRAP)
-    assert interval(turned, IntervalMethod.BOOTSTRAP) == pytest.approx((low, high), abs=0.1 * (high - low))
+    low, high = ends(kernel, Bootstrap.BOOTSTRAP)
+    assert ends(turned, Bootstrap.BOOTSTRAP) == pytest.approx((low, high), abs=0.1 * (high - low))
 
 
 def resamples_by_loop(kernel: np.ndarray, replicates: int, seed: int, *, keep_copies: bool = False) -> np.ndarray:
@@ -232,10 +279,10 @@ def test_needed_units_at_the_edges() -> None:
             needed_units(1.0, 1.0, 1.0, **wrong)
 
 
-@pytest.mark.parametrize("method", list(IntervalMethod))
-def test_constant_and_zero_kernels_have_intervals_of_one_point(method: IntervalMethod) -> None:
-    assert interval(np.zeros((5, 5)), method) == (0.0, 0.0)
-    assert interval(np.ones((5, 5)), method) == pytest.approx((1.0, 1.0), abs=1e-7)
+@pytest.mark.parametrize("method", METHODS)
+def test_constant_and_zero_kernels_have_intervals_of_one_point(method: IntervalMethod | Bootstrap) -> None:
+    assert ends(np.zeros((5, 5)), method) == (0.0, 0.0)
+    assert ends(np.ones((5, 5)), method) == pytest.approx((1.0, 1.0), abs=1e-7)
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -247,9 +294,8 @@ def test_bad_arguments_are_refused() -> None:
         interval(np.ones((5, 5)), level=1.0)
 
 
-def coverage(found: np.ndarray, truth: float, method: IntervalMethod) -> float:
-    ends = [interval(k, method, replicates=199) for k in found]
-    return float(np.mean([low <= truth <= high for low, high in ends]))
+def coverage(found: np.ndarray, truth: float, method: IntervalMethod | Bootstrap) -> float:
+    return float(np.mean([low <= truth <= high for low, high in (ends(k, method) for k in found)]))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +314,7 @@ def test_the_default_covers_the_truth(
 
 def test_the_percentile_bootstrap_is_too_wide_for_degenerate_kernels() -> None:
     found = kernels(16, 150, 0.0, 1.0, 2, dim=20)
-    assert coverage(found, 0.0, IntervalMethod.BOOTSTRAP) > 0.97
+    assert coverage(found, 0.0, Bootstrap.BOOTSTRAP) > 0.97
 
 
 def test_a_shortfall_is_told_where_the_interval_falls_short_and_not_where_it_does_not() -> None:
@@ -280,3 +326,31 @@ def test_a_shortfall_is_told_where_the_interval_falls_short_and_not_where_it_doe
     light = kernels(32, 400, 1.0, 0.5, 4)
     assert np.mean([known_shortfall(k) is not None for k in light]) < 0.1
     assert "31 units" in str(known_shortfall(light[0][:31, :31]))
+
+
+def probed(**settings: Any) -> Report:
+    model = support.tiny_model()
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-4), model)
+    return probe(model, adam, support.random_batch(6, 3), Settings(noise=False, **settings)).report
+
+
+def test_a_probe_reports_the_interval_that_was_asked_for_and_says_which() -> None:
+    first = {name: probed(interval=name).first_order for name in ("t", "jackknife_t")}
+    t = stats.t.ppf(0.975, 5)
+    for name, error in (("t", "se_plugin"), ("jackknife_t", "se_jackknife")):
+        half = 1e-4 * t * getattr(first[name], error)
+        expected = [first[name].delta_h1 - half, first[name].delta_h1 + half]
+        assert first[name].delta_h1_ci95 == pytest.approx(expected, rel=1e-9)
+        assert first[name].interval_method == IntervalMethod(name).described
+    assert probed(interval=IntervalMethod.T).config.interval == "t"
+    assert probed().config.interval is None
+
+
+def test_an_interval_that_these_units_cannot_have_is_refused_and_not_another_one_taken() -> None:
+    with pytest.raises(InputError, match="hold 1 to 2 prompts: take normal, t, jackknife_t"):
+        probed(interval="unbiased_t", blocks=4)
+    with pytest.raises(InputError, match="vectors are streamed"):
+        probed(interval="skewed_t", mode=Mode.EXACT, memory_bytes=1e3)
+    assert "jackknife" in str(probed(mode=Mode.EXACT, memory_bytes=1e3).first_order.interval_method)
+    with pytest.raises(InputError, match="interval is 'bootstrap'; known are normal, t, jackknife_t"):
+        Settings(interval="bootstrap")  # type: ignore[arg-type]

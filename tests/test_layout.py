@@ -14,6 +14,7 @@ FLOORS = {
     "adam_preconditioner": 1, "importance_sampling": 1, "float64_mode": 1, "virtual_step": 1, "report": 1, "demo": 1,
     "intervals": 1, "two_batches": 1, "noise": 1, "update_comparison": 1, "step_parts": 1, "what_if": 1, "linearity": 1,
     "settings": 1, "collectives": 1, "same_inputs": 1, "stored_precision": 1, "choices": 1, "recorded": 1, "dropout": 1,
+    "memory": 1, "devices": 1,
     # 2: a model's log-probs, the optimizer's step, checkpoints
     "language_head": 2, "policy": 2, "adam_step": 2, "checkpoints": 2, "rounded_step": 2,
     # 3: what needs a model

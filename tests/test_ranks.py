@@ -189,10 +189,11 @@ def together(root: Path, count: int, sharding: ShardingChoice) -> list[dict[str,
     def work(ranks: Ranks) -> dict[str, Found]:
         found = {}
         for case in CASES[count, sharding]:
-            ranks.sent.clear()
+            before = list(ranks.sent)
             with collectives_called() as called:
                 result = probed(root, case, ranks, sharding)
-            found[case] = Found(result.report, result.kernel, list(ranks.sent), called)
+            assert ranks.sent[: len(before)] == before, "the caller's record was cleared"
+            found[case] = Found(result.report, result.kernel, ranks.sent[len(before) :], called)
         return found
 
     return on_ranks(count, work)
@@ -280,6 +281,16 @@ def test_a_number_that_is_off_is_a_difference(folder: Path) -> None:
     report = alone(folder, "full/exact").report
     spoiled = replace(report.first_order, u_cross=report.first_order.u_cross * (1 + 1e-8))
     assert differences(replace(report, first_order=spoiled), report) != []
+
+
+def test_a_report_counts_what_its_own_probe_handed_over(folder: Path) -> None:
+    """The ranks' record goes on over several probes."""
+    found = together(folder, 2, ShardingChoice.REPLICATED)
+    for case in CASES[2, ShardingChoice.REPLICATED]:
+        of_ranks = [of_rank[case] for of_rank in found]
+        for kind in Kind:
+            most = max(of_rank.elements(kind) for of_rank in of_ranks)
+            assert [of_rank.report.ranks.sent[kind].elements for of_rank in of_ranks] == [most, most]
 
 
 ALLOWED = {

@@ -11,11 +11,11 @@ import torch
 
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
-from entropy_probe.adam_step import optimizer_step
 from entropy_probe.importance_sampling import linear_term
 from entropy_probe.policy import Policy
 from entropy_probe.realized import rounding_noise
 from entropy_probe.virtual_step import at_least_float32, virtual_step
+from oracle import optimizer_step
 
 
 def setting(learning_rate: float = 1e-4, **adam: Any) -> tuple[Any, Any, Any]:

@@ -79,6 +79,10 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "sweep-backwards": (["--sweep", "10:0.1:9"], "0 < LOW < HIGH"),
     "sweep-of-one": (["--sweep", "0.1:10:1"], "sweep of 1 factors"),
     "sweep-beyond-the-number-type": (["--sweep", "1:1e300:2"], "leaves the range"),
+    "interval-streamed": (["--interval", "skewed_t", "--memory", "1e-6"], "needs the matrix of unit dots"),
+    "interval-unknown": (["--interval", "bootstrap"], "bootstrap"),
+    "resample-batch-without-resample": (["--resample-batch", "8"], "no fresh responses are asked for"),
+    "resample-batch": (["--resample", "--resample-batch", "0"], "resample-batch"),
     "resample-beyond-the-context": (
         ["--resample", "--length-weight", "dr_grpo", "--max-completion-length", "100000"],
         "context",
@@ -99,7 +103,7 @@ def test_a_temperature_that_the_rows_contradict_is_refused(place: Place) -> None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
 def test_cuda_without_a_cuda_device_is_refused(place: Place) -> None:
-    refuse_run(place, "--device cuda", options=["--device", "cuda"])
+    refuse_run(place, "device cuda", options=["--device", "cuda"])
 
 
 def test_commands_without_their_arguments_are_refused(place: Place) -> None:

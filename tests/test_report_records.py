@@ -42,6 +42,7 @@ def distinct(report: Report) -> Report:
     rows = [
         dataclasses.replace(
             row, delta_h=sign * 0.375, se=0.0125, predicted=sign * 0.4375, ess=17.0, ess_fraction=0.8125, pareto_k=k,
+            pareto_k_limit=0.625,
             noise_floor=3e-9, step_norm=0.6875, null_reasons=dict.fromkeys(("pareto_k", "delta_h_psis"), "no tail"),
         )
         for row, sign, k in zip(report.realized, (-1, 1), (0.34, None), strict=True)
@@ -72,6 +73,7 @@ def test_every_line_of_the_terminal_report_shows_the_number_of_its_name(
         "self-test residual 3.0e-15 relative",
         "preconditioned (same), score −0.375 ± 0.013 -0.4375 0.812 0.34 3e-09",
         "adamw (same), score +0.375 ± 0.013 +0.4375 0.812 none 3e-09",
+        "k̂ above 0.62 is too large for so many weights",
         "no warnings",
     ):
         assert line in lines, line
@@ -161,9 +163,12 @@ def test_the_prediction_and_each_realised_change_are_plotted_with_their_interval
     for container in axes.containers:
         (ends,) = container.lines[2][0].get_segments()
         spans.append((container.lines[0].get_xdata()[0], *ends[:, 0]))
-    half = 1.96 * 0.0125
-    expected = [(-0.125, -0.25, -0.0625)] + [(c, c - half, c + half) for c in (-0.375, 0.375)]
+    # What the terminal's lines say: an interval of δH₁, a standard error beside a realised change.
+    expected = [(-0.125, -0.25, -0.0625)] + [(c, c - 0.0125, c + 0.0125) for c in (-0.375, 0.375)]
     np.testing.assert_allclose(spans, expected)
+    named = {container.get_label() for container in axes.containers}
+    assert {"δH₁ with its 95 % interval", "realised ΔH ± standard error"} <= named
+    assert "95 %" not in axes.get_xlabel()
     marks = [
         list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "|" and len(line.get_xdata()) == 1
     ]
@@ -223,6 +228,7 @@ def test_units_entropy_and_realised_rows_are_those_of_the_batch_and_the_steps(mo
             "delta_h": change.change.delta_h, "se": change.change.se, "predicted": change.predicted,
             "entropy_before": change.change.entropy_before, "entropy_after": change.change.entropy_after,
             "ess": weights.ess, "ess_fraction": weights.ess_fraction, "pareto_k": weights.pareto_k,
+            "pareto_k_limit": weights.pareto_k_limit,
             "delta_h_psis": change.change.delta_h_smoothed, "noise_floor": change.noise_floor,
             "step_norm": change.step_norm,
         }  # fmt: skip

@@ -274,3 +274,19 @@ def test_resampled_rows_stand_beside_the_direct_ones_in_the_report_and_are_the_s
         assert "no importance weights" in row.null_reasons["pareto_k"]
     assert reports[0].to_dict()["realized"] == reports[1].to_dict()["realized"]
     assert reports[0].config.resample
+
+
+def test_fresh_responses_are_drawn_so_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = support.tiny_model("llama-tied")
+    adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-4), model)
+    sizes, generate = list[int](), type(model).generate
+
+    def counting(self: Any, **arguments: Any) -> Any:
+        sizes.append(len(arguments["input_ids"]))
+        return generate(self, **arguments)
+
+    monkeypatch.setattr(type(model), "generate", counting)
+    report = probe(model, adam, support.random_batch(5, 3), Settings(resample=True, resample_batch=2)).report
+    assert set(sizes) == {1, 2}
+    assert report.config.resample_batch == 2
+    assert any(row.method == "resampled" for row in report.realized)

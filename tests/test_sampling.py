@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections import Counter
@@ -81,6 +82,26 @@ def test_the_samplers_log_probs_are_the_teacher_forced_ones(family: str, dtype: 
     # At another temperature, or for another policy, they are not.
     assert worst_gap(model, rollouts, 1.0) > 0.1
     assert worst_gap(wide_model(family, dtype=dtype, std=0.1), rollouts, 0.8) > 0.1
+
+
+def test_no_more_than_a_steps_logits_stand_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever would keep them: at every forward but the first few tensors of n by V values are alive."""
+    model = wide_model()
+    alive: list[int] = []
+
+    def count(*_: Any) -> None:
+        tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+        alive.append(sum(t.untyped_storage().nbytes() >= 12 * WORDS * 4 for t in tensors if t.shape == (12, WORDS)))
+
+    model.register_forward_pre_hook(count)
+    draw(model, prompts_of_lengths(3, 3), max_new_tokens=20, eos_ids=(), batch_size=12)
+    assert len(alive) == 20
+    assert max(alive) <= 3
+    # Planted: the scores of all steps kept.
+    alive.clear()
+    monkeypatch.setattr(torch.UntypedStorage, "resize_", lambda *_: None)
+    draw(model, prompts_of_lengths(3, 3), max_new_tokens=20, eos_ids=(), batch_size=12)
+    assert max(alive) >= 19
 
 
 def test_a_checkpoints_generation_config_is_ignored(tmp_path: Path) -> None:

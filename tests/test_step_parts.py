@@ -26,7 +26,6 @@ from entropy_probe.adam_step import (
     clip_factor,
     gradient_factors,
     gradient_norm,
-    optimizer_step,
 )
 from entropy_probe.gradients import Storage, UnitGradients, reference, response_dots, unit_gradients
 from entropy_probe.inputs import resolve_advantages, resolve_length_weights
@@ -48,6 +47,7 @@ from entropy_probe.step_parts import PARTS, StepPrediction, predict_parts
 from entropy_probe.units import Mode, Units, block_units, exact_units
 from entropy_probe.virtual_step import virtual_step
 from enumerable import EnumerablePolicy
+from oracle import optimizer_step, parts_with_v_at_t
 
 MAX_GRAD_NORM = 0.05
 DEFAULTS = Settings()
@@ -104,7 +104,9 @@ def test_every_unit_is_met_by_the_step_of_the_others(units: Units, storage: Stor
 
     def parts(ascent: dict[str, Tensor], *, updated_v: bool) -> list[dict[str, Tensor]]:
         clipped = {name: factor * y for name, y in ascent.items()}
-        step = adamw_step(policy.trainable(), adam, clipped, updated_v=updated_v)
+        if not updated_v:
+            return list(parts_with_v_at_t(policy.trainable(), adam, clipped))
+        step = adamw_step(policy.trainable(), adam, clipped)
         return [dict(step.momentum), dict(step.gradient), dict(step.weight_decay)]
 
     asked: list[dict[str, Tensor]] = []
@@ -170,9 +172,10 @@ def test_the_response_of_the_gradients_part_is_its_derivative(decoupled: bool, a
     pieces = sum(steps.along("a", part, x[:, part], own[:, part], range(2)) for part in (slice(0, 4), slice(4, 9)))
     for u, size in enumerate((2, 1)):
         others = {"a": factor * (3 * y - own[u]) / (3 - size)}
-        for k, updated_v in enumerate((True, False)):
-            step = adamw_step(theta, state, others, updated_v=updated_v)
-            expected = [float(x[u] @ part["a"]) for part in (step.momentum, step.gradient, step.weight_decay)]
+        step = adamw_step(theta, state, others)
+        updated = (step.momentum, step.gradient, step.weight_decay)
+        for k, parts in enumerate((updated, parts_with_v_at_t(theta, state, others))):
+            expected = [float(x[u] @ part["a"]) for part in parts]
             np.testing.assert_allclose(pieces[u, 3 * k : 3 * k + 3].numpy(), expected, rtol=1e-12)  # type: ignore[index]
 
 

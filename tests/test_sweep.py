@@ -19,7 +19,7 @@ from entropy_probe.linearity import SweepRange
 from entropy_probe.policy import Policy
 from entropy_probe.progress import Silent
 from entropy_probe.realized import EntropyMeasure, Predicted, Step, realize
-from entropy_probe.report import Report, write_report_folder
+from entropy_probe.report import Report, plots, write_report_folder
 from entropy_probe.report.schema import SweepSection
 from entropy_probe.report.text import print_report
 from entropy_probe.scores import EntropyTarget, Estimator
@@ -204,7 +204,10 @@ def test_the_floor_at_a_factor_is_the_size_of_the_rounding_error_there() -> None
         assert max(two.noise_floor) < 1e-12
 
 
-def test_terminal_plot_and_json_show_the_sweep(report: Report, tmp_path: Path, capsys: Any) -> None:
+def test_terminal_plot_and_json_show_the_sweep(
+    report: Report, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
     print_report(report, Console(width=160))
     shown = " ".join(capsys.readouterr().out.split())
     curve = report.sweep[0]
@@ -214,8 +217,15 @@ def test_terminal_plot_and_json_show_the_sweep(report: Report, tmp_path: Path, c
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["sweep"][0]["delta_h"] == curve.delta_h
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    plots.plot_sweep(report, tmp_path / "unused")
+    of_points = [line for c in kept[0].axes[0].containers for line in c.lines[2][0].get_segments()]
+    bars = sorted((x, low, high) for (x, low), (_, high) in of_points)
+    half = [(high - low) / 2 for _, low, high in bars]
+    assert half == pytest.approx(curve.se), "a bar is ± the standard error"
     # A later run without a sweep leaves none behind.
     model, adam = live()
+    monkeypatch.undo()
     write_report_folder(probe(model, adam, support.random_batch(4, 2)).report, None, tmp_path / "out")
     assert not (tmp_path / "out" / "sweep.png").exists()
 

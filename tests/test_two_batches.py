@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+import oracle
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.diagnostics import two_batch_warnings
@@ -141,6 +142,21 @@ def test_folds_pair_a_fold_with_the_others_alone() -> None:
     assert fold_statistics(spoilt, folds).mean == pytest.approx(found.mean)
     assert found.se is not None
     assert fold_statistics(kernel, folds_of(6, 6)).se is None
+
+
+@pytest.mark.parametrize(
+    "folds",
+    [[0, 1] * 5, [2, 0, 2, 1, 0, 1, 1, 1, 0, 2], [7, 7, -1, 7, -1, 7, 7, 7, 7, 7]],
+    ids=["even", "mixed", "uneven"],
+)
+def test_fold_statistics_equal_those_with_every_prompt_left_out_in_turn(folds: list[int]) -> None:
+    """And the size of the diagonal, which no estimate uses, is nothing to them."""
+    kernel = np.random.default_rng(6).normal(size=(10, 10)) + 3.0 * np.eye(10)
+    mean, by_fold, se = oracle.folds_one_left_out(kernel, folds)
+    found = fold_statistics(kernel, folds)
+    assert found.mean == pytest.approx(mean, rel=1e-12)
+    assert found.by_fold == pytest.approx(by_fold, rel=1e-12)
+    assert found.se == pytest.approx(se, rel=1e-12)
 
 
 @pytest.mark.parametrize("target", [EntropyTarget(), RAO_BLACKWELL], ids=["score", "rao-blackwell"])

@@ -14,7 +14,7 @@ import support
 from entropy_probe import Settings, diagnostics
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
 from entropy_probe.gradients import Coverage
-from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights
+from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights, pareto_k_limit
 from entropy_probe.realized import EntropyMeasure, RealizedChange
 from entropy_probe.recorded import trainers_step
 from entropy_probe.report import Evidence, ZeroVSection
@@ -119,9 +119,11 @@ def realized(
     floor: float = 1e-6,
     ess: float = 9.0,
     k: float | None = None,
+    count: int = 10_000,
     smoothed: float | None = None,
 ) -> set[str]:
-    weights = ImportanceWeights(np.full(10, 0.1), ess, ess / 10, k, None, "" if k is None else None)
+    limit = pareto_k_limit(count)
+    weights = ImportanceWeights(np.full(10, 0.1), ess, ess / 10, k, None, "" if k is None else None, limit)
     change = EntropyChange(1.0, 1.0 + delta_h, delta_h, 0.1, smoothed, weights)
     return codes(
         diagnostics.realized_warnings(
@@ -136,6 +138,8 @@ def test_warnings_about_a_realised_step() -> None:
     assert realized(ess=3.1) == set()
     assert realized(k=0.69) == set()
     assert realized(k=0.71) == {"heavy_weights"}
+    assert realized(k=0.49, count=100) == set()
+    assert realized(k=0.51, count=100) == {"heavy_weights"}
     assert realized(k=0.71, ess=9.6) == set()
     assert realized(k=0.71, ess=9.6, smoothed=0.12) == {"heavy_weights"}
     assert realized(k=0.71, ess=9.6, smoothed=0.09) == set()

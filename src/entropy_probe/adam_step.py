@@ -7,9 +7,8 @@ With the loss gradient g = −Ȳ (clipped), a parameter's own step t and its gro
     Δθ = −κ β₁ m  [momentum]  − κ (1 − β₁) g  [fresh gradient]  − η λ θ  [weight decay]
 
 Adam's coupled weight decay adds λ θ to g, so it enters v⁺, and its part is −κ (1 − β₁) λ θ. amsgrad puts the largest v so
-far in v⁺'s place. ``optimizer_step`` lets torch.optim itself take the step, on clones: the check of ``adamw_step``. Sources:
-guide section 4A; Kingma & Ba (2015); Loshchilov & Hutter (2019); Reddi et al. (2018); torch.optim.Adam and AdamW,
-torch.nn.utils.clip_grad_norm_.
+far in v⁺'s place. Sources: guide section 4A; Kingma & Ba (2015); Loshchilov & Hutter (2019); Reddi et al. (2018);
+torch.optim.Adam and AdamW, torch.nn.utils.clip_grad_norm_.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, ZeroV, preconditioner
 from entropy_probe.collectives import WHOLE, Sharding
@@ -59,7 +58,6 @@ def adamw_step(
     ascent: Mapping[str, Tensor],
     *,
     max_grad_norm: float | None = None,
-    updated_v: bool = True,
 ) -> AdamWStep:
     """The step of torch.optim.AdamW (or Adam, where a group's weight decay is coupled) on the loss gradient −Ȳ.
 
@@ -71,17 +69,14 @@ def adamw_step(
         state: the optimizer's groups and moments at t.
         ascent: Ȳ by name; parameters that no response reaches are absent.
         max_grad_norm: as of torch.nn.utils.clip_grad_norm_, over all of ``ascent``, before the moments; None does not clip.
-        updated_v: False keeps v at t in D, bias-corrected at t, as in δH₁'s P: to tell what this gradient's own v does.
 
     Raises:
-        ValueError: ``max_grad_norm`` is not above 0; or t = 0 without ``updated_v``.
+        ValueError: ``max_grad_norm`` is not above 0.
     """
     norm = gradient_norm(ascent)
     factor = clip_factor(norm, max_grad_norm)
     found = {
-        name: _parameter_step(
-            parameters[name], state.moments.get(name), group, ascent[name], factor, updated_v=updated_v
-        )
+        name: _parameter_step(parameters[name], state.moments.get(name), group, ascent[name], factor)
         for name, group in state.group_of().items()
         if name in ascent and name in parameters
     }
@@ -281,17 +276,12 @@ def _parameter_step(
     group: AdamGroup,
     ascent: Tensor,
     clip_factor: float,
-    *,
-    updated_v: bool = True,
 ) -> _ParameterStep:
     y = ascent.double()
     theta = parameter.detach().to(y)
     if moments is None:
         moments = AdamMoments(0, torch.zeros_like(theta), torch.zeros_like(theta))
-    if updated_v:
-        denominator = _updated_root(moments, group, _seen(theta, group, y, clip_factor)) + group.eps
-    else:
-        denominator = preconditioner(moments, group).to(y).reciprocal()
+    denominator = _updated_root(moments, group, _seen(theta, group, y, clip_factor)) + group.eps
     scale = group.learning_rate / (1.0 - group.beta1 ** (moments.step + 1)) / denominator
     weight = (1.0 - group.beta1) * clip_factor * scale
     decay = group.weight_decay * theta
@@ -384,53 +374,3 @@ def preconditioned_step(
 ) -> dict[str, Tensor]:
     """Δθ = η P Ȳ by parameter name, float64."""
     return {name: learning_rates[name] * preconditioners[name].to(y.device) * y.double() for name, y in ascent.items()}
-
-
-def optimizer_step(
-    parameters: Mapping[str, nn.Parameter], state: AdamState, ascent: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Δθ, float64, of one real ``torch.optim`` step on the loss gradient −Ȳ from the given state; no gradient clipping.
-
-    The step is taken on clones of the parameters and of the state, which are left alone. Groups whose weight decay is
-    decoupled are stepped by AdamW, the others by Adam. Parameters that no response reaches have no gradient and stay, as in
-    training. (A deep copy of the whole model would not do: a trainer may have bound a patched forward to the original.)
-
-    Args:
-        parameters: the trainable parameters at θ, by name.
-        state: of every one of them.
-        ascent: Ȳ by name.
-    """
-    deltas: dict[str, Tensor] = {}
-    for group in state.groups:
-        # A parameter frozen since the state was taken has no gradient, and the optimizer would pass it by.
-        clones = {n: nn.Parameter(parameters[n].detach().clone()) for n in group.names if n in parameters}
-        if not clones:
-            continue
-        optimizer_class = torch.optim.AdamW if group.decoupled_weight_decay else torch.optim.Adam
-        optimizer = optimizer_class(
-            list(clones.values()),
-            lr=group.learning_rate,
-            betas=(group.beta1, group.beta2),
-            eps=group.eps,
-            weight_decay=group.weight_decay,
-            amsgrad=group.amsgrad,
-            maximize=group.maximize,
-        )
-        for name, clone in clones.items():
-            moments = state.moments[name]
-            entry = {
-                "step": torch.tensor(float(moments.step)),
-                "exp_avg": moments.exp_avg.to(clone, copy=True),
-                "exp_avg_sq": moments.exp_avg_sq.to(clone, copy=True),
-            }
-            if group.amsgrad and moments.max_exp_avg_sq is not None:
-                entry["max_exp_avg_sq"] = moments.max_exp_avg_sq.to(clone, copy=True)
-            optimizer.state[clone] = entry
-            if name in ascent:
-                # Under maximize the optimizer ascends what it is given.
-                sign = 1.0 if group.maximize else -1.0
-                clone.grad = (sign * ascent[name]).to(clone)
-        optimizer.step()
-        for name, clone in clones.items():
-            deltas[name] = clone.detach().double() - parameters[name].detach().double()
-    return deltas

@@ -484,6 +484,7 @@ def _row(realized: RealizedChange, max_grad_norm: float | None) -> RealizedRow:
         ess=weights.ess,
         ess_fraction=weights.ess_fraction,
         pareto_k=weights.pareto_k,
+        pareto_k_limit=weights.pareto_k_limit,
         delta_h_psis=change.delta_h_smoothed,
         noise_floor=realized.noise_floor,
         step_norm=realized.step_norm,

@@ -178,25 +178,29 @@ class Ranks:
         dist.all_gather(every, padded, group=self.group)
         return [found[:size].to(part.device) for found, size in zip(every, sizes, strict=True)]
 
-    def sent_by_kind(self) -> dict[Kind, Payload]:
-        """Totals so far."""
+    def sent_by_kind(self, since: int = 0) -> dict[Kind, Payload]:
+        """Totals of what was sent after the first ``since`` payloads."""
+        sent = self.sent[since:]
         return {
             kind: Payload(
                 kind,
-                sum(payload.elements for payload in self.sent if payload.kind is kind),
-                sum(payload.bytes for payload in self.sent if payload.kind is kind),
+                sum(payload.elements for payload in sent if payload.kind is kind),
+                sum(payload.bytes for payload in sent if payload.kind is kind),
             )
             for kind in Kind
         }
 
-    def most_sent(self) -> dict[Kind, Payload]:
-        """By kind, the most elements and bytes that any rank handed over so far; nothing where there is one rank.
+    def most_sent(self, since: int = 0) -> dict[Kind, Payload]:
+        """By kind, the most elements and bytes that any rank handed over; nothing where there is one rank.
 
         Every rank must call it: the totals are gathered, which itself is not counted.
+
+        Args:
+            since: how many payloads this rank had sent before those that count.
         """
         if self.count == 1:
             return {}
-        own = self.sent_by_kind()
+        own = self.sent_by_kind(since)
         totals = np.array([[own[kind].elements, own[kind].bytes] for kind in Kind])
         most = replace(self, sent=[]).gather_numbers(totals).max(axis=0)
         return {

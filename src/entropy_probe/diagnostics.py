@@ -26,7 +26,7 @@ FEW_UNITS = 10
 OFF_POLICY_PER_TOKEN, OFF_POLICY_PER_RESPONSE = 0.02, 0.1
 """Mean |Σ log-prob difference| a token, or a response, in nats, above which rollouts do not count as this policy's. The second
 is for long responses, whose differences of either sign cancel in the mean a token but not in the ratio exp(S − sampler)."""
-PARETO_K_LIMIT, MILD_ESS_FRACTION = 0.7, 0.95
+MILD_ESS_FRACTION = 0.95
 RESIDUAL_LIMIT = 1e-6
 UNBIASED_RESPONSES = 16
 
@@ -383,11 +383,12 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
         matters = weights.ess_fraction < MILD_ESS_FRACTION or (
             smoothed is not None and abs(smoothed - row.change.delta_h) > row.change.se
         )
-        if first and weights.pareto_k is not None and weights.pareto_k > PARETO_K_LIMIT and matters:
+        if first and weights.pareto_k is not None and weights.pareto_k > weights.pareto_k_limit and matters:
             found.append(
                 Evidence(
                     "heavy_weights",
-                    f"the {which} has importance weights with Pareto k̂ = {weights.pareto_k:.2f}, above {PARETO_K_LIMIT}",
+                    f"the {which} has importance weights with Pareto k̂ = {weights.pareto_k:.2f}, above "
+                    f"{weights.pareto_k_limit:.2f}, the limit for so many",
                     "Their mean converges slowly; compare delta_h_psis, and give more responses",
                 )
             )

@@ -62,7 +62,8 @@ class ImportanceWeights:
     """Normalised weights with their diagnostics.
 
     ``ess_fraction`` is ESS Σ b²: ESS / N for groups of one size, and 1 at a step of zero for groups of any. ``pareto_k`` and
-    ``smoothed`` (the Pareto-smoothed weights) are None with ``pareto_reason`` where no tail can be fitted.
+    ``smoothed`` (the Pareto-smoothed weights) are None with ``pareto_reason`` where no tail can be fitted. ``pareto_k_limit``
+    is :func:`pareto_k_limit` of these weights.
     """
 
     weights: FloatArray
@@ -71,6 +72,7 @@ class ImportanceWeights:
     pareto_k: float | None
     smoothed: FloatArray | None
     pareto_reason: str | None
+    pareto_k_limit: float
 
     @property
     def is_low(self) -> bool:
@@ -116,7 +118,16 @@ def importance_weights(
     smoothed = None
     if smoothed_ratios is not None:
         smoothed = response_weights * smoothed_ratios / float((response_weights * smoothed_ratios).sum())
-    return ImportanceWeights(weights, ess, ess * float((response_weights**2).sum()), pareto_k, smoothed, reason)
+    fraction = ess * float((response_weights**2).sum())
+    return ImportanceWeights(weights, ess, fraction, pareto_k, smoothed, reason, pareto_k_limit(len(weights)))
+
+
+def pareto_k_limit(count: int) -> float:
+    """min(1 − 1/log₁₀ N, 0.7): the k̂ up to which N smoothed weights have a reliable mean, as arviz has it.
+
+    Source: Vehtari et al., arXiv 1507.02646.
+    """
+    return min(1.0 - 1.0 / math.log10(count), 0.7) if count > 1 else 0.7
 
 
 def pareto_smooth(log_weights: FloatArray) -> tuple[float | None, FloatArray | None, str | None]:
@@ -269,6 +280,7 @@ def resampled_change(
         pareto_k=None,
         smoothed=None,
         pareto_reason="fresh responses of θ⁺ carry no importance weights",
+        pareto_k_limit=pareto_k_limit(len(base)),
     )
     return EntropyChange(before, after, after - before, _clustered_error(influence_after - influence), None, weights)
 

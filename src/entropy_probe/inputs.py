@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
 from entropy_probe.choices import member
 from entropy_probe.collectives import ALONE, Ranks, Sharding, deal
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import VECTOR_SHARE
+from entropy_probe.gradients import VECTOR_SHARE, Plan, Storage
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.intervals import IntervalMethod
+from entropy_probe.memory import memory_there
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight, advantages_from_rewards, length_weights
 from entropy_probe.settings import Settings
@@ -104,6 +105,27 @@ def times_divided(sharding: Sharding, *batches: RolloutBatch) -> float:
     return sum(len(batch.groups) for batch in batches) / most
 
 
+def check_interval(method: IntervalMethod | None, plan: Plan) -> None:
+    """Refuse an interval that was asked for and that these units cannot have.
+
+    Raises:
+        InputError: it needs the matrix of dots of equal units.
+    """
+    if method is None or not method.needs_matrix:
+        return
+    others = "take " + ", ".join(m for m in IntervalMethod if not m.needs_matrix)
+    if plan.storage is Storage.STREAMED:
+        raise InputError(
+            f"interval {method} needs the matrix of unit dots, and vectors are streamed ({plan.reason}): {others}, or give "
+            "more memory"
+        )
+    if len(set(plan.units.sizes)) > 1:
+        raise InputError(
+            f"interval {method} is for units of equal size, and these hold {min(plan.units.sizes)} to {max(plan.units.sizes)} "
+            f"prompts: {others}, or a number of blocks that divides the prompts"
+        )
+
+
 def check_split(prompts: int, split: int) -> None:
     """Refuse a number of folds that leaves a fold with fewer than two prompts.
 
@@ -155,12 +177,20 @@ def resolve_length_weights(batch: RolloutBatch, rule: LengthWeight, max_completi
 
 
 def free_memory(device: torch.device, ranks: Ranks = ALONE) -> float:
-    """Bytes free where the vectors will live: the least of all ranks, a machine's memory parted among its ranks."""
-    if device.type == "cuda":
-        free = float(torch.cuda.mem_get_info(device)[0])
-        neighbours = 1
+    """Bytes free where the vectors will live: the least of all ranks.
+
+    A machine's memory is parted among its ranks, and a control group's room among the ranks that it limits.
+    """
+    if device.type in {"cuda", "xpu"}:
+        info = torch.cuda.mem_get_info if device.type == "cuda" else torch.xpu.mem_get_info
+        free = float(info(device)[0])
     else:
-        free = float(psutil.virtual_memory().available)
-        machine = zlib.crc32(platform.node().encode())
-        neighbours = int((ranks.gather_numbers(np.array([machine])) == machine).sum())
-    return float(ranks.gather_numbers(np.array([free / neighbours])).min())
+        machine = platform.node()
+        free = min(room.bytes / _of_same(ranks, f"{machine} {room.group}") for room in memory_there())
+    return float(ranks.gather_numbers(np.array([free])).min())
+
+
+def _of_same(ranks: Ranks, name: str) -> int:
+    """How many ranks, this one too, give this name."""
+    number = zlib.crc32(name.encode(errors="surrogateescape"))
+    return int((ranks.gather_numbers(np.array([number])) == number).sum())

@@ -6,8 +6,8 @@ decomposition h_uw = U + g_u + g_w + ψ_uw gives
 
     Var U_cross = 4 ζ₁/U + 2 τ²/(U(U−1)),    ζ₁ = Var g (linear part),  τ² = Var ψ (degenerate part)
 
-``docs/coverage.md`` has the measured coverage of every method here, from which ``DEFAULT_METHOD`` and the limits of
-:func:`known_shortfall` are taken.
+``docs/coverage.md`` has the measured coverage of every method here and of two bootstraps, from which ``DEFAULT_METHOD`` and
+the limits of :func:`known_shortfall` are taken.
 """
 
 from __future__ import annotations
@@ -39,22 +39,38 @@ class IntervalMethod(StrEnum):
     NORMAL: U_cross ± q SE, SE² = 4 Σ (r_u − U_cross)² / (U(U−1)), the plug-in.
     T: U_cross ± t SE.
     JACKKNIFE_T: U_cross ± t SE (U−1)/(U−2), the delete-one standard error.
-    BOOTSTRAP: percentiles of U* over resamples of units.
-    BOOTSTRAP_T: studentised over resamples of units, each with its own SE*.
     UNBIASED_T: U_cross ± t √V, V the unbiased variance with its floor (:func:`interval_variance`).
     SKEWED_T: the same with Satterthwaite's degrees of freedom, and longer on the side of U_cross's skew (:func:`interval`).
+
+    The last two need the matrix of dots of equal units, the others row means alone.
     """
 
     NORMAL = "normal"
     T = "t"
     JACKKNIFE_T = "jackknife_t"
-    BOOTSTRAP = "bootstrap"
-    BOOTSTRAP_T = "bootstrap_t"
     UNBIASED_T = "unbiased_t"
     SKEWED_T = "skewed_t"
 
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether row means do not tell it."""
+        return self in (IntervalMethod.UNBIASED_T, IntervalMethod.SKEWED_T)
+
+    @property
+    def described(self) -> str:
+        """Quantile and variance, for the report."""
+        return {
+            IntervalMethod.NORMAL: "normal, plug-in variance",
+            IntervalMethod.T: "t, plug-in variance",
+            IntervalMethod.JACKKNIFE_T: "t, jackknife variance (conservative)",
+            IntervalMethod.UNBIASED_T: "t, unbiased variance",
+            IntervalMethod.SKEWED_T: "skewed t, unbiased variance",
+        }[self]
+
 
 DEFAULT_METHOD = IntervalMethod.SKEWED_T
+WITHOUT_MATRIX = IntervalMethod.JACKKNIFE_T
+"""The default where vectors are streamed or units are of unequal size."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +115,6 @@ def interval(
     method: IntervalMethod = DEFAULT_METHOD,
     *,
     level: float = 0.95,
-    replicates: int = 999,
-    seed: int = 0,
 ) -> tuple[float, float]:
     """(low, high) of U_cross in nats per unit of learning rate, from K [U, U] with equal units and U ≥ 4.
 
@@ -118,8 +132,6 @@ def interval(
         kernel: K / (unit size)², [U, U]; its diagonal is not used.
         method: see :class:`IntervalMethod`.
         level: nominal coverage, in (0, 1).
-        replicates: resamples of the bootstraps.
-        seed: of the resamples.
 
     Raises:
         ValueError: the kernel is not square or has fewer than 4 units, or the level is not in (0, 1).
@@ -128,26 +140,10 @@ def interval(
         raise ValueError(f"the level is {level}; expected a number between 0 and 1")
     found = _summary(kernel)
     tail = 0.5 * (1.0 + level)
-    quantile = student_quantile(tail, found.units - 1)
     match method:
-        case IntervalMethod.BOOTSTRAP:
-            resampled, _ = bootstrap(found.h, replicates, seed)
-            low, high = np.quantile(resampled, [1.0 - tail, tail])
-            return float(low), float(high)
-        case IntervalMethod.BOOTSTRAP_T:
-            resampled, variances = bootstrap(found.h, replicates, seed)
-            # A resample whose row means are all alike has no error of its own and tells nothing about the quantiles of T.
-            kept = variances > 1e-12 * found.plugin
-            if not kept.any():
-                return found.u_cross, found.u_cross
-            low, high = np.quantile((resampled[kept] - found.u_cross) / np.sqrt(variances[kept]), [1.0 - tail, tail])
-            error = math.sqrt(found.plugin)
-            return found.u_cross - float(high) * error, found.u_cross - float(low) * error
         case IntervalMethod.SKEWED_T:
             return _skewed_t(found, tail)
-        case IntervalMethod.NORMAL:
-            quantile, variance = float(special.ndtri(tail)), found.plugin
-        case IntervalMethod.T:
+        case IntervalMethod.NORMAL | IntervalMethod.T:
             variance = found.plugin
         case IntervalMethod.JACKKNIFE_T:
             variance = found.jackknife
@@ -155,8 +151,27 @@ def interval(
             variance = found.unbiased
         case unknown:
             assert_never(unknown)
-    half_width = quantile * math.sqrt(variance)
-    return found.u_cross - half_width, found.u_cross + half_width
+    return symmetric_interval(found.u_cross, math.sqrt(variance), found.units, method, level=level)
+
+
+def symmetric_interval(
+    u_cross: float, error: float, units: int, method: IntervalMethod, *, level: float = 0.95
+) -> tuple[float, float]:
+    """U_cross ± the method's quantile times its standard error.
+
+    Raises:
+        ValueError: SKEWED_T, whose sides are not alike.
+    """
+    match method:
+        case IntervalMethod.NORMAL:
+            half_width = float(special.ndtri(0.5 * (1.0 + level))) * error
+        case IntervalMethod.T | IntervalMethod.JACKKNIFE_T | IntervalMethod.UNBIASED_T:
+            half_width = t_quantile(units, level) * error
+        case IntervalMethod.SKEWED_T:
+            raise ValueError(f"{method} is not symmetric")
+        case unknown:
+            assert_never(unknown)
+    return u_cross - half_width, u_cross + half_width
 
 
 def t_quantile(units: int, level: float = 0.95) -> float:
@@ -222,32 +237,6 @@ def row_mean_shape(row_means: FloatArray) -> tuple[float, float]:
     skewness = float((scaled**3).mean()) * math.sqrt(units * (units - 1)) / (units - 2)
     excess = float((scaled**4).mean()) - 3.0
     return skewness, (units - 1) / ((units - 2) * (units - 3)) * ((units + 1) * excess + 6.0)
-
-
-def bootstrap(h: FloatArray, replicates: int, seed: int) -> tuple[FloatArray, FloatArray]:
-    """U* and its plug-in variance SE*² over resamples of units, [replicates] each.
-
-    With n_u the times that unit u is drawn (multinomial), R_u = Σ_w n_w h_uw and h_uu = 0:
-
-        U* = Σ_u n_u R_u / (U² − Σ n_u²)     r*_u = R_u / (U − n_u)     SE*² = 4 Σ n_u (r*_u − U*)² / (U(U−1))
-
-    Pairs of two copies of one original unit are left out of both sums. They stand for pairs of different prompts, but hold
-    X̃_u · Ỹ_u, which shares responses, and Σ n_u (n_u − 1) h_uu / (U(U−1)) has mean (1/U) mean h_uu: keeping them shifts U* by
-    (mean h_uu − U_cross)/U, the bias that U_cross is built to avoid. Leaving them out of the numerator alone would shrink U*
-    by (1 − 1/U). What no weighting mends: both parts of the resampled variance carry ψ, so Var* counts τ² up to three times.
-
-    Args:
-        h: symmetric with a zero diagonal, [U, U].
-        replicates: resamples.
-        seed: of the draws.
-    """
-    units = len(h)
-    counts = np.random.default_rng(seed).multinomial(units, np.full(units, 1.0 / units), size=replicates)
-    n = counts[np.count_nonzero(counts, axis=1) > 1].astype(np.float64)  # one unit alone has no pairs
-    sums = n @ h
-    u_star = (n * sums).sum(axis=1) / (units**2 - (n**2).sum(axis=1))
-    spread = sums / (units - n) - u_star[:, None]
-    return u_star, 4.0 * (n * spread**2).sum(axis=1) / (units * (units - 1))
 
 
 def unbiased_variance(kernel: FloatArray, u_cross: float) -> float:

@@ -28,6 +28,7 @@ from entropy_probe.assemble import (
 from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of, tokenizer_ids
 from entropy_probe.choices import member
 from entropy_probe.collectives import ALONE, Ranks
+from entropy_probe.devices import AUTO, check_device, choose_device
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Preparation, marked
 from entropy_probe.inputs import read_evaluation
@@ -82,7 +83,7 @@ def probe_checkpoint(
     evaluation_rollouts: Path | None = None,
     base: Path | None = None,
     temperature: float | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = AUTO,
     ranks: Ranks = ALONE,
     sharding: ShardingChoice = ShardingChoice.REPLICATED,
     progress: Progress | None = None,
@@ -91,13 +92,15 @@ def probe_checkpoint(
 
     What the rows say of the trainer (loss, clip, mixed precision, learning rate) holds where the settings say nothing.
 
-    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments.
+    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments. ``auto``
+    takes a GPU where there is one; of several ranks, the device that their process group has for them.
 
     Raises:
         InputError: anything that is wrong with either, in one line.
     """
     clock = Clock()
-    ranks.sent.clear()
+    sent_before = len(ranks.sent)
+    device = choose_device(device, ranks.device if ranks.count > 1 else None)
     with clock.stage("load"):
         batch = read_batch(rollouts, temperature)
         evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
@@ -129,6 +132,7 @@ def probe_checkpoint(
         None if evaluation_rollouts is None else str(evaluation_rollouts),
         trainer,
         special,
+        sent_before=sent_before,
     )
     return _probe(subject, settings, clock, progress or Silent(), None)
 
@@ -161,15 +165,17 @@ def probe(
         progress: told of long work.
 
     Raises:
-        InputError: the optimizer's state, the rollouts or the preparation do not do.
+        InputError: the optimizer's state, the rollouts or the preparation do not do, or the model is where there is no float64.
     """
     if torch.is_inference_mode_enabled():
         raise InputError(
             "torch.inference_mode() is active, where no gradient can be taken; call the probe outside of it"
         )
-    ranks.sent.clear()
+    sent_before = len(ranks.sent)
     _check_same_arguments(ranks, batch, evaluation, settings, preparation)
     model = unwrap(model)
+    for parameter in model.parameters():
+        check_device(parameter.device)
     settings = replace(settings, dtype=next(model.parameters()).dtype)
     trainer = _trainers_step(batch, settings)
     if trainer.learning_rate_source is Source.RECORDED:
@@ -181,7 +187,20 @@ def probe(
         if rows is not None:
             check_fits(rows, *input_limits(model))
     facts, special = describe_model(model, adam, test), special_ids(model)
-    subject = Subject(model, trainer.of(adam), sharding, batch, evaluation, facts, (), None, None, trainer, special)
+    subject = Subject(
+        model,
+        trainer.of(adam),
+        sharding,
+        batch,
+        evaluation,
+        facts,
+        (),
+        None,
+        None,
+        trainer,
+        special,
+        sent_before=sent_before,
+    )
     return _probe(subject, settings, Clock(), progress or Silent(), preparation)
 
 
@@ -249,7 +268,7 @@ def _probe_as_marked(
     with clock.stage("gradients"):
         gradients = gradients_of_units(task, preparation.rules)
     rules = gradients.rules or preparation.rules
-    statistics = cross_statistics(gradients.total)
+    statistics = cross_statistics(gradients.total, settings.interval)
     two_batches = None
     if evaluation is not None:
         with clock.stage("evaluation"):
@@ -258,7 +277,7 @@ def _probe_as_marked(
         realized = realize_steps(task, gradients, rules)
 
     # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
-    step_statistics = cross_statistics(gradients.step_weighted)
+    step_statistics = cross_statistics(gradients.step_weighted, settings.interval)
     noise = None
     if gradients.third_directions is not None and step_statistics.parts is not None:
         with clock.stage("noise"):
@@ -332,7 +351,7 @@ def _probe_as_marked(
             subject.sharding,
             [len(prompts) for prompts in dealt],
             [batch.of_prompts(prompts).tokens for prompts in dealt],
-            ranks.most_sent(),
+            ranks.most_sent(since=subject.sent_before),
         ),
         timing=clock.seconds(),
     )
@@ -350,9 +369,11 @@ def _config(task: Task) -> ConfigSection:
         importance_weights=settings.weighting,
         evaluation_rollouts=subject.evaluation_rollouts,
         noise=settings.noise,
+        interval=settings.interval,
         split=settings.split,
         sweep=None if settings.sweep is None else [settings.sweep.low, settings.sweep.high, settings.sweep.count],
         resample=settings.resample,
+        resample_batch=settings.resample_batch,
         rollouts=subject.rollouts,
         advantage=task.advantage_rule,
         length_weight=trainer.length_weight,

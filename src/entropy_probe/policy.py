@@ -216,6 +216,14 @@ class Policy:
         for start in range(0, count, self.microbatch_size):
             yield slice(start, min(start + self.microbatch_size, count))
 
+    def forwards(self, responses: Sequence[Rollout]) -> list[list[int]]:
+        """Indices of the responses of every forward, as many as ``microbatches`` has, the longest first.
+
+        Responses of similar length go together: what is padded is computed for nothing.
+        """
+        order = sorted(range(len(responses)), key=lambda row: -responses[row].length)
+        return [order[part] for part in self.microbatches(len(responses))]
+
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
         """Run forwards with dropout inactive, in the policy's arithmetic; training flags come back on every exit."""
@@ -325,16 +333,20 @@ class Policy:
     ) -> Measured:
         """:meth:`measure` on this rank alone."""
         progress = progress if progress is not None else Silent()
-        parts = list(self.microbatches(len(responses)))
-        scores, found = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
+        parts = self.forwards(responses)
+        scores = torch.zeros(len(responses), dtype=torch.float64)
+        found = [torch.zeros(0, dtype=torch.float64)] * len(responses)
         with torch.no_grad(), self.arithmetic():
-            for part in progress.track(parts, "log-probs", len(parts)):
-                batch = pad_right(responses[part], self.device)
+            for rows in progress.track(parts, "log-probs", len(parts)):
+                together = [responses[row] for row in rows]
+                batch = pad_right(together, self.device)
                 values = self.token_values(batch, entropies=entropies)
-                scores.append(sum_over_tokens(values.log_probs, batch).cpu())
+                scores[rows] = sum_over_tokens(values.log_probs, batch).cpu()
                 if values.entropies is not None:
-                    found.append(values.entropies.double().cpu())
-        return Measured(torch.cat(scores), torch.cat(found) if entropies else None)
+                    lengths = [len(response.response_ids) for response in together]
+                    for row, own in zip(rows, torch.split(values.entropies.double().cpu(), lengths), strict=True):
+                        found[row] = own
+        return Measured(scores, torch.cat([scores[:0], *found]) if entropies else None)
 
 
 def idle_row(responses: Sequence[Rollout]) -> Rollout:

@@ -260,6 +260,7 @@ def average(rows: Sequence[RealizedChange]) -> RealizedChange:
         pareto_k=max(known) if len(known) == count else None,
         smoothed=None,
         pareto_reason=next((found.pareto_reason for found in weights if found.pareto_reason is not None), None),
+        pareto_k_limit=min(found.pareto_k_limit for found in weights),
     )
     smoothed = [change.delta_h_smoothed for change in changes if change.delta_h_smoothed is not None]
     change = EntropyChange(

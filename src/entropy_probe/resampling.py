@@ -24,7 +24,7 @@ from entropy_probe.virtual_step import virtual_step
 RESAMPLED = "resampled"
 
 GENERATED_TOGETHER = 32
-"""Responses in one call of generate; fixed, since it decides which random numbers go to which response."""
+"""Responses in one call of generate by default; not by memory, since it decides which random numbers go to which response."""
 
 SEED_OFFSET = 0x5EED
 """Keeps the fresh responses' random numbers apart from those of rollouts that were sampled with the same seed."""
@@ -39,7 +39,13 @@ class Resampling:
     limit: str
 
 
-def plan_resampling(policy: Policy, batch: RolloutBatch, max_completion_length: int | None, seed: int) -> Resampling:
+def plan_resampling(
+    policy: Policy,
+    batch: RolloutBatch,
+    max_completion_length: int | None,
+    seed: int,
+    batch_size: int = GENERATED_TOGETHER,
+) -> Resampling:
     """Sample as the rollouts were: their temperature, as many responses a prompt as the largest group has, their length limit.
 
     The limit is the one given or recorded; else the length of responses that were cut (told so, or without an end token last);
@@ -51,6 +57,7 @@ def plan_resampling(policy: Policy, batch: RolloutBatch, max_completion_length: 
         batch: the rollouts.
         max_completion_length: the limit where it is given.
         seed: of the sampler.
+        batch_size: responses in one call of generate: fewer take less memory, and are other ones.
 
     Raises:
         InputError: the model cannot generate, no end token is known although lengths differ, or the context is too short.
@@ -75,7 +82,7 @@ def plan_resampling(policy: Policy, batch: RolloutBatch, max_completion_length: 
         max_new_tokens=limit,
         seed=(seed + SEED_OFFSET) % 2**63,
         eos_ids=eos_ids,
-        batch_size=GENERATED_TOGETHER,
+        batch_size=batch_size,
     )
     prompts = tuple(Prompt(group.prompt_id, group.prompt_ids, "", {}) for group in batch.groups)
     check_prompts(prompts, settings, vocabulary, context)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import AutoTokenizer, GenerationConfig, GenerationMixin
+from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from entropy_probe.collectives import Ranks, Sharding, deal
 from entropy_probe.errors import InputError
@@ -372,6 +372,7 @@ def _draw(
     with (
         # Named, since a process that sees several GPUs is warned otherwise.
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        torch.random.fork_rng(devices=range(torch.xpu.device_count()), device_type="xpu"),
         torch.no_grad(),
         policy.arithmetic(),
         _own_generation_config(model, settings),
@@ -432,6 +433,26 @@ def _own_generation_config(model: nn.Module, settings: SamplingSettings) -> Iter
             vars(module)["generation_config"] = original
 
 
+class _DrawnLogProbs(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
+    """Stops nothing: keeps log π of every token as it is drawn, and frees the step's scores.
+
+    generate keeps the scores of all steps, [n, V] each: 10 GB for 64 responses of 256 tokens from a vocabulary of 152,000.
+    They are what was sampled from, after every processor; a processor of ours would not see that: generate puts warpers behind.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+        """[n] of every step."""
+
+    def __call__(self, input_ids: Tensor, scores: Sequence[Tensor], **_: Any) -> Tensor:
+        """Told after every draw, with the drawn tokens last in ``input_ids``; no sequence is done."""
+        last = scores[-1]
+        wide = last if last.dtype == torch.float64 else last.float()
+        self.steps.append(torch.log_softmax(wide, dim=-1).gather(1, input_ids[:, -1:])[:, 0])
+        last.untyped_storage().resize_(0)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def _generate(
     policy: Policy, input_ids: Tensor, settings: SamplingSettings, *, synced: bool, **limits: int
 ) -> list[Sample]:
@@ -445,25 +466,18 @@ def _generate(
         limits: what is different from the generation config.
     """
     model: Any = policy.model
+    drawn = _DrawnLogProbs()
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         return_dict_in_generate=True,
         output_scores=True,
+        stopping_criteria=StoppingCriteriaList([drawn]),
         synced_gpus=synced,
         **limits,
     )
     responses = output.sequences[:, input_ids.shape[1] :]
-    # Scores are what was sampled from, after every processor: the sampler's own log-probs.
-    logprobs = torch.stack(
-        [
-            torch.log_softmax(score.float() if score.dtype != torch.float64 else score, dim=-1).gather(
-                1, token[:, None]
-            )
-            for score, token in zip(output.scores, responses.T, strict=True)
-        ],
-        dim=1,
-    )[..., 0]
+    logprobs = torch.stack(drawn.steps, dim=1)
     found = []
     for ids, values in zip(responses.tolist(), logprobs.tolist(), strict=True):
         length = next((t + 1 for t, token in enumerate(ids) if token in settings.eos_ids), len(ids))

@@ -14,6 +14,7 @@ from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.choices import Check, member, number, optional, settle, shown, truth, whole_number
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.intervals import IntervalMethod
 from entropy_probe.linearity import SweepRange
 from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
 from entropy_probe.stored_precision import Rounding
@@ -50,10 +51,13 @@ class Settings:
         weighting: over which responses the realised change normalises its importance weights.
         target_se: a standard error of δH₁, nats, to say how many prompts would reach.
         noise: also say where the noise of δH₁ comes from, by a forward and one or two backwards more.
+        interval: how the 95 % interval of δH₁ is made; None takes skewed_t, or jackknife_t where vectors are streamed or units
+            are of unequal size.
         split: folds of prompts; the step from all others is realised on each, and δH₁ is taken across them.
         sweep: factors of the learning rate at which every step is realised too, on the same and on evaluation rollouts; or
             the text LOW:HIGH:COUNT, such as 0.1:10:9.
         resample: also draw fresh responses after each step, at the rollouts' temperature and length limit.
+        resample_batch: fresh responses drawn at a time; None takes 32. Memory grows with it, and others are drawn.
         learning_rate: of every parameter group. None: of a checkpoint as the rows recorded it, else as the optimizer holds it.
         advantage: None takes the rollouts' own if they have any, else dr_grpo.
         length_weight: of the training loss. None: by the rows' loss_type, and the guide's where they name none.
@@ -82,9 +86,11 @@ class Settings:
     weighting: Weighting = Weighting.GLOBAL
     target_se: float | None = None
     noise: bool = True
+    interval: IntervalMethod | None = None
     split: int | None = None
     sweep: SweepRange | None = None
     resample: bool = False
+    resample_batch: int | None = None
     learning_rate: float | None = None
     advantage: AdvantageRule | None = None
     length_weight: LengthWeight | None = None
@@ -107,6 +113,11 @@ class Settings:
     def __post_init__(self) -> None:
         """Put text into the fields' own types, and refuse values that cannot be meant."""
         settle(self, CHECKS)
+        if self.resample_batch is not None and not self.resample:
+            raise InputError(
+                f"resample_batch is {self.resample_batch}, but no fresh responses are asked for: ask for them by resample, or "
+                "drop it"
+            )
         if self.seed >= 2**63:
             raise InputError(f"seed is {shown(self.seed)}; expected 0 to 2^63 - 1")
         if self.length_weight is not None and not self.resample:
@@ -207,9 +218,11 @@ CHECKS: Mapping[str, Check] = {
     "weighting": partial(member, kind=Weighting),
     "target_se": POSITIVE,
     "noise": truth,
+    "interval": optional(partial(member, kind=IntervalMethod)),
     "split": optional(whole_number),
     "sweep": optional(sweep_setting),
     "resample": truth,
+    "resample_batch": COUNT,
     "learning_rate": optional(number),
     "advantage": optional(partial(member, kind=AdvantageRule)),
     "length_weight": optional(partial(member, kind=LengthWeight)),

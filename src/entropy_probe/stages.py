@@ -31,6 +31,7 @@ from entropy_probe.gradients import (
 from entropy_probe.inputs import (
     check_cross_memory,
     check_evaluation,
+    check_interval,
     check_split,
     free_memory,
     resolve_advantages,
@@ -45,7 +46,7 @@ from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure, RealizedChang
 from entropy_probe.realized_rows import Realizer
 from entropy_probe.recorded import TrainersStep
 from entropy_probe.report import CheckpointSection, Evidence
-from entropy_probe.resampling import Resampling, plan_resampling, resample
+from entropy_probe.resampling import GENERATED_TOGETHER, Resampling, plan_resampling, resample
 from entropy_probe.rollouts import RolloutBatch, SpecialIds
 from entropy_probe.rounded_step import RoundingRule
 from entropy_probe.scores import AdvantageRule, EntropyTarget, Estimator
@@ -66,7 +67,10 @@ from entropy_probe.what_if import (
 
 @dataclass(frozen=True)
 class Subject:
-    """What is probed, and what the report says of where it came from."""
+    """What is probed, and what the report says of where it came from.
+
+    ``sent_before`` payloads of the ranks' record are the caller's, from before the probe.
+    """
 
     model: nn.Module
     adam: AdamState
@@ -79,6 +83,7 @@ class Subject:
     evaluation_rollouts: str | None
     trainer: TrainersStep
     special: SpecialIds
+    sent_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ def make_task(
         memory_bytes=memory,
         most_held=partial(units_on_a_rank, subject.sharding, batch),
     )
+    check_interval(settings.interval, plan)
     with clock.stage("prepare"):
         # Planned for both batches: the evaluation's rows may be the longer ones.
         rows = batch if evaluation is None else RolloutBatch((*batch.groups, *evaluation.groups), batch.temperature)
@@ -168,7 +174,13 @@ def make_task(
         policy = preparation.applied(policy)
     resampling = None
     if settings.resample:
-        resampling = plan_resampling(policy, batch, settings.max_completion_length, settings.seed)
+        resampling = plan_resampling(
+            policy,
+            batch,
+            settings.max_completion_length,
+            settings.seed,
+            settings.resample_batch or GENERATED_TOGETHER,
+        )
     task = Task(
         subject=subject,
         settings=settings,

@@ -121,29 +121,32 @@ def folds_of(prompts: int, folds: int) -> list[int]:
 def fold_statistics(kernel: FloatArray, folds: Sequence[int]) -> FoldStatistics:
     """Cross-fitting: X̄ of one fold · P Ȳ of the others, averaged over folds.
 
+    With n_f prompts in fold f, S_f = Σ K over n in f and m outside, R_df = Σ_{m∈f} K_dm and C_fd = Σ_{n∈f} K_nd, a fold's
+    estimate is S_f / (n_f (B − n_f)), and without prompt d, in O(B²) for all d,
+
+        (S_f − Σ_{g≠f} R_dg) / ((n_f − 1) (B − n_f))  of d's own fold        (S_f − C_fd) / (n_f (B − n_f − 1))  of another
+
     Args:
         kernel: K_nm over the prompts of one batch, [B, B].
-        folds: of every prompt, [B].
+        folds: of every prompt, [B]; two folds or more.
 
     Returns:
         The error is the delete-one jackknife over prompts (it counts the degenerate part twice, so it is conservative); None
         where a fold would be left empty.
     """
-    labels = np.asarray(folds)
-
-    def estimate(kept: FloatArray) -> list[float]:
-        found = []
-        for fold in np.unique(labels):
-            inside, outside = kept * (labels == fold), kept * (labels != fold)
-            found.append(float(inside @ kernel @ outside) / float(inside.sum() * outside.sum()))
-        return found
-
-    everyone = np.ones(len(labels))
-    by_fold = estimate(everyone)
+    _, fold_of, sizes = np.unique(np.asarray(folds), return_inverse=True, return_counts=True)
+    prompts, everyone = len(fold_of), np.arange(len(fold_of))
+    order, starts = np.argsort(fold_of, kind="stable"), np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    of_row = np.add.reduceat(kernel[:, order], starts, axis=1)
+    of_column = np.add.reduceat(kernel[order], starts, axis=0)
+    of_row[everyone, fold_of] = 0.0  # not subtracted from the sum: the diagonal, which it holds, may be large
+    outside = of_row.sum(axis=1)
+    sums = np.bincount(fold_of, weights=outside)
+    by_fold = sums / (sizes * (prompts - sizes))
     error = None
-    if min(np.bincount(labels)) >= 2:
-        left = np.array(
-            [np.mean(estimate(np.where(np.arange(len(labels)) == n, 0.0, 1.0))) for n in range(len(labels))]
-        )
-        error = math.sqrt((len(labels) - 1) / len(labels) * float(((left - left.mean()) ** 2).sum()))
-    return FoldStatistics(float(np.mean(by_fold)), tuple(by_fold), error)
+    if sizes.min() >= 2:
+        left = (sums[:, None] - of_column) / (sizes * (prompts - sizes - 1))[:, None]
+        left[fold_of, everyone] = (sums[fold_of] - outside) / ((sizes - 1) * (prompts - sizes))[fold_of]
+        means = left.mean(axis=0)
+        error = math.sqrt((prompts - 1) / prompts * float(((means - means.mean()) ** 2).sum()))
+    return FoldStatistics(float(by_fold.mean()), tuple(by_fold.tolist()), error)

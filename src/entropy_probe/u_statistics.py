@@ -108,9 +108,9 @@ class CrossStatistics:
     ``row_x`` says how a unit's entropy answers to the others' update, ``row_y`` how a unit's update moves the others'
     entropy (positive: lowers it). ``se_plugin_guide`` is the guide's own formula, which estimates the standard deviation
     of r and does not shrink with U. ``se_this_step`` is the error of what *this* update does. ``variance`` is V of design
-    section 4 where the kernel is there and units are equal, else the jackknife's; ``ci95`` is :func:`intervals.interval` there,
-    else U_cross ± t √V. ``parts`` are ζ₁ and τ² with V = 4 ζ₁/U + 2 τ²/(U(U−1)); None without
-    the kernel. ``shortfall`` says why the interval is known to cover less than it says, where it is.
+    section 4 where the kernel is there and units are equal, else the jackknife's; ``ci95`` is of the asked method, or by
+    default :func:`intervals.interval` there, else U_cross ± t √V. ``parts`` are ζ₁ and τ² with V = 4 ζ₁/U + 2 τ²/(U(U−1));
+    None without the kernel. ``shortfall`` says why the interval is known to cover less than it says, where it is.
     """
 
     u_cross: float
@@ -144,10 +144,14 @@ class CrossStatistics:
         return None if self.variance is None else math.sqrt(self.variance)
 
 
-def cross_statistics(dots: UnitDots) -> CrossStatistics:
+def cross_statistics(dots: UnitDots, interval: intervals.IntervalMethod | None = None) -> CrossStatistics:
     """U_cross, row means, standard errors and interval from unit dots; at least two units.
 
     At U = 2 both r are equal and every standard error is null; below U = 4 the interval is.
+
+    Args:
+        dots: of the units.
+        interval: how ``ci95`` is made; None takes the default. One that needs the matrix of equal units must have it.
     """
     sizes = dots.sizes.astype(np.float64)
     units = len(sizes)
@@ -199,13 +203,21 @@ def cross_statistics(dots: UnitDots) -> CrossStatistics:
     elif normalised is not None:
         parts = intervals.variance_parts(normalised, u_cross)
         variance = intervals.variance_at(units, *parts)
-        method, ci95 = "skewed t, unbiased variance", intervals.interval(normalised)
         shortfall = intervals.known_shortfall(normalised)
     else:
         assert se_jackknife is not None
-        variance, method = se_jackknife**2, "t, jackknife variance (conservative)"
-        half_width = intervals.t_quantile(units) * se_jackknife
-        ci95 = (u_cross - half_width, u_cross + half_width)
+        variance = se_jackknife**2
+    if units >= 4:
+        assert se_jackknife is not None
+        assert se_plugin is not None
+        chosen = interval or (intervals.WITHOUT_MATRIX if normalised is None else intervals.DEFAULT_METHOD)
+        method = chosen.described
+        if chosen.needs_matrix:
+            assert normalised is not None, "the caller refuses a method without its matrix"
+            ci95 = intervals.interval(normalised, chosen)
+        else:
+            error = se_jackknife if chosen is intervals.IntervalMethod.JACKKNIFE_T else se_plugin
+            ci95 = intervals.symmetric_interval(u_cross, error, units, chosen)
 
     return CrossStatistics(
         u_cross=u_cross,

@@ -26,6 +26,7 @@ from entropy_probe.demo import demo_files
 from entropy_probe.errors import InputError
 from entropy_probe.files import check_writable
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.intervals import IntervalMethod
 from entropy_probe.linearity import SweepRange
 from entropy_probe.pipeline import ProbeResult, probe_checkpoint
 from entropy_probe.policy import Policy
@@ -115,6 +116,7 @@ def demo(json_file: JsonOption = None, out: OutOption = None, dtype: DTypeOption
             length_weight=LengthWeight.DR_GRPO,
             max_completion_length=files.max_completion_length,
         ),
+        device="cpu",
         progress=TerminalProgress(),
     )
     _show(result, console, json_file, out)
@@ -163,12 +165,22 @@ def run(
     resample: Annotated[
         bool, typer.Option("--resample", help="Draw fresh responses after each step too: for a low effective sample.")
     ] = False,
+    resample_batch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Fresh responses drawn at a time; default 32. Fewer take less memory."),
+    ] = None,
     noise: Annotated[
         bool,
         typer.Option(
             "--noise/--no-noise", help="Say where the noise of δH₁ comes from; a forward and two backwards more."
         ),
     ] = True,
+    interval: Annotated[
+        IntervalMethod | None,
+        typer.Option(
+            help="Of δH₁; default: skewed_t, or jackknife_t where vectors are streamed or blocks are unequal."
+        ),
+    ] = None,
     target_se: Annotated[
         float | None,
         typer.Option(metavar="NATS", help="Say how many prompts would bring the error of δH₁ down to this."),
@@ -256,9 +268,11 @@ def run(
         weighting=importance_weights,
         target_se=target_se,
         noise=noise,
+        interval=interval,
         split=split,
         sweep=None if sweep is None else SweepRange.parse(sweep),
         resample=resample,
+        resample_batch=resample_batch,
         learning_rate=learning_rate,
         advantage=advantage,
         length_weight=length_weight,

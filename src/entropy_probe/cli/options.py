@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import torch
 
-from entropy_probe.errors import InputError
+from entropy_probe.devices import choose_device
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -63,8 +63,4 @@ class Device(StrEnum):
         Raises:
             InputError: cuda was asked for and is not there.
         """
-        if self is Device.CUDA and not torch.cuda.is_available():
-            raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
-        if self is Device.AUTO:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.value)
+        return choose_device(self.value)

@@ -141,10 +141,10 @@ def loss_gradient(
     progress = progress if progress is not None else Silent()
     parameters = policy.trainable()
     totals: dict[str, Tensor] = {}
-    parts = list(policy.microbatches(len(responses)))
+    parts = policy.forwards(responses)
     with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad():
-        for part in progress.track(parts, description, len(parts)):
-            loss = probe_loss(policy.forward_scores(responses[part]), coefficients[part])
+        for rows in progress.track(parts, description, len(parts)):
+            loss = probe_loss(policy.forward_scores([responses[row] for row in rows]), coefficients[rows])
             _add(
                 totals,
                 torch.autograd.grad(loss, list(parameters.values()), allow_unused=True),

@@ -17,6 +17,7 @@ from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.adam_step import adamw_step
 from entropy_probe.assemble import versions
 from entropy_probe.checkpoints import load_checkpoint, load_model, read_trainer_state, tokenizer_ids
+from entropy_probe.devices import AUTO, choose_device
 from entropy_probe.diagnostics import padding_warnings
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, prepare
@@ -44,15 +45,17 @@ def replay(
     *,
     base: Path | None = None,
     temperature: float | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = AUTO,
     progress: Progress | None = None,
 ) -> ReplayReport:
     """Compute the step from checkpoint ``before`` with the rollouts that it consumed, and compare it with ``after``.
 
+    ``auto`` takes a GPU where there is one.
+
     Raises:
         InputError: the two are not one step apart or not of one model, the rows are another step's, or a file will not do.
     """
-    clock, progress = Clock(), progress or Silent()
+    clock, progress, device = Clock(), progress or Silent(), choose_device(device)
     with clock.stage("load"):
         states = read_trainer_state(before), read_trainer_state(after)
         pairs.check_consecutive(before, after, *states)

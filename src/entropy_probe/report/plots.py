@@ -14,14 +14,14 @@ PREDICTED, REALIZED, NEUTRAL = "#3b6fb5", "#c8553d", "#777777"
 
 
 def plot_predicted_and_realized(report: Report, path: Path) -> None:
-    """δH₁ with its 95 % interval, then each realised ΔH (± 1.96 SE) beside that row's own linear prediction."""
+    """δH₁ with its 95 % interval, then each realised ΔH ± its error, as the text has them, beside its own linear prediction."""
     figure, axes = _figure(7.0, 1.6 + 0.7 * (1 + len(report.realized)))
     labels = ["δH₁, first order"]
     first = report.first_order
-    _interval(axes, 0, first.delta_h1, first.delta_h1_ci95, PREDICTED, "first-order prediction δH₁")
+    _interval(axes, 0, first.delta_h1, first.delta_h1_ci95, PREDICTED, "δH₁ with its 95 % interval")
     for place, row in enumerate(report.realized, start=1):
-        ends = [row.delta_h - 1.96 * row.se, row.delta_h + 1.96 * row.se]
-        _interval(axes, place, row.delta_h, ends, REALIZED, "realised ΔH" if place == 1 else None)
+        ends = [row.delta_h - row.se, row.delta_h + row.se]
+        _interval(axes, place, row.delta_h, ends, REALIZED, "realised ΔH ± standard error" if place == 1 else None)
         axes.plot(
             [row.predicted], [place], "|", color=PREDICTED, markersize=16, markeredgewidth=2,
             label="that estimator's own linear term" if place == 1 else None,
@@ -32,7 +32,7 @@ def plot_predicted_and_realized(report: Report, path: Path) -> None:
     axes.axvline(0.0, color=NEUTRAL, linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlabel(f"entropy change, nats {report.first_order.entropy.replace('-', ' ')} (95 % intervals)")
+    axes.set_xlabel(f"entropy change, nats {report.first_order.entropy.replace('-', ' ')}")
     # Below the whole figure: long names of steps leave the axes too narrow for it.
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     _save(figure, path)
@@ -96,9 +96,9 @@ def _sweep_panel(axes: Axes, curve: SweepSection) -> None:
     for falls, fill in ((True, REALIZED), (False, "white")):
         chosen = [k for k, value in enumerate(curve.delta_h) if (value < 0) is falls]
         axes.errorbar(
-            [alphas[k] for k in chosen], [sizes[k] for k in chosen], yerr=[1.96 * curve.se[k] for k in chosen],
+            [alphas[k] for k in chosen], [sizes[k] for k in chosen], yerr=[curve.se[k] for k in chosen],
             fmt="o", color=REALIZED, markerfacecolor=fill, markersize=5, capsize=3,
-            label=f"realised ΔH, {'falls' if falls else 'rises'} (95 %)",
+            label=f"realised ΔH, {'falls' if falls else 'rises'} ± standard error",
         )  # fmt: skip
     axes.plot(alphas, curve.noise_floor, ":", color=NEUTRAL, label="noise floor")
     if curve.linear_until is not None:

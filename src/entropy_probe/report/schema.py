@@ -298,6 +298,7 @@ class RealizedRow:
     ess: float
     ess_fraction: float
     pareto_k: float | None
+    pareto_k_limit: float
     delta_h_psis: float | None
     noise_floor: float
     step_norm: float
@@ -358,9 +359,11 @@ class ConfigSection:
     importance_weights: str
     evaluation_rollouts: str | None
     noise: bool
+    interval: str | None
     split: int | None
     sweep: list[float] | None
     resample: bool
+    resample_batch: int | None
     rollouts: str | None
     advantage: str
     length_weight: str
