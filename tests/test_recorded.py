@@ -159,6 +159,8 @@ def test_the_recorded_learning_rate_is_the_first_groups_and_scales_all() -> None
     assert rates(APART, 1e-3 * (1 + 1e-12)) == [1e-3, 4e-3, 5.0]
     assert rates(APART, 5e-4) == pytest.approx([5e-4, 2e-3, 2.5])
     assert rates(APART, 0.0) == [0.0, 0.0, 0.0]
+    assert rates([(5.0, ""), *ALIKE], 1e-3) == [5.0, 1e-3, 1e-3]
+    assert rates([(5.0, ""), *ALIKE], 2e-3)[1:] == [2e-3, 2e-3]
     assert rates(APART, [2e-3, 3e-3]) == [2e-3, 3e-3, 5.0]
     assert rates(APART, 5e-4, learning_rate=7e-3) == [7e-3, 7e-3, 7e-3]
     assert rates(APART, "nonsense", learning_rate=0.0) == [0.0, 0.0, 0.0]

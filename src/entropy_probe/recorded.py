@@ -108,8 +108,8 @@ class TrainersStep:
     def of(self, adam: AdamState) -> AdamState:
         """The optimizer's state with the learning rate of this step.
 
-        A given rate is every group's. A recorded number was the first group's: where the optimizer's groups differ, all are
-        scaled alike, as a schedule does.
+        A given rate is every group's. A recorded number was that of the first group with parameters: where the optimizer's
+        groups differ, all are scaled alike, as a schedule does.
 
         Raises:
             InputError: a recorded number does not tell the other groups' rates, or a list has not one a group.
@@ -121,7 +121,7 @@ class TrainersStep:
         (rate,) = self.learning_rates
         if self.learning_rate_source is Source.GIVEN:
             return adam.with_learning_rate(rate)
-        stored = [group.learning_rate for group in adam.groups]
+        stored = [group.learning_rate for group in adam.groups if group.names]
         if not stored or _same_rate(rate, stored[0]):
             return adam
         if len(set(stored)) == 1:
