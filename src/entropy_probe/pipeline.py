@@ -6,6 +6,7 @@ the realised step. The stages are in :mod:`~entropy_probe.stages`. Source: guide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,6 +72,7 @@ def probe_checkpoint(
     *,
     evaluation_rollouts: Path | None = None,
     base: Path | None = None,
+    freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = "cpu",
     ranks: Ranks = ALONE,
@@ -79,7 +81,8 @@ def probe_checkpoint(
 ) -> ProbeResult:
     """Load a checkpoint folder and a rollouts file, and probe.
 
-    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments.
+    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments. ``freeze``
+    are regular expressions: parameters in whose names one of them is found were not trained.
 
     Raises:
         InputError: anything that is wrong with either, in one line.
@@ -89,7 +92,7 @@ def probe_checkpoint(
     with clock.stage("load"):
         batch = read_batch(rollouts, temperature)
         evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
-        _check_same_arguments(ranks, batch, evaluation, settings, None)
+        _check_same_arguments(ranks, batch, evaluation, settings, None, tuple(freeze))
         load = (
             load_checkpoint if sharding is ShardingChoice.REPLICATED else partial(load_sharded_checkpoint, ranks=ranks)
         )
@@ -100,6 +103,7 @@ def probe_checkpoint(
             device=device,
             learning_rate=settings.learning_rate,
             seed=settings.seed,
+            freeze=freeze,
         )
         for rows in (batch, evaluation):
             if rows is not None:
@@ -114,6 +118,7 @@ def probe_checkpoint(
         loaded.mapping.rivals,
         str(rollouts),
         None if evaluation_rollouts is None else str(evaluation_rollouts),
+        loaded.folder.notes,
     )
     return _probe(subject, settings, clock, progress or Silent(), None)
 
@@ -173,6 +178,7 @@ def _check_same_arguments(
     evaluation: RolloutBatch | None,
     settings: Settings,
     preparation: Preparation | None,
+    freeze: tuple[str, ...] = (),
 ) -> None:
     """Before anything that one rank may refuse by itself: the others would wait for it."""
     if ranks.count == 1:
@@ -183,7 +189,7 @@ def _check_same_arguments(
         {
             "rollouts": digest_of_batch(batch),
             "evaluation rollouts": digest_of_batch(evaluation),
-            "settings": digest_of_settings(settings, known),
+            "settings": digest_of_settings(settings, known, freeze),
         },
     )
 
@@ -243,6 +249,7 @@ def _probe_as_marked(
     fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
 
     warnings = [
+        *subject.notes,
         *diagnostics.learning_rate_warnings(adam, settings.learning_rate is not None),
         *diagnostics.interval_warnings(statistics, step_statistics.ci95_of_minus),
         *diagnostics.two_batch_warnings(two_batches),

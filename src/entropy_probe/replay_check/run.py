@@ -8,6 +8,7 @@ gradient norm against the trainer's log; and where they disagree, causes that ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from entropy_probe.adam_step import adamw_step
 from entropy_probe.assemble import versions
-from entropy_probe.checkpoints import load_checkpoint, load_model, read_trainer_state
+from entropy_probe.checkpoints import freeze_matching, freeze_names, load_checkpoint, load_model, read_trainer_state
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, prepare
 from entropy_probe.inputs import free_memory, resolve_advantages, resolve_length_weights
@@ -48,11 +49,14 @@ def replay(
     settings: ReplaySettings = DEFAULTS,
     *,
     base: Path | None = None,
+    freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> ReplayReport:
     """Compute the step from checkpoint ``before`` with the rollouts that it consumed, and compare it with ``after``.
+
+    ``freeze`` are regular expressions: parameters in whose names one of them is found were not trained.
 
     Raises:
         InputError: the two are not one step apart or not of one model, the rows are another step's, or a file will not do.
@@ -72,10 +76,12 @@ def replay(
         clip, clip_from = resolve_max_grad_norm(batch, settings)
         autocast = resolve_autocast(batch, settings)
         loaded = load_checkpoint(
-            before, base=base, dtype=settings.dtype, device=device, learning_rate=settings.learning_rate
+            before, base=base, dtype=settings.dtype, device=device, learning_rate=settings.learning_rate, freeze=freeze
         )
         check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
         target = load_model(after, base=base, dtype=settings.dtype, device=device)
+        freeze_matching(target.model, freeze)
+        freeze_names(target.model, loaded.mapping.frozen)
         pairs.check_same_model(loaded.folder, target)
         adam_after = pairs.adam_after(after, target, loaded.adam)
     policy = Policy(loaded.model, batch.temperature, autocast=autocast)

@@ -166,6 +166,7 @@ def warnings(
     """What may keep a replay from being exact, whether or not it is."""
     batch = case.batch
     found = [
+        *loaded.folder.notes,
         *diagnostics.learning_rate_warnings(case.adam, False),
         *diagnostics.clipping_warnings(batch, case.step.gradient_norm, case.max_grad_norm),
         *diagnostics.on_policy_warnings(batch, measured.scores),
