@@ -188,9 +188,9 @@ def _unreadable(path: Path, error: Exception) -> str:
     if code is not None:
         name = code.group(1)
         owner = next((of for prefix, of in FOREIGN_CODE if name.startswith(prefix)), None)
-        told = "" if owner is None else f"the state of {owner}: "
+        told = "is not read" if owner is None else f"holds the state of {owner}, which is not read"
         return (
-            f"{path} holds {told}it names {name}, which only its own code reads; the probe needs torch's Adam or AdamW"
+            f"{path} {told}: it names {name}, and weights_only=True runs no code; the probe needs torch's Adam or AdamW"
         )
     return (
         f"{path} cannot be read with weights_only=True ({one_line(error, 160)}); expected torch.save of an optimizer's "
@@ -208,6 +208,12 @@ def _refuse_malformed(state: object, groups: object, path: Path) -> None:
     if not all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups):
         raise InputError(
             f"{path}: a group of 'param_groups' is not a dictionary with a list 'params'; the file is damaged"
+        )
+    listed = {index for group in groups for index in group["params"] if isinstance(index, int)}
+    strays = sorted(index for index in state if isinstance(index, int) and index not in listed)
+    if strays:
+        raise InputError(
+            f"{path}: 'state' holds index {strays[0]}, which no group lists: group sizes do not fit it; the file is damaged"
         )
 
 
@@ -236,8 +242,8 @@ def _refuse_foreign(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]
         raise InputError(f"{path} holds {keys} for its parameters; the probe needs Adam's exp_avg_sq")
     if any(isinstance(group.get("state"), Mapping) for group in groups):
         raise InputError(
-            f"{path} keeps its state inside the parameter groups, as GrokAdamW does, so its step is not Adam's; the probe needs "
-            "torch's Adam or AdamW"
+            f"{path} keeps its state inside the parameter groups, as GrokAdamW does, so its step is not Adam's; the probe "
+            "needs torch's Adam or AdamW"
         )
     if any("betas" not in group for group in groups):
         raise InputError(

@@ -88,7 +88,7 @@ def map_names(
 def _by_stored_names(
     state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], model: nn.Module, path: Path
 ) -> tuple[NamedGroups, OptimizerMapping] | None:
-    """What ``param_names`` says; None where the file has none, or names that are not the model's."""
+    """What ``param_names`` says; None where the file has none, or names that are not the model's or do not fit it."""
     if not all("param_names" in group for group in groups):
         return None
     named = [list(map(str, group["param_names"])) for group in groups]
@@ -101,9 +101,8 @@ def _by_stored_names(
         raise InputError(
             f"{path} trains {some_of(frozen_here)}, by its param_names, which is frozen here; does freeze name too much?"
         )
-    why_not = _misfit(state, groups, named, {name: p.shape for name, p in parameters.items()})
-    if why_not is not None:
-        raise InputError(f"{path} does not fit this model by its own param_names: {why_not}; is it of another model?")
+    if _misfit(state, groups, named, {name: p.shape for name, p in parameters.items()}) is not None:
+        return None
     rest = tuple(name for name, p in parameters.items() if p.requires_grad and name not in set(flat))
     rule = "param_names stored in the file"
     return named, OptimizerMapping(rule + _not_trained(rest), (), rest)

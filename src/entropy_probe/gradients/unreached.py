@@ -68,9 +68,9 @@ def refuse_cut(cut: Sequence[str], adam: AdamState, sharding: Sharding) -> None:
     every = sharding.ranks.sum_numbers(flags) if sharding.sharded else flags
     trained = [name for name, flag in zip(known, every, strict=True) if flag]
     if trained:
-        others = f" and {len(trained) - 1} more parameters were" if len(trained) > 1 else " was"
+        more = f" (and {len(trained) - 1} more parameters)" if len(trained) > 1 else ""
         raise InputError(
-            f"{trained[0]}{others} trained, as Adam's moments tell, and run in the forward, but no response's gradient reaches "
-            "them: something cuts the graph (detach, no_grad, or quantised layers that have no backward in evaluation mode); "
-            "mend the forward, or switch requires_grad off for what is not to be trained"
+            f"parameter {trained[0]}{more} was trained, as Adam's moments tell, and its module runs in the forward, but no "
+            "response's gradient reaches it: something cuts the graph (detach, no_grad, or quantised layers without a backward "
+            "in evaluation mode); mend the forward, or switch requires_grad off for what is not to be trained"
         )
