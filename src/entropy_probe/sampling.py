@@ -204,7 +204,7 @@ def check_prompts(
         for token in settings.eos_ids:
             if not 0 <= token < vocabulary:
                 raise InputError(
-                    f"end token {token} (--eos-id, or the model's own) is outside the model's vocabulary of {vocabulary}"
+                    f"end token {token} (given, or the model's own) is outside the model's vocabulary of {vocabulary}"
                 )
     for prompt in prompts:
         if vocabulary is not None and max(prompt.prompt_ids) >= vocabulary:
@@ -255,19 +255,19 @@ def load_reward(spec: str) -> Reward:
     """
     module_name, _, function_name = spec.partition(":")
     if not module_name or not function_name:
-        raise InputError(f"--reward is {spec!r}; expected module:function")
+        raise InputError(f"reward is {spec!r}; expected module:function")
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module is the user's, and runs when it is imported
         if out_of_memory(error):
             raise
-        raise InputError(f"--reward {spec}: cannot import {module_name} ({type(error).__name__}: {error})") from error
+        raise InputError(f"reward {spec}: cannot import {module_name} ({type(error).__name__}: {error})") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     function = vars(module).get(function_name)
     if not callable(function):
-        raise InputError(f"--reward {spec}: {module_name} has no function {function_name}")
+        raise InputError(f"reward {spec}: {module_name} has no function {function_name}")
     reward: Reward = function
     return reward
 
