@@ -1,4 +1,4 @@
-"""Parameters that training left alone, and groups at rates of their own: by patterns, by names, or by shapes where one way fits."""
+"""Parameters that training left alone, and groups at rates of their own: by patterns, by names, or by shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from entropy_probe import InputError, probe_checkpoint, replay, state_of_optimizer
+from entropy_probe import InputError, probe_checkpoint, state_of_optimizer
 from entropy_probe.checkpoints import load_adam_state, load_checkpoint
 from entropy_probe.checkpoints.assignments import Assignment, Shape, assignments
 from entropy_probe.rollouts import write_rollouts
@@ -104,7 +104,6 @@ def test_replay_takes_what_is_frozen_as_the_run_had_it(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert json.loads((tmp_path / "replay.json").read_text())["parameters"] == trained
-    assert callable(replay)
 
 
 @pytest.mark.parametrize(
