@@ -220,7 +220,7 @@ def test_an_unused_parameter_is_named_and_counts_as_zero(setting: tuple[Any, Any
     group = dataclasses.replace(adam.groups[0], names=(*adam.groups[0].names, "spare"))
     moments = {**adam.moments, "spare": dataclasses.replace(next(iter(adam.moments.values())))}
     moments["spare"] = dataclasses.replace(
-        moments["spare"], exp_avg=torch.zeros(3), exp_avg_sq=torch.ones(3), max_exp_avg_sq=None
+        moments["spare"], exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3), max_exp_avg_sq=None
     )
     found = probe(model, dataclasses.replace(adam, groups=(group, *adam.groups[1:]), moments=moments), batch).report
     assert found.first_order.u_cross == pytest.approx(plain.first_order.u_cross, rel=1e-12)

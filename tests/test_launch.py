@@ -257,7 +257,7 @@ def test_a_rank_at_work_in_python_is_interrupted_and_cleans_up(pair: Pair) -> No
 def test_a_fault_on_one_rank_ends_both_with_its_traceback(pair: Pair) -> None:
     def work(ranks: Ranks) -> None:
         if ranks.rank == 1:
-            raise MemoryError("no room")
+            raise ZeroDivisionError("no room")
         wait_in_a_collective(ranks)
 
     pair.hurry()
@@ -265,7 +265,7 @@ def test_a_fault_on_one_rank_ends_both_with_its_traceback(pair: Pair) -> None:
     assert codes([first, second]) == [1, 1]
     assert first.err == ""
     assert second.err.startswith("Traceback")
-    assert second.lines[-1] == "entropy-probe: rank 1: MemoryError: no room"
+    assert second.lines[-1] == "entropy-probe: rank 1: ZeroDivisionError: no room"
 
 
 def test_a_killed_rank_ends_the_other_with_a_line(pair: Pair) -> None:
@@ -393,8 +393,8 @@ def test_different_inputs_are_told_on_both_ranks(pair: Pair) -> None:
 
 def test_out_of_gpu_memory_is_a_fault_and_not_a_lost_rank() -> None:
     failure, trace = failure_of(torch.OutOfMemoryError("CUDA out of memory"), 3)
-    assert (failure.rank, failure.code, failure.line) == (3, 1, "OutOfMemoryError: CUDA out of memory")
-    assert "OutOfMemoryError" in trace
+    assert (failure.rank, failure.code, trace) == (3, 1, "")
+    assert failure.line.startswith("memory ran out (OutOfMemoryError: CUDA out of memory); a smaller")
 
 
 def test_one_process_starts_nothing(place: Place, monkeypatch: pytest.MonkeyPatch, result: ProbeResult) -> None:

@@ -189,7 +189,7 @@ def test_a_mapping_that_shapes_cannot_settle_names_its_rivals_and_the_report_war
         return [decay, first[1]]
 
     rival = replace(RULES[1], name="a rival rule", groups=swapped)
-    monkeypatch.setattr("entropy_probe.checkpoints.adam_state.RULES", (RULES[0], rival))
+    monkeypatch.setattr("entropy_probe.checkpoints.index_names.RULES", (RULES[0], rival))
     save_checkpoint(model, trained_optimizer(model), tmp_path / "checkpoint")
     _, mapping = load_adam_state(tmp_path / "checkpoint" / "optimizer.pt", model)
     assert mapping.rivals == ("a rival rule",)

@@ -129,7 +129,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[Place], str], str]] = {
     "lr-nan": (_state(lambda saved: saved["param_groups"][0].update(lr=float("nan"))), "learning rate"),
     "eps-negative": (_state(lambda saved: saved["param_groups"][0].update(eps=-1.0)), "eps"),
     "group-sizes": (_state(lambda saved: saved["param_groups"][0]["params"].pop()), "group sizes"),
-    "another-model": (_foreign(lambda model: torch.optim.AdamW(list(model.parameters())[:3])), "does not fit"),
+    "another-model": (_foreign(lambda model: torch.optim.AdamW(list(model.parameters())[:3])), "more than one way"),
     "not-a-state-dict": (lambda place: (torch.save([1, 2], place.optimizer), "optimizer.pt")[1], "'state'"),
 }
 

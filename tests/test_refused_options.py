@@ -43,7 +43,7 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "blocks-1": (["--blocks", "1"], "1 blocks"),
     "blocks-negative": (["--blocks", "-3"], "-3 blocks"),
     "blocks-past-the-prompts": (["--blocks", "5"], "5 blocks"),
-    "blocks-with-exact": (["--blocks", "2", "--mode", "exact"], "--blocks"),
+    "blocks-with-exact": (["--blocks", "2", "--mode", "exact"], "number of blocks"),
     "microbatch-0": (["--microbatch", "0"], "--microbatch"),
     "learning-rate-nan": (["--learning-rate", "nan"], "learning_rate is nan"),
     "learning-rate-negative": (["--learning-rate", "-1"], "learning_rate is -1"),

@@ -101,7 +101,7 @@ def test_an_adapter_without_its_base_is_refused(place: Place) -> None:
     model = lora_model(tiny_model())
     save_checkpoint(model, trained_optimizer(model), adapter)
     arguments = ["--rollouts", place.rollouts, "--json", "report.json"]
-    refuse(place, ["run", adapter, *arguments], "--base", "adapter")
+    refuse(place, ["run", adapter, *arguments], "as base", "adapter")
     refuse(place, ["run", adapter, "--base", place.root / "nowhere", *arguments], "nowhere")
     refuse(place, ["run", adapter, "--base", adapter, *arguments], "config.json")
     assert run_command("run", adapter, "--base", place.checkpoint, *arguments).code == 0
@@ -134,4 +134,4 @@ def test_a_damaged_adapter_is_refused(damage: str, place: Place) -> None:
 
 
 def test_a_base_for_a_full_checkpoint_is_refused(place: Place) -> None:
-    refuse_run(place, "--base", options=["--base", str(place.checkpoint)])
+    refuse_run(place, "base", options=["--base", str(place.checkpoint)])

@@ -61,7 +61,13 @@ from support import (
 
 COUNT = 2
 PROJECTION = "model.layers.1.self_attn.q_proj.weight"
-FAMILIES = {"llama-tied": torch.float32, "llama-untied": torch.float64, "gpt2": torch.float32, "lora": torch.float64}
+FAMILIES = {
+    "llama-tied": torch.float32,
+    "llama-untied": torch.float64,
+    "gpt2": torch.float32,
+    "lora": torch.float64,
+    "frozen": torch.float32,
+}
 
 
 def make_folders(root: Path) -> None:
@@ -82,6 +88,9 @@ def make_folders(root: Path) -> None:
     # One row in every lora_A: the second rank has none of it.
     adapted = lora_model(base, rank=1)
     save_checkpoint(adapted, trained_optimizer(adapted), root / "lora")
+    frozen = tiny_model()
+    frozen.model.embed_tokens.weight.requires_grad_(False)
+    save_checkpoint(frozen, trained_optimizer(frozen), root / "frozen")
     # What accelerate's shards come without; of its weights nothing is needed.
     (root / "started").mkdir()
     for file in ("config.json", "generation_config.json"):
@@ -180,9 +189,9 @@ def assert_same(found: Checkpoint, expected: Checkpoint, ranks: Ranks, *, base: 
     assert end_token_ids(found.model) == end_token_ids(expected.model)
 
 
-def loaded_alike(name: str, root: Path, ranks: Ranks) -> None:
+def loaded_alike(name: str, root: Path, ranks: Ranks, **more: Any) -> None:
     """Names, weights, buffers, moments, groups, mapping and test dots; then the gradient of a forward through FSDP2."""
-    how: dict[str, Any] = {"base": base_of(name, root), "dtype": FAMILIES[name], "seed": 5}
+    how: dict[str, Any] = {"base": base_of(name, root), "dtype": FAMILIES[name], "seed": 5, **more}
     found, expected = load_sharded_checkpoint(root / name, ranks, **how), load_checkpoint(root / name, **how)
     assert_same(found, expected, ranks, base=base_of(name, root))
     assert found.mapping == expected.mapping
@@ -204,7 +213,7 @@ def distributed_alike(name: str, root: Path, ranks: Ranks) -> None:
     if name == "lora":
         add_adapter_config(folder, root / "base", ranks)
     else:
-        with pytest.raises(InputError, match=r"no config\.json; .*--base"):
+        with pytest.raises(InputError, match=r"no config\.json; .* as base"):
             load_sharded_checkpoint(folder, ranks)
     expected = load_checkpoint(root / name, base=base_of(name, root))
     found = load_sharded_checkpoint(folder, ranks, base=base)
@@ -412,7 +421,7 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         MODEL_FOLDER,
     ),
     "no-metadata": ("distributed-llama-tied", lambda f: (f / OPTIMIZER_FOLDER / ".metadata").unlink(), ".metadata"),
-    "optimizer-of-other-names": ("distributed-llama-tied", other_names, "do not train the same parameters"),
+    "optimizer-of-other-names": ("distributed-llama-tied", other_names, "trains what the model does not"),
 }
 
 
@@ -431,7 +440,7 @@ def refused(name: str, root: Path, ranks: Ranks) -> None:
     assert "\n" not in message
     assert str(folder) in message
     if name == "renamed-by-transformers":
-        assert "--sharding replicated" in message
+        assert "replicated sharding" in message
     assert not list(root.glob("planted*")), "a pickle was executed"
 
 
@@ -588,7 +597,8 @@ def single_number(root: Path, ranks: Ranks) -> None:
 
 CASES: Mapping[str, Callable[[Path, Ranks], None]] = {
     **{f"loaded-{name}": partial(loaded_alike, name) for name in FAMILIES},
-    **{f"distributed-{name}": partial(distributed_alike, name) for name in ("llama-tied", "lora")},
+    "frozen-as-asked": partial(loaded_alike, "frozen", freeze=("embed_tokens",)),
+    **{f"distributed-{name}": partial(distributed_alike, name) for name in ("llama-tied", "lora", "frozen")},
     "alone": alone_alike,
     "reads": no_more_than_a_shard_is_read,
     "nan": damage_on_one_rank,

@@ -9,6 +9,7 @@ default: such elements are left out of P (P = 0) unless the guide's text is aske
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError
 from entropy_probe.wrappers import held_part, named_parameters, reshard, unwrap
+
+ACCELERATED = ("accelerate.optimizer", "AcceleratedOptimizer")
+"""Module and name of accelerate's wrapper, which need not be there to be known."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -315,13 +319,14 @@ def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ad
 
     Of a model that FSDP2 has sharded, this rank's rows.
 
-    A trainable parameter without state is left out; :func:`validate_preconditioner` names it.
+    Accelerate's wrapper will do: what is inside it counts. A trainable parameter without state is left out;
+    :func:`validate_preconditioner` names it.
 
     Raises:
-        InputError: the optimizer is not Adam or AdamW, or holds a trainable parameter that the model does not.
+        InputError: the optimizer is not Adam or AdamW, is a subclass with a step of its own, or holds a trainable parameter
+            that the model does not.
     """
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        raise InputError(f"the optimizer is {type(optimizer).__name__}; the probe needs torch.optim.Adam or AdamW")
+    optimizer = _plain_adam(optimizer)
     model = unwrap(model)
     reshard(model)
     names = {id(p): name for name, p in named_parameters(model)}
@@ -344,6 +349,34 @@ def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ad
         coupled = {"decoupled_weight_decay": isinstance(optimizer, torch.optim.AdamW)}
         groups.append(group_from_settings(coupled | dict(group), members))
     return AdamState(tuple(groups), moments)
+
+
+def _plain_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
+    """The torch.optim.Adam or AdamW in accelerate's wrappers.
+
+    Raises:
+        InputError: it is another optimizer, or steps otherwise.
+    """
+    while any((cls.__module__, cls.__name__) == ACCELERATED for cls in type(optimizer).__mro__):
+        inner = vars(optimizer).get("optimizer")
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise InputError(
+                f"the optimizer is accelerate's {type(optimizer).__name__} without an optimizer inside; give the "
+                "torch.optim.Adam or AdamW that it steps"
+            )
+        optimizer = inner
+    kind = type(optimizer)
+    # AdamW has been a subclass of Adam only since torch 2.7.
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        raise InputError(f"the optimizer is {kind.__name__}; the probe needs torch.optim.Adam or AdamW")
+    # torch wraps the step of a class for its profiler, schedulers that of an object.
+    own = inspect.unwrap(kind.step)
+    if own not in {inspect.unwrap(torch.optim.Adam.step), inspect.unwrap(torch.optim.AdamW.step)}:
+        raise InputError(
+            f"the optimizer is {kind.__module__}.{kind.__qualname__}, a subclass of Adam with a step of its own "
+            f"({own.__module__}.{own.__qualname__}), which the probe does not know; it needs torch.optim.Adam or AdamW"
+        )
+    return optimizer
 
 
 def moments_from_entry(entry: Mapping[str, Any]) -> AdamMoments:

@@ -1,5 +1,15 @@
 """The one exception that means: the input is at fault, and this line says how."""
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+import torch
+
+NO_MEMORY_ON_CPU = "DefaultCPUAllocator: can't allocate memory"
+"""What torch says, in a plain RuntimeError, where the machine's memory does not do."""
+
 
 class InputError(ValueError):
     """Bad input, told in one line: what was found, what was expected, what to do.
@@ -8,6 +18,27 @@ class InputError(ValueError):
     """
 
 
-def first_line(error: BaseException, longest: int = 300) -> str:
-    """The first line of another library's message, or its type's name: what fits into a line of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """Another library's message as one line of ours: all its lines joined, or its type's name where it says nothing.
+
+    What is longer than ``longest`` characters ends with an ellipsis after a whole word.
+    """
+    words = " ".join(str(error).split()) or type(error).__name__
+    if len(words) <= longest:
+        return words
+    cut = words[: longest - 1]
+    return (cut.rpartition(" ")[0] or cut).rstrip(",;:") + " …"
+
+
+def some_of(names: Sequence[str], shown: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, of the machine or of an accelerator: no input's fault."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and NO_MEMORY_ON_CPU in str(error)

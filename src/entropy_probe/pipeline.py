@@ -6,6 +6,7 @@ the realised step. The stages are in :mod:`~entropy_probe.stages`. Source: guide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,6 +83,7 @@ def probe_checkpoint(
     *,
     evaluation_rollouts: Path | None = None,
     base: Path | None = None,
+    freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = AUTO,
     ranks: Ranks = ALONE,
@@ -92,8 +94,9 @@ def probe_checkpoint(
 
     What the rows say of the trainer (loss, clip, mixed precision, learning rate) holds where the settings say nothing.
 
-    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments. ``auto``
-    takes a GPU where there is one; of several ranks, the device that their process group has for them.
+    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments. ``freeze``
+    are regular expressions: parameters in whose names one of them is found were not trained. ``auto`` takes a GPU where there
+    is one; of several ranks, the device that their process group has for them.
 
     Raises:
         InputError: anything that is wrong with either, in one line.
@@ -104,7 +107,7 @@ def probe_checkpoint(
     with clock.stage("load"):
         batch = read_batch(rollouts, temperature)
         evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
-        _check_same_arguments(ranks, batch, evaluation, settings, None)
+        _check_same_arguments(ranks, batch, evaluation, settings, None, tuple(freeze))
         trainer = _trainers_step(batch, settings)
         match member("sharding", sharding, ShardingChoice):
             case ShardingChoice.REPLICATED:
@@ -114,7 +117,13 @@ def probe_checkpoint(
             case unknown:
                 assert_never(unknown)
         loaded = load(
-            checkpoint, base=base, dtype=settings.dtype, device=device, seed=settings.seed, zero_v=settings.zero_v
+            checkpoint,
+            base=base,
+            dtype=settings.dtype,
+            device=device,
+            seed=settings.seed,
+            zero_v=settings.zero_v,
+            freeze=freeze,
         )
         for rows in (batch, evaluation):
             if rows is not None:
@@ -132,6 +141,7 @@ def probe_checkpoint(
         None if evaluation_rollouts is None else str(evaluation_rollouts),
         trainer,
         special,
+        loaded.folder.notes,
         sent_before=sent_before,
     )
     return _probe(subject, settings, clock, progress or Silent(), None)
@@ -218,6 +228,7 @@ def _check_same_arguments(
     evaluation: RolloutBatch | None,
     settings: Settings,
     preparation: Preparation | None,
+    freeze: tuple[str, ...] = (),
 ) -> None:
     """Before anything that one rank may refuse by itself: the others would wait for it."""
     if ranks.count == 1:
@@ -228,7 +239,7 @@ def _check_same_arguments(
         {
             "rollouts": digest_of_batch(batch),
             "evaluation rollouts": digest_of_batch(evaluation),
-            "settings": digest_of_settings(settings, known),
+            "settings": digest_of_settings(settings, known, freeze),
         },
     )
 
@@ -297,6 +308,7 @@ def _probe_as_marked(
     zero_v = describe_zero_v(settings.zero_v, without_v, gradients.delta_h1_of_zero_v)
 
     warnings = [
+        *subject.notes,
         *diagnostics.learning_rate_warnings(adam, trainer, subject.facts.stored_learning_rates),
         *diagnostics.interval_warnings(statistics, step_statistics.ci95_of_minus),
         *diagnostics.two_batch_warnings(two_batches),

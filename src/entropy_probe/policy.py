@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from entropy_probe.collectives import WHOLE, Ranks, Sharding, deal
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line, out_of_memory
 from entropy_probe.float64_mode import Float64Mode
 from entropy_probe.language_head import (
     HeadMode,
@@ -413,7 +413,9 @@ def choose_head(policy: Policy, rows: Sequence[Rollout], *, chunked: bool) -> He
             modes = [replace(policy, head=HeadMode.CHUNKED)] if chunked and chunkable(head) else []
             gaps = [float(((_columns(p, padded) - truth).abs() / (1 + truth.abs())).max()) for p in (found, *modes)]
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            return HeadChoice(policy, f"logits of every position, whole: {first_line(error, 80)}")
+            if out_of_memory(error):
+                raise
+            return HeadChoice(policy, f"logits of every position, whole: {one_line(error, 80)}")
     if not gaps[0] <= _head_tolerance(policy):
         return HeadChoice(
             policy, f"logits of response positions alone change a log-prob or entropy by {gaps[0]:.1e} of its size"

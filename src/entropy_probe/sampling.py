@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, StoppingCriteria, StoppingCriteriaList
 
 from entropy_probe.collectives import Ranks, Sharding, deal
-from entropy_probe.errors import InputError
+from entropy_probe.errors import InputError, one_line, out_of_memory
 from entropy_probe.policy import Policy, end_token_ids, input_limits
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import PromptId, Rollout, read_rows
@@ -206,7 +206,7 @@ def check_prompts(
         for token in settings.eos_ids:
             if not 0 <= token < vocabulary:
                 raise InputError(
-                    f"end token {token} (--eos-id, or the model's own) is outside the model's vocabulary of {vocabulary}"
+                    f"end token {token} (given, or the model's own) is outside the model's vocabulary of {vocabulary}"
                 )
     for prompt in prompts:
         if vocabulary is not None and max(prompt.prompt_ids) >= vocabulary:
@@ -235,8 +235,10 @@ def load_tokenizer(folders: Sequence[Path]) -> Any:
             try:
                 return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except Exception as error:  # tokenizer files are parsed by several libraries, which raise anything
+                if out_of_memory(error):
+                    raise
                 raise InputError(
-                    f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {error}"
+                    f"{folder}: the tokenizer cannot be loaded: {type(error).__name__}: {one_line(error)}"
                 ) from error
     return None
 
@@ -255,17 +257,19 @@ def load_reward(spec: str) -> Reward:
     """
     module_name, _, function_name = spec.partition(":")
     if not module_name or not function_name:
-        raise InputError(f"--reward is {spec!r}; expected module:function")
+        raise InputError(f"reward is {spec!r}; expected module:function")
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module is the user's, and runs when it is imported
-        raise InputError(f"--reward {spec}: cannot import {module_name} ({type(error).__name__}: {error})") from error
+        if out_of_memory(error):
+            raise
+        raise InputError(f"reward {spec}: cannot import {module_name} ({type(error).__name__}: {error})") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     function = vars(module).get(function_name)
     if not callable(function):
-        raise InputError(f"--reward {spec}: {module_name} has no function {function_name}")
+        raise InputError(f"reward {spec}: {module_name} has no function {function_name}")
     reward: Reward = function
     return reward
 
@@ -489,6 +493,8 @@ def _reward(reward: Reward, prompt: Prompt, text: str) -> float:
     try:
         value = reward(prompt.text, text, dict(prompt.row))
     except Exception as error:  # the function is the user's
+        if out_of_memory(error):
+            raise
         raise InputError(
             f"the reward of prompt_id {prompt.prompt_id!r} raised {type(error).__name__}: {error}"
         ) from error

@@ -25,6 +25,7 @@ from entropy_probe.gradients import (
     cross_gradients,
     make_plan,
     prepare,
+    refuse_cut,
     response_parts,
     unit_gradients,
 )
@@ -83,6 +84,7 @@ class Subject:
     evaluation_rollouts: str | None
     trainer: TrainersStep
     special: SpecialIds
+    notes: tuple[Evidence, ...] = ()
     sent_before: int = 0
 
 
@@ -201,14 +203,18 @@ def make_task(
 
 
 def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
-    """X_u and Y_u under P, and the step's parts from the other units' updates along them."""
+    """X_u and Y_u under P, and the step's parts from the other units' updates along them.
+
+    Raises:
+        InputError: no gradient reaches a parameter that training did reach.
+    """
     settings, policy, units = task.settings, task.policy, task.plan.units
 
     def steps_of_others(ascent: Mapping[str, Tensor]) -> StepsOfOthers:
         factor = clip_factor(gradient_norm(ascent, policy.sharding), task.subject.trainer.max_grad_norm)
         return StepsOfOthers(policy.held(), task.subject.adam, ascent, factor, units.sizes, settings.zero_v)
 
-    return unit_gradients(
+    found = unit_gradients(
         policy,
         task.subject.batch,
         units,
@@ -223,6 +229,8 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
         look=steps_of_others,
         progress=task.progress,
     )
+    refuse_cut(found.cut, task.subject.adam, policy.sharding)
+    return found
 
 
 def against_evaluation(task: Task, evaluation: RolloutBatch, rules: Rules | None) -> TwoBatchStatistics:

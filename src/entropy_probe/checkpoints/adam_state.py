@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,30 +24,43 @@ from entropy_probe.adam_preconditioner import (
     misshapen,
     moments_from_entry,
 )
-from entropy_probe.checkpoints.decay_rules import RULES
+from entropy_probe.checkpoints.index_names import OptimizerMapping, map_names
 from entropy_probe.checkpoints.samples import windows
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line, out_of_memory
 
 FOREIGN_STATES = (
     ("momentum_buffer", "SGD or Muon, which keep no second moment"),
     ("exp_avg_sq_row", "Adafactor, whose second moment is factored"),
     ("state1", "a bitsandbytes 8-bit optimizer"),
+    ("__bnb_optimizer_quant_state__", "a bitsandbytes optimizer (8-bit or 32-bit AdamW, Lion, AdEMAMix, RMSprop)"),
     ("prodigy_d", "Prodigy"),
     ("exp_inf", "Adamax, whose second moment is a maximum"),
     ("square_avg", "RMSprop or Adadelta"),
     ("sum", "Adagrad"),
 )
 
+BESIDE_MOMENTS = (
+    ("mu_product", "NAdam"),
+    ("z", "a schedule-free AdamW"),
+    ("eps_sq", "StableAdamW"),
+    ("exp_avg_diff", "Adan"),
+)
+"""What optimizers keep beside Adam's moments."""
+
+FOREIGN_CODE = (
+    ("torchao.", "a quantised AdamW of torchao"),
+    ("bitsandbytes.", "a bitsandbytes optimizer"),
+    ("galore_torch.", "GaLore"),
+    ("apollo_torch.", "APOLLO"),
+    ("deepspeed.", "DeepSpeed"),
+)
+"""Whose classes an optimizer's pickle may name."""
+
+NAMED_CODE = re.compile(r"GLOBAL ([\w.]+)")
+"""In torch's refusal to unpickle with weights alone: what the file would import."""
+
 ADAM_ENTRY = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 """What torch's Adam and AdamW keep for a parameter."""
-
-
-@dataclass(frozen=True)
-class OptimizerMapping:
-    """How indices became names: the rule, and the other accepted rules that would have mapped some index elsewhere."""
-
-    rule: str
-    rivals: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,8 @@ Part = Callable[[str, Tensor], Tensor]
 def load_adam_state(path: Path, model: nn.Module) -> tuple[AdamState, OptimizerMapping]:
     """Read an optimizer state file and map it onto the model's trainable parameters.
 
-    A parameter without an entry is left out of ``AdamState.moments``; ``validate_preconditioner`` names it.
+    Those that the file does not train are named in the mapping; the model is left as it is. A parameter without an entry is
+    left out of ``AdamState.moments``; ``validate_preconditioner`` names it.
 
     Raises:
         InputError: no file, not loadable without executing a pickle, another optimizer's state, or no rule fits.
@@ -112,7 +127,7 @@ def map_adam_state(
     """
     state, saved_groups = saved["state"], saved["param_groups"]
     _refuse_foreign(state, saved_groups, path)
-    named, mapping = _map_names(state, saved_groups, model, path)
+    named, mapping = map_names(state, saved_groups, model, path)
     try:
         groups = tuple(group_from_settings(group, names) for group, names in zip(saved_groups, named, strict=True))
     except InputError as error:
@@ -157,16 +172,30 @@ def _read(path: Path) -> dict[str, Any]:
         # Mapped: ranks on one machine share its pages, and one that keeps a part reads no more.
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = first_line(error, 160)
-        raise InputError(
-            f"{path} cannot be read with weights_only=True ({reason}); expected torch.save of an optimizer's state_dict"
-        ) from error
+        if out_of_memory(error):
+            raise
+        raise InputError(_unreadable(path, error)) from error
     if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
         found = sorted(map(str, saved))[:5] if isinstance(saved, dict) else type(saved).__name__
         raise InputError(
             f"{path} holds {found}; expected the keys 'state' and 'param_groups' of an optimizer's state_dict"
         )
     return saved
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    code = NAMED_CODE.search(str(error))
+    if code is not None:
+        name = code.group(1)
+        owner = next((of for prefix, of in FOREIGN_CODE if name.startswith(prefix)), None)
+        told = "is not read" if owner is None else f"holds the state of {owner}, which is not read"
+        return (
+            f"{path} {told}: it names {name}, and weights_only=True runs no code; the probe needs torch's Adam or AdamW"
+        )
+    return (
+        f"{path} cannot be read with weights_only=True ({one_line(error, 160)}); expected torch.save of an optimizer's "
+        "state_dict"
+    )
 
 
 def _refuse_malformed(state: object, groups: object, path: Path) -> None:
@@ -180,6 +209,12 @@ def _refuse_malformed(state: object, groups: object, path: Path) -> None:
         raise InputError(
             f"{path}: a group of 'param_groups' is not a dictionary with a list 'params'; the file is damaged"
         )
+    listed = {index for group in groups for index in group["params"] if isinstance(index, int)}
+    strays = sorted(index for index in state if isinstance(index, int) and index not in listed)
+    if strays:
+        raise InputError(
+            f"{path}: 'state' holds index {strays[0]}, which no group lists: group sizes do not fit it; the file is damaged"
+        )
 
 
 def _refuse_foreign(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -191,9 +226,11 @@ def _refuse_foreign(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]
     if any("exp_avg_sq" in entry for entry in state.values()):
         strange = sorted({str(key) for entry in state.values() for key in entry} - ADAM_ENTRY)
         if strange:
+            named = [optimizer for key, optimizer in BESIDE_MOMENTS if key in strange]
+            who = f", as {named[0]} does" if named else ""
             raise InputError(
-                f"{path} keeps {', '.join(strange)} beside Adam's moments, so its step is not Adam's (NAdam keeps "
-                "mu_product); the probe needs torch's Adam or AdamW"
+                f"{path} keeps {', '.join(strange)} beside Adam's moments{who}, so its step is not Adam's; the probe needs "
+                "torch's Adam or AdamW"
             )
         if any("amsgrad" not in group for group in groups):
             raise InputError(
@@ -203,6 +240,11 @@ def _refuse_foreign(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]
         return
     if keys:
         raise InputError(f"{path} holds {keys} for its parameters; the probe needs Adam's exp_avg_sq")
+    if any(isinstance(group.get("state"), Mapping) for group in groups):
+        raise InputError(
+            f"{path} keeps its state inside the parameter groups, as GrokAdamW does, so its step is not Adam's; the probe "
+            "needs torch's Adam or AdamW"
+        )
     if any("betas" not in group for group in groups):
         raise InputError(
             f"{path} holds no state, and its groups have no betas: it is not Adam's; the probe needs exp_avg_sq"
@@ -223,48 +265,3 @@ def _entry_problem(entry: Mapping[str, Any]) -> str | None:
     if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
         return f"step is {step!r}, expected a number"
     return None if math.isfinite(float(step)) else f"step is {float(step)}, expected a finite number"
-
-
-def _map_names(
-    state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], model: nn.Module, path: Path
-) -> tuple[list[list[str]], OptimizerMapping]:
-    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    if all("param_names" in group for group in groups):
-        named = [list(map(str, group["param_names"])) for group in groups]
-        flat = [name for names in named for name in names]
-        if sorted(flat) == sorted(shapes) and _misfit(state, groups, named, shapes) is None:
-            return named, OptimizerMapping("param_names stored in the file", ())
-    accepted: list[tuple[str, list[list[str]]]] = []
-    refusals: list[str] = []
-    for rule in RULES:
-        named = rule.groups(model)
-        why_not = _misfit(state, groups, named, shapes)
-        if why_not is None:
-            accepted.append((rule.name, named))
-        elif why_not not in refusals:
-            refusals.append(why_not)
-    if not accepted:
-        raise InputError(
-            f"{path} does not fit this model under any known decay rule: {'; '.join(refusals)}. Is it the optimizer of "
-            "another model, of other trainable parameters, or of another framework?"
-        )
-    rule_name, named = accepted[0]
-    rivals = tuple(name for name, other in accepted[1:] if other != named)
-    return named, OptimizerMapping(rule_name, rivals)
-
-
-def _misfit(
-    state: Mapping[Any, Any],
-    groups: Sequence[Mapping[str, Any]],
-    named: Sequence[Sequence[str]],
-    shapes: Mapping[str, torch.Size],
-) -> str | None:
-    found, expected = [len(group["params"]) for group in groups], [len(names) for names in named]
-    if found != expected:
-        return f"group sizes {found} in the file, {expected} in the model"
-    for group, names in zip(groups, named, strict=True):
-        for index, name in zip(group["params"], names, strict=True):
-            moment = state.get(index, {}).get("exp_avg_sq")
-            if isinstance(moment, Tensor) and moment.shape != shapes[name]:
-                return f"exp_avg_sq at index {index} has shape {tuple(moment.shape)}, {name} {tuple(shapes[name])}"
-    return None

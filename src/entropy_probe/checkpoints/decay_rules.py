@@ -72,3 +72,46 @@ RULES: tuple[DecayRule, ...] = (
     ),
     DecayRule("one group in the order of named_parameters", lambda model: [_trainable(model)]),
 )
+
+
+def _lora_plus(embeddings_apart: bool) -> Callable[[nn.Module], NamedGroups]:
+    """PEFT's create_loraplus_optimizer: A and all else, LoRA's embeddings, B, and B (or vectors) without decay."""
+
+    def groups(model: nn.Module) -> NamedGroups:
+        modules = dict(model.named_modules())
+        norms = {
+            f"{prefix}.{name}"
+            for prefix, module in modules.items()
+            if isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        parameters = dict(model.named_parameters())
+        found: NamedGroups = [[], [], [], []]
+        for name in _trainable(model):
+            # A tuner layer keeps its parameters in a dictionary by kind, then by adapter.
+            layer = type(modules.get(".".join(name.split(".")[:-2])))
+            if embeddings_apart and layer.__name__ == "Embedding" and layer.__module__.startswith("peft."):
+                group = 1
+            elif "lora_B" in name or parameters[name].dim() == 1:
+                group = 3 if name in norms or "bias" in name else 2
+            else:
+                group = 0
+            found[group].append(name)
+        return found
+
+    return groups
+
+
+def _saved_embeddings_apart(model: nn.Module) -> NamedGroups:
+    """Unsloth's optimizer with an embedding_learning_rate: whole modules beside the adapter are a second group."""
+    names = _trainable(model)
+    apart = [name for name in names if name.endswith("modules_to_save.default.weight")]
+    return [[name for name in names if name not in set(apart)], apart]
+
+
+RATE_RULES: tuple[DecayRule, ...] = (
+    DecayRule("LoRA+ of PEFT (A, embeddings, B, B without decay)", _lora_plus(embeddings_apart=True)),
+    DecayRule("LoRA+ of older PEFT (A with embeddings, none, B, B without decay)", _lora_plus(embeddings_apart=False)),
+    DecayRule("Unsloth's embedding_learning_rate (adapter, then modules_to_save)", _saved_embeddings_apart),
+)
+"""Groups that were made for learning rates of their own."""

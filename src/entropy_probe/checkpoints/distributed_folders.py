@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
 
 MODEL_FOLDER = "pytorch_model_fsdp_0"
 OPTIMIZER_FOLDER = "optimizer_0"
@@ -82,7 +82,9 @@ class SafeReader(FileSystemReader):
             with file.open("rb") as opened:
                 metadata = _MetadataUnpickler(opened).load()
         except Exception as error:  # damaged pickles raise anything
-            raise InputError(f"{file} cannot be read without executing it: {first_line(error, 160)}") from error
+            if out_of_memory(error):
+                raise
+            raise InputError(f"{file} cannot be read without executing it: {one_line(error, 160)}") from error
         if (
             not isinstance(metadata, Metadata)
             or not isinstance(metadata.state_dict_metadata, dict)
@@ -169,7 +171,9 @@ class DistributedFolder:
                             raise EOFError(f"{file} ends before {name}")
                         found[f"{name} {start}"] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         except Exception as error:  # a damaged file's metadata may name anything
-            raise InputError(f"{self.path} is damaged or incomplete: {first_line(error, 200)}") from error
+            if out_of_memory(error):
+                raise
+            raise InputError(f"{self.path} is damaged or incomplete: {one_line(error, 200)}") from error
         return found
 
     def read(self, targets: Mapping[str, Tensor | None]) -> dict[str, Any]:
@@ -187,7 +191,9 @@ class DistributedFolder:
             (plan,) = planner.create_global_plan([self.reader.prepare_local_plan(planner.create_local_plan())])
             self.reader.read_data(planner.finish_plan(plan), planner).wait()
         except Exception as error:  # torch's planner and reader assert, look up and unpack
-            raise InputError(f"{self.path} is damaged or incomplete: {first_line(error, 200)}") from error
+            if out_of_memory(error):
+                raise
+            raise InputError(f"{self.path} is damaged or incomplete: {one_line(error, 200)}") from error
         return planner.settings
 
 
@@ -276,15 +282,16 @@ class DistributedOptimizer:
         """As ``optimizer.pt`` would hold it, with names as ``param_names`` and DTensors of ``mesh``.
 
         Raises:
-            InputError: damaged, or its parameters are not those of the model, ``trainable``.
+            InputError: damaged, or it trains a parameter that is not one of the model's, ``trainable``. Those that it does not
+            train were frozen.
         """
         names = [str(name) for group in self.settings for name in group["params"]]
         # Names are known here: another order of the same shapes must not be guessed.
-        strangers = sorted(set(names) ^ set(trainable))
+        strangers = sorted(set(names) - set(trainable))
         if strangers:
             raise InputError(
-                f"{self.folder.path} and the model do not train the same parameters: {', '.join(strangers[:3])}"
-                f"{f' and {len(strangers) - 3} more' if len(strangers) > 3 else ''}; is it the optimizer of another model?"
+                f"{self.folder.path} trains what the model does not: {some_of(strangers)}; is it the optimizer of another "
+                "model, or does freeze name too much?"
             )
         index = {name: number for number, name in enumerate(names)}
         entries: dict[int, dict[str, Tensor]] = {}

@@ -6,6 +6,7 @@ Weights are read from safetensors only (one file or shards), without network acc
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, ZeroV, validate_preconditioner
-from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
+from entropy_probe.checkpoints.adam_state import load_adam_state
+from entropy_probe.checkpoints.adapter_fit import does_not_fit, why_not_loaded
 from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER, DistributedFolder
+from entropy_probe.checkpoints.foreign import refuse_foreign
+from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
+from entropy_probe.checkpoints.index_names import OptimizerMapping
+from entropy_probe.checkpoints.quantisation import quantised_base_note, refuse_quantised
 from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.collectives import WHOLE, Sharding
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
 from entropy_probe.files import read_json
 from entropy_probe.policy import input_limits
+from entropy_probe.report import Evidence
 
-BY_ROWS = "accelerate's shards are read by run and sample, under torchrun with --sharding fsdp2"
+BY_ROWS = "accelerate's shards are read by run and sample under torchrun, sharded by FSDP2 (sharding fsdp2)"
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
@@ -66,7 +73,7 @@ class ModelFolder:
 
     ``kind`` is "full" or "lora" (any PEFT adapter); ``base`` is the base model's folder for an adapter, and for full weights
     without a configuration of their own the folder that has it, else None. ``context_length`` is None where the architecture
-    sets no limit.
+    sets no limit. ``notes`` is what loading gave cause to warn of.
     """
 
     path: Path
@@ -76,6 +83,7 @@ class ModelFolder:
     architecture: str
     vocabulary: int | None
     context_length: int | None
+    notes: tuple[Evidence, ...] = ()
 
     @property
     def tokenizer_folders(self) -> tuple[Path, ...]:
@@ -107,21 +115,37 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     seed: int = 0,
     zero_v: ZeroV = ZeroV.LEAVE_OUT,
+    freeze: Sequence[str] = (),
 ) -> Checkpoint:
     """Read weights and Adam state.
 
     ``zero_v`` is P where Adam's v is 0: left out, a state that has nothing else is refused.
 
+    ``freeze`` are regular expressions: parameters in whose names one of them is found were not trained.
+
     Raises:
         InputError: anything missing, damaged or of another kind, in one line.
     """
     # The small file first: a missing optimizer should not cost the loading of a large model.
-    optimizer = path / "optimizer.pt"
-    if path.is_dir() and not optimizer.is_file() and (path / OPTIMIZER_FOLDER).is_dir():
+    optimizer = optimizer_file(path)
+    folder = load_model(path, base=base, dtype=dtype, device=device)
+    asked = freeze_matching(folder.model, freeze)
+    adam, mapping = load_adam_state(optimizer, folder.model)
+    freeze_names(folder.model, mapping.frozen)
+    return validated(folder, adam, mapping.said_of(asked), seed=seed, zero_v=zero_v)
+
+
+def optimizer_file(path: Path) -> Path:
+    """Where a checkpoint that one process reads whole has Adam's state.
+
+    Raises:
+        InputError: the folder has none in a form that is read; its framework is named.
+    """
+    file = path / "optimizer.pt"
+    if path.is_dir() and not file.is_file() and (path / OPTIMIZER_FOLDER).is_dir():
         raise InputError(f"{path} has Adam's state in {OPTIMIZER_FOLDER}/; {BY_ROWS}")
     refuse_without_optimizer(path)
-    folder = load_model(path, base=base, dtype=dtype, device=device)
-    return validated(folder, *load_adam_state(optimizer, folder.model), seed=seed, zero_v=zero_v)
+    return file
 
 
 def validated(
@@ -158,6 +182,7 @@ def load_model(
             configuration.
     """
     sources = sources_of(path, base)
+    refuse_quantised(sources.configuration, sources.model)
     if keeps_weights_distributed(path):
         raise InputError(f"{path} has its weights in {MODEL_FOLDER}/; {BY_ROWS}")
     model = _load_full(sources, dtype)
@@ -172,22 +197,28 @@ def sources_of(path: Path, base: Path | None) -> Sources:
     """Where a checkpoint's parts are; the base of an adapter is the given one, or that named in its configuration.
 
     Raises:
-        InputError: no such folder, an adapter without its base or its configuration, or a base that neither lies under an
-            adapter nor describes weights that come without config.json.
+        InputError: no such folder, another framework's, an adapter without its base or its configuration, or a base that
+            neither lies under an adapter nor describes weights that come without config.json.
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; expected a checkpoint folder such as checkpoint-100")
     if (path / "adapter_config.json").is_file():
         return Sources(path, _base_folder(path, base), adapter=True)
     _refuse_adapter_without_config(path)
-    if (path / "config.json").is_file():
+    described = (path / "config.json").is_file()
+    if not described and not keeps_weights_distributed(path):
+        _refuse_adapter_inside(path)
+        refuse_foreign(path)
+    if described:
         if base is not None:
-            raise InputError(f"{path} holds no adapter_config.json, so --base has nothing to be the base of; drop it")
+            raise InputError(
+                f"{path} holds no adapter_config.json, so a base has nothing to be the base of; leave it out"
+            )
         return Sources(path, None, adapter=False)
     if base is None:
         raise InputError(
-            f"{path} has no config.json; expected a Hugging Face checkpoint folder, or the folder of the model that training "
-            "started from with --base (accelerate's shards come without a configuration)"
+            f"{path} has no config.json; expected a Hugging Face checkpoint folder, or beside it as base the folder of the "
+            "model that training started from (accelerate's shards come without a configuration)"
         )
     return Sources(path, _base_folder(path, base), adapter=False)
 
@@ -208,7 +239,15 @@ def folder_of(sources: Sources, model: Any) -> ModelFolder:
         architecture=str(model.config.get_text_config().model_type),
         vocabulary=vocabulary,
         context_length=context_length,
+        notes=_notes(sources),
     )
+
+
+def _notes(sources: Sources) -> tuple[Evidence, ...]:
+    if not sources.adapter or sources.base is None:
+        return ()
+    note = quantised_base_note(sources.path, sources.base)
+    return () if note is None else (note,)
 
 
 def refuse_damaged(path: Path, name: str, weight: Tensor) -> None:
@@ -225,15 +264,11 @@ def refuse_without_optimizer(path: Path) -> None:
     """Refuse a folder without Adam's state in a form that is read.
 
     Raises:
-        InputError: it has neither optimizer.pt nor accelerate's shards.
+        InputError: it has neither optimizer.pt nor accelerate's shards; a framework that keeps it otherwise is named.
     """
     if not path.is_dir() or (path / "optimizer.pt").is_file() or (path / OPTIMIZER_FOLDER).is_dir():
         return
-    if (path / "optimizer.bin").is_file():
-        raise InputError(
-            f"{path} has Adam's state in optimizer.bin, as FSDP writes it with FULL_STATE_DICT, which is not read; save it "
-            "with SHARDED_STATE_DICT"
-        )
+    refuse_foreign(path)
     raise InputError(
         f"{path} has no optimizer.pt and no {OPTIMIZER_FOLDER}/; the probe needs Adam's state (a Trainer leaves it out with "
         "save_only_model=True)"
@@ -257,6 +292,7 @@ def refuse_without_weights(path: Path) -> None:
         InputError: it has no safetensors; the pickles are named.
     """
     if not any(path.glob("*.safetensors")):
+        refuse_foreign(path)
         pickles = sorted(file.name for file in path.glob("*.bin"))
         found = f"only {', '.join(pickles)}, which would have to be unpickled" if pickles else "no weights"
         raise InputError(f"{path} holds {found}; expected model.safetensors or its shards")
@@ -283,6 +319,16 @@ def _refuse_adapter_without_config(path: Path) -> None:
         )
 
 
+def _refuse_adapter_inside(path: Path) -> None:
+    """PEFT keeps an adapter that is not called "default" in a folder of its name."""
+    inside = sorted(file.parent.name for file in path.glob("*/adapter_config.json"))
+    if inside and (path / "optimizer.pt").is_file():
+        raise InputError(
+            f"{path} keeps its adapter in {some_of(inside)}/, as PEFT does with adapters that have a name; copy "
+            f"adapter_config.json and adapter_model.safetensors from {inside[0]}/ beside optimizer.pt"
+        )
+
+
 def _load_full(sources: Sources, dtype: torch.dtype) -> Any:
     path = sources.model
     refuse_without_config(sources.configuration)
@@ -303,13 +349,15 @@ def _load_full(sources: Sources, dtype: torch.dtype) -> Any:
             **_generation(sources, config),
         )
     except Exception as error:  # configuration classes compute with what config.json says and raise anything
-        raise InputError(f"{path} cannot be loaded as a causal language model: {first_line(error)}") from error
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path} cannot be loaded as a causal language model: {one_line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if loading.get(problem):
             names = sorted(key if isinstance(key, str) else str(key[0]) for key in loading[problem])
             raise InputError(
-                f"{path}: the weights do not fit the model, {problem.replace('_', ' ')}: {', '.join(names[:3])}"
-                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; the file is truncated or of another model"
+                f"{path}: the weights do not fit the model, {problem.replace('_', ' ')}: {some_of(names)}; the file is "
+                "truncated or of another model"
             )
     return _in_type(model, dtype)
 
@@ -336,7 +384,7 @@ def _in_type(model: Any, dtype: torch.dtype) -> Any:
 def _base_folder(path: Path, base: Path | None) -> Path:
     if base is not None:
         if not base.is_dir():
-            raise InputError(f"--base {base} is not a folder; expected the base model's folder")
+            raise InputError(f"base {base} is not a folder; expected the base model's folder")
         return base
     named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
     if isinstance(named, str) and named:
@@ -344,7 +392,7 @@ def _base_folder(path: Path, base: Path | None) -> Path:
             if candidate.is_dir():
                 return candidate
     raise InputError(
-        f"{path} is an adapter over {named!r}, which is not a folder here; give the base model's folder with --base"
+        f"{path} is an adapter over {named!r}, which is not a folder here; give the base model's folder as base"
     )
 
 
@@ -363,15 +411,16 @@ def _load_adapter(path: Path, model: Any, dtype: torch.dtype, trainable: bool) -
             model, path, is_trainable=trainable, autocast_adapter_dtype=False, local_files_only=True
         )
     except (*LOAD_ERRORS, TypeError) as error:
-        raise InputError(f"{path}: the adapter cannot be loaded: {first_line(error)}") from error
+        if out_of_memory(error):
+            raise
+        raise InputError(why_not_loaded(path, error, input_limits(model)[0])) from error
     expected = {
         key: tuple(value.shape)
         for key, value in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
     }
     for key, shape in expected.items():
-        if stored.get(key) != shape:
-            raise InputError(
-                f"{path}: adapter weight {key} is {stored.get(key, 'missing')}, expected shape {shape}; "
-                "the file is truncated or of another base"
-            )
+        if key not in stored:
+            raise InputError(f"{path}: adapter weight {key} is missing; the file is truncated or of another base")
+        if stored[key] != shape:
+            raise InputError(does_not_fit(path, key, stored[key], shape, input_limits(model)[0]))
     return _in_type(adapted, dtype)

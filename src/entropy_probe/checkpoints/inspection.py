@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from entropy_probe.adam_preconditioner import ZeroV, moments_problem, preconditioner
-from entropy_probe.checkpoints.adam_state import OptimizerMapping, load_adam_state
-from entropy_probe.checkpoints.hf import ModelFolder, load_model
+from entropy_probe.checkpoints.adam_state import load_adam_state
+from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
+from entropy_probe.checkpoints.hf import ModelFolder, load_model, optimizer_file
+from entropy_probe.checkpoints.index_names import OptimizerMapping
 
 EXPECTED_FILES = (
     ("config.json", "architecture", True),
@@ -73,14 +76,19 @@ def list_files(path: Path, base: Path | None = None) -> list[FoundFile]:
     ]
 
 
-def inspect_checkpoint(path: Path, base: Path | None = None) -> Inspection:
+def inspect_checkpoint(path: Path, base: Path | None = None, freeze: Sequence[str] = ()) -> Inspection:
     """Load a checkpoint and match its state parameter by parameter, without refusing what a probe would refuse.
+
+    ``freeze`` are regular expressions: parameters in whose names one of them is found were not trained.
 
     Raises:
         InputError: the weights or the optimizer file cannot be read at all, or no rule maps it.
     """
+    optimizer = optimizer_file(path)
     folder = load_model(path, base=base)
-    adam, mapping = load_adam_state(path / "optimizer.pt", folder.model)
+    asked = freeze_matching(folder.model, freeze)
+    adam, mapping = load_adam_state(optimizer, folder.model)
+    freeze_names(folder.model, mapping.frozen)
     groups = adam.group_of()
     numbers = {name: number for number, group in enumerate(adam.groups) for name in group.names}
     found = []
@@ -103,4 +111,4 @@ def inspect_checkpoint(path: Path, base: Path | None = None) -> Inspection:
             )
         )
     frozen = sum(not p.requires_grad for p in folder.model.parameters())
-    return Inspection(folder, mapping, adam.learning_rates, tuple(found), frozen)
+    return Inspection(folder, mapping.said_of(asked), adam.learning_rates, tuple(found), frozen)

@@ -7,7 +7,7 @@ parameter, as :func:`entropy_probe.collectives.row_spans` counts them; Adam's mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +25,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_probe.adam_preconditioner import AdamState, ZeroV
-from entropy_probe.checkpoints.adam_state import OptimizerFile, OptimizerMapping, map_adam_state
+from entropy_probe.checkpoints.adam_state import OptimizerFile, map_adam_state
 from entropy_probe.checkpoints.distributed_folders import (
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
     DistributedOptimizer,
     DistributedWeights,
 )
+from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
 from entropy_probe.checkpoints.hf import (
     Checkpoint,
     ModelFolder,
@@ -45,6 +46,8 @@ from entropy_probe.checkpoints.hf import (
     sources_of,
     validated,
 )
+from entropy_probe.checkpoints.index_names import OptimizerMapping
+from entropy_probe.checkpoints.quantisation import refuse_quantised
 from entropy_probe.checkpoints.skeleton import (
     ADVICE,
     Origin,
@@ -57,7 +60,7 @@ from entropy_probe.checkpoints.skeleton import (
 from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.checkpoints.weight_files import SafetensorsWeights, StoredWeights, own_rows
 from entropy_probe.collectives import Ranks, Sharding, even_spans, row_spans
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line, out_of_memory
 from entropy_probe.same_inputs import check_same_inputs, digest_of_settings, digest_of_tensors
 from entropy_probe.wrappers import held_part, named_parameters, reshard
 
@@ -83,10 +86,13 @@ def load_sharded_checkpoint(
     device: torch.device | str = "cpu",
     seed: int = 0,
     zero_v: ZeroV = ZeroV.LEAVE_OUT,
+    freeze: Sequence[str] = (),
 ) -> Checkpoint:
     """Read this rank's shards of weights and Adam state.
 
     ``zero_v`` is P where Adam's v is 0, as of one process.
+
+    ``freeze`` are regular expressions: parameters in whose names one of them is found were not trained.
 
     Weights are safetensors, or accelerate's ``pytorch_model_fsdp_0/``; Adam's state is optimizer.pt, or ``optimizer_0/``.
     The model's parameters are DTensors; every tensor of ``Checkpoint.adam`` is this rank's rows alone, possibly none. One
@@ -97,13 +103,14 @@ def load_sharded_checkpoint(
             told, and before anything is loaded, which of them was given another checkpoint.
         ValueError: the process group is not that of ``ranks``.
     """
-    folder, optimizer = _loaded(path, base, ranks, dtype, device, with_optimizer=True)
+    folder, optimizer, asked = _loaded(path, base, ranks, dtype, device, freeze, with_optimizer=True)
     assert optimizer is not None
     # Adam's state stays on the CPU, as in one process, wherever the model is.
     mesh = DeviceMesh.from_group(_group_of(ranks), "cpu")
     adam, mapping = ranks.alike(partial(_adam_state, optimizer, folder.model, mesh))
+    freeze_names(folder.model, mapping.frozen)
     sharding = sharding_of(folder.model, ranks)
-    return validated(folder, adam, mapping, seed=seed, zero_v=zero_v, sharding=sharding)
+    return validated(folder, adam, mapping.said_of(asked), seed=seed, zero_v=zero_v, sharding=sharding)
 
 
 def load_sharded_model(
@@ -126,7 +133,7 @@ def load_sharded_model(
 def _group_of(ranks: Ranks) -> dist.ProcessGroup:
     group = ranks.group if ranks.group is not None else dist.group.WORLD
     if group is None:
-        raise InputError("--sharding fsdp2 needs a process group; start with torchrun, or use --sharding replicated")
+        raise InputError("FSDP2's sharding needs a process group; start with torchrun, or use replicated sharding")
     if dist.get_world_size(group) != ranks.count:
         raise ValueError(f"{ranks.count} ranks over a process group of {dist.get_world_size(group)}")
     return group
@@ -138,10 +145,14 @@ def _loaded(
     ranks: Ranks,
     dtype: torch.dtype,
     device: torch.device | str,
+    freeze: Sequence[str] = (),
     *,
     with_optimizer: bool,
-) -> tuple[ModelFolder, OptimizerFile | DistributedOptimizer | None]:
-    """The model with this rank's rows, and the optimizer's files if wanted; which rank was given others is told before."""
+) -> tuple[ModelFolder, OptimizerFile | DistributedOptimizer | None, tuple[str, ...]]:
+    """The model with this rank's rows, the optimizer's files if wanted, and what ``freeze`` froze.
+
+    Which rank was given other files is told before.
+    """
     group = _group_of(ranks)
     # What one rank's disk lacks would leave the others waiting.
     sources = ranks.alike(partial(_sources, path, base, with_optimizer))
@@ -149,10 +160,12 @@ def _loaded(
     # Ranks that hold models of two shapes would wait for each other in FSDP2's collectives.
     _refuse_other_checkpoints(ranks, sources, stored)
     skeleton = _skeleton(sources, stored, dtype)
+    # Before FSDP2 takes note of which parameters require gradients.
+    asked = freeze_matching(skeleton.model, freeze)
     shard_model(path, skeleton.model, DeviceMesh.from_group(group, torch.device(device).type))
     # Damaged rows are seen by the rank that holds them.
     ranks.alike(partial(_materialise, path, skeleton, device))
-    return folder_of(sources, skeleton.model), stored.optimizer
+    return folder_of(sources, skeleton.model), stored.optimizer, asked
 
 
 def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
@@ -222,7 +235,9 @@ def shard_model(path: Path, model: Any, mesh: DeviceMesh) -> None:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
     except (ValueError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{path}: FSDP2 cannot shard this model: {first_line(error)}; {ADVICE}") from error
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path}: FSDP2 cannot shard this model: {one_line(error)}; {ADVICE}") from error
 
 
 def _sources(path: Path, base: Path | None, with_optimizer: bool) -> Sources:
@@ -231,6 +246,7 @@ def _sources(path: Path, base: Path | None, with_optimizer: bool) -> Sources:
         refuse_without_optimizer(path)
     sources = sources_of(path, base)
     refuse_without_config(sources.configuration)
+    refuse_quantised(sources.configuration, sources.model)
     return sources
 
 
@@ -252,7 +268,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: the weights cannot be read: {first_line(error)}") from error
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path}: the weights cannot be read: {one_line(error)}") from error
 
 
 def _refuse_other_checkpoints(ranks: Ranks, sources: Sources, stored: Stored) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from entropy_probe.checkpoints.adapter_fit import does_not_fit
 from entropy_probe.checkpoints.hf import LOAD_ERRORS, Sources, expert_kernels
 from entropy_probe.checkpoints.weight_files import StoredWeights
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
+from entropy_probe.policy import input_limits
 
-ADVICE = "use --sharding replicated, which loads what transformers or PEFT converts on the way"
+ADVICE = "use replicated sharding, which loads what transformers or PEFT converts on the way"
 
 UNFILLED = frozenset({torch.empty, torch.rand, torch.randn})
 """What modules make parameters with that a file or an initialiser fills later; buffers come from values."""
@@ -97,9 +99,9 @@ def full_skeleton(sources: Sources, weights: StoredWeights, dtype: torch.dtype) 
         if sources.generation is not None:
             model.generation_config = GenerationConfig.from_pretrained(sources.generation.parent, local_files_only=True)
     except Exception as error:  # configuration classes compute with what config.json says and raise anything
-        raise InputError(f"{path} cannot be built as a causal language model: {first_line(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"{path} holds quantised weights, which cannot be read by rows; {ADVICE}")
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path} cannot be built as a causal language model: {one_line(error)}") from error
     _parameters_to_meta(model, dtype)
     _settle_buffers(model, dtype)
     origins = _match(sources.model, model.eval(), weights)
@@ -116,6 +118,7 @@ def adapter_skeleton(path: Path, base: Skeleton, weights: StoredWeights, dtype: 
         from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise InputError(f"{path} is a PEFT adapter; install it with: pip install 'entropy-probe[lora]'") from error
+    vocabulary, _ = input_limits(base.model)
     of_base = {id(tensor): base.origins[name] for name, tensor in _stored_tensors(base.model).items()}
     try:
         config = PeftConfig.from_pretrained(path, local_files_only=True)
@@ -130,7 +133,9 @@ def adapter_skeleton(path: Path, base: Skeleton, weights: StoredWeights, dtype: 
         state = model.state_dict(keep_vars=True)
         expected = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     except (*LOAD_ERRORS, TypeError, NotImplementedError) as error:
-        raise InputError(f"{path}: the adapter cannot be built without its weights: {first_line(error)}") from error
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path}: the adapter cannot be built without its weights: {one_line(error)}") from error
     _settle_buffers(model, dtype)
     # Of the buffers as they are now, not as they were.
     state = model.state_dict(keep_vars=True)
@@ -140,19 +145,15 @@ def adapter_skeleton(path: Path, base: Skeleton, weights: StoredWeights, dtype: 
         # A whole state dict holds the adapter under its name, the adapter's own without.
         stored = key if key in weights.shapes else names.get(id(tensor), key)
         shape = weights.shapes.get(stored)
+        if shape is None:
+            raise InputError(f"{path}: adapter weight {key} is missing; the file is truncated or of another base")
         if shape != tuple(tensor.shape):
-            raise InputError(
-                f"{path}: adapter weight {key} is {shape or 'missing'}, expected shape {tuple(tensor.shape)}; "
-                "the file is truncated or of another base"
-            )
+            raise InputError(does_not_fit(path, key, shape, tuple(tensor.shape), vocabulary))
         own[id(tensor)] = Origin(weights, (stored,))
     # A resized or replaced embedding is stored whole beside the adapter, under its own name, and goes over the base's.
     for key in weights.shapes.keys() & state.keys() - {key for origin in own.values() for key in origin.keys}:
         if weights.shapes[key] != tuple(state[key].shape):
-            raise InputError(
-                f"{path}: adapter weight {key} is {weights.shapes[key]}, expected shape {tuple(state[key].shape)}; "
-                "the base is another one"
-            )
+            raise InputError(does_not_fit(path, key, weights.shapes[key], tuple(state[key].shape), vocabulary))
         own[id(state[key])] = Origin(weights, (key,))
     origins = {}
     for name, tensor in _stored_tensors(model).items():
@@ -186,9 +187,8 @@ def _match(path: Path, model: PreTrainedModel, weights: StoredWeights) -> dict[s
     for problem, names in problems.items():
         if names:
             raise InputError(
-                f"{path}: the weights do not fit the model, {problem}: {', '.join(sorted(names)[:3])}"
-                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}; the file is truncated or of another model, "
-                f"or transformers renames or merges this family's keys: then {ADVICE}"
+                f"{path}: the weights do not fit the model, {problem}: {some_of(sorted(names))}; the file is truncated or of "
+                f"another model, or transformers renames or merges this family's keys: then {ADVICE}"
             )
     return {name: Origin(weights, tuple(keys[id(tensor)])) for name, tensor in _stored_tensors(model).items()}
 

@@ -73,6 +73,14 @@ BaseOption = Annotated[
         "shards are, the model that training started from: of that the configuration alone is read."
     ),
 ]
+FreezeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--freeze",
+        metavar="PATTERN",
+        help="Parameters that training left alone: a regular expression searched in their names; repeatable.",
+    ),
+]
 DTypeOption = Annotated[DType, typer.Option(help="Weights and arithmetic.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
 ShardingOption = Annotated[
@@ -247,6 +255,7 @@ def run(
         typer.Option("--gradient-checkpointing", help="Recompute layers in the backward: less memory, a forward more."),
     ] = False,
     base: BaseOption = None,
+    freeze: FreezeOption = None,
     device: DeviceOption = Device.AUTO,
     sharding: ShardingOption = ShardingChoice.REPLICATED,
     seed: Annotated[
@@ -304,6 +313,7 @@ def run(
             settings,
             evaluation_rollouts=evaluation_rollouts,
             base=base,
+            freeze=tuple(freeze or ()),
             temperature=temperature,
             device=own_device,
             progress=progress,
@@ -345,6 +355,7 @@ def replay(
         int | None, typer.Option(min=1, metavar="N", help="Responses in one forward; default: what fits.")
     ] = None,
     base: BaseOption = None,
+    freeze: FreezeOption = None,
     device: DeviceOption = Device.AUTO,
     json_file: JsonOption = None,
 ) -> None:
@@ -366,6 +377,7 @@ def replay(
         rollouts,
         settings,
         base=base,
+        freeze=tuple(freeze or ()),
         temperature=temperature,
         device=device.torch_device,
         progress=TerminalProgress(),
@@ -436,12 +448,14 @@ def sample(
                 f"{len(found)} responses written to {out}; end tokens: {ends}; "
                 f"{count_cut(found)} of them were cut at {max_new_tokens} tokens"
             )
+            for note in folder.notes:
+                _console().print(f"warning: {note.seen}. {note.advice}")
 
 
 @app.command()
-def inspect(checkpoint: CheckpointArgument, base: BaseOption = None) -> None:
+def inspect(checkpoint: CheckpointArgument, base: BaseOption = None, freeze: FreezeOption = None) -> None:
     """Say what a checkpoint holds and lacks, and map Adam's state parameter by parameter."""
-    if not print_inspection(checkpoint, base, _console()):
+    if not print_inspection(checkpoint, base, tuple(freeze or ()), _console()):
         raise InputError(f"{checkpoint} cannot be probed as it is; the table above says what is missing")
 
 

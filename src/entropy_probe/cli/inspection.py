@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 from entropy_probe.checkpoints.inspection import Inspection, MatchedParameter, inspect_checkpoint, list_files
 
 
-def print_inspection(path: Path, base: Path | None, console: Console) -> bool:
+def print_inspection(path: Path, base: Path | None, freeze: Sequence[str], console: Console) -> bool:
     """Print both tables; whether the checkpoint can be probed.
 
     Raises:
@@ -18,7 +19,7 @@ def print_inspection(path: Path, base: Path | None, console: Console) -> bool:
     """
     if path.is_dir():
         console.print(_files(path, base))
-    inspection = inspect_checkpoint(path, base)
+    inspection = inspect_checkpoint(path, base, freeze)
     folder, mapping = inspection.folder, inspection.mapping
     console.print(
         f"{folder.kind} checkpoint of a {folder.architecture} model, vocabulary {folder.vocabulary or 'unknown'}, "
@@ -27,6 +28,8 @@ def print_inspection(path: Path, base: Path | None, console: Console) -> bool:
     console.print(f"optimizer indices matched to names by: {mapping.rule}")
     for rival in mapping.rivals:
         console.print(f"also accepted, with another order among equal shapes: {rival}")
+    for note in folder.notes:
+        console.print(f"warning: {note.seen}. {note.advice}")
     if 0.0 in inspection.learning_rates:
         console.print("the stored learning rate is 0.0 (end of a schedule?); run needs --learning-rate")
     console.print(_parameters(inspection))

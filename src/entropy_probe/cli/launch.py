@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # as torch.
 
 from entropy_probe.cli.watch import BAD_INPUT, FAULT, INTERRUPTED, Board, Failure, Watch
 from entropy_probe.collectives import ALONE, Ranks
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line, out_of_memory
 
 CONNECT = timedelta(seconds=60)
 ASSEMBLE = timedelta(minutes=5)
@@ -83,9 +83,7 @@ class Launch:
                 int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
             )
         except ValueError as error:
-            raise InputError(
-                f"torchrun's environment cannot be read ({first_line(error)}); expected numbers"
-            ) from error
+            raise InputError(f"torchrun's environment cannot be read ({one_line(error)}); expected numbers") from error
         if not 0 <= rank < count:
             raise InputError(f"RANK is {rank} of WORLD_SIZE {count}; expected 0 to {count - 1}")
         return launch
@@ -166,7 +164,8 @@ class LostRankError(RuntimeError):
 def run(command: Callable[[Job], int], environment: Mapping[str, str]) -> NoReturn:
     """Run a command on this rank and exit: with its code, or all ranks with the code of the first to fail.
 
-    2 with one line on stderr for an InputError, 130 when interrupted, 1 with a traceback for a fault.
+    2 with one line on stderr for an InputError, 130 when interrupted, 1 with one line where memory ran out and with a traceback
+    for any other fault.
     """
     try:
         launch = Launch.of_environment(environment)
@@ -176,6 +175,10 @@ def run(command: Callable[[Job], int], environment: Mapping[str, str]) -> NoRetu
         _quit(BAD_INPUT, f"entropy-probe: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
         _quit(INTERRUPTED, "interrupted; nothing half-written\n")
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        _quit(FAULT, f"entropy-probe: {_memory_ran_out(error)}\n")
     _run_rank(command, launch)
 
 
@@ -185,7 +188,7 @@ def _run_rank(command: Callable[[Job], int], launch: Launch) -> NoReturn:
         watch = Watch(Board(launch.store(), launch.rank, launch.count), hosts=launch.hosts)
     except dist.DistError as error:
         where = f"{launch.address}:{launch.port}"
-        _quit(FAULT, f"entropy-probe: rank {launch.rank}: no store at {where}: {first_line(error)}\n")
+        _quit(FAULT, f"entropy-probe: rank {launch.rank}: no store at {where}: {one_line(error)}\n")
     try:
         watch.start()
         code = _as_rank(command, Job(launch, store))
@@ -217,12 +220,22 @@ def failure_of(error: BaseException, rank: int) -> tuple[Failure, str]:
         return Failure(rank, code, f"ended with {error.code}"), ""
     if isinstance(error, LostRankError):
         return Failure(rank, FAULT, str(error), common=True), ""
+    if out_of_memory(error):
+        return Failure(rank, FAULT, _memory_ran_out(error)), ""
     if isinstance(error, dist.DistNetworkError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
     ):
-        said = first_line(error)
+        said = one_line(error)
         return Failure(rank, FAULT, f"another rank went without a word: killed, or out of memory? ({said})"), ""
-    return Failure(rank, FAULT, f"{type(error).__name__}: {first_line(error)}"), trace
+    return Failure(rank, FAULT, f"{type(error).__name__}: {one_line(error)}"), trace
+
+
+def _memory_ran_out(error: BaseException) -> str:
+    """What was asked for, as far as the library says, and what needs less."""
+    return (
+        f"memory ran out ({type(error).__name__}: {one_line(error)}); a smaller --memory or --microbatch, "
+        "--gradient-checkpointing, or ranks with --sharding fsdp2 need less"
+    )
 
 
 def _assemble(board: Board) -> None:

@@ -19,6 +19,7 @@ from entropy_probe.gradients.plan import VECTOR_SHARE, Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
 from entropy_probe.gradients.reference import loss_gradient
 from entropy_probe.gradients.treatments import Rules
+from entropy_probe.gradients.unreached import refuse_cut
 
 __all__ = [
     "VECTOR_SHARE",
@@ -35,6 +36,7 @@ __all__ = [
     "make_plan",
     "marked",
     "prepare",
+    "refuse_cut",
     "response_dots",
     "response_parts",
     "unit_gradients",

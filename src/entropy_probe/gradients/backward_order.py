@@ -107,7 +107,7 @@ class BackwardOrder:
         if layer < self._at:
             raise InputError(
                 f"parameter {name}: its layer's gradients come after those of an earlier layer, so that shards cannot be "
-                "exchanged layer by layer; use --sharding replicated"
+                "exchanged layer by layer; use replicated sharding"
             )
         self._go_to(layer)
         return True

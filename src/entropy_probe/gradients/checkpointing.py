@@ -46,7 +46,7 @@ def marked(model: nn.Module) -> Iterator[None]:
     if not layers and not wrappers(model):
         raise InputError(
             "gradient checkpointing was asked for, but no layer of this model is a transformers GradientCheckpointingLayer; "
-            "lower --microbatch instead"
+            "take fewer responses in a forward (microbatch) instead"
         )
     before = [layer.gradient_checkpointing for layer in layers]
     try:

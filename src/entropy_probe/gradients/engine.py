@@ -153,10 +153,13 @@ def unit_gradients(
             looked = Looked(numbers[:, : asked.count], numbers[:, asked.count :])
         else:
             looked = Looked(_third_pass(passes, len(every), shapes, dtype, ascent, look(ascent), progress), None)
+    untouched = tuple(name for name in parameters if name not in reached)
+    ran = reached_anywhere(passes.ran, list(shapes), sharding.ranks) if untouched else set()
     return UnitGradients(
         dots=dots.dots,
         ascent=ascent,
-        untouched=tuple(name for name in parameters if name not in reached),
+        untouched=untouched,
+        cut=tuple(name for name in untouched if name in ran),
         scores=passes.found.scores,
         token_entropies=passes.found.token_entropies,
         third_directions=directions,

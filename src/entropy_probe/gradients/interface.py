@@ -68,6 +68,7 @@ class UnitGradients:
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
         untouched: trainable parameters that no response reaches (autograd gives None for them).
+        cut: those of them whose modules ran all the same; where the backend looks.
         third_directions: η P Ȳᵈ and η P X̄ᵈ over the prompts of each third d of the units, by name, what
             :mod:`entropy_probe.noise` contracts responses with; None where they were not asked for, or vectors were streamed.
         coverage: how parameters got their gradients.
@@ -86,6 +87,7 @@ class UnitGradients:
     rules: Rules | None = None
     looked: Looked | None = None
     zero_v: Mapping[float, float] = field(default_factory=dict)
+    cut: tuple[str, ...] = ()
 
     @property
     def total(self) -> UnitDots:

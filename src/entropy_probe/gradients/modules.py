@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from entropy_probe.errors import out_of_memory
 from entropy_probe.gradients.capture import Capture
 from entropy_probe.gradients.layers import FUNCTIONAL_MODULES
 from entropy_probe.gradients.sequences import Strip
@@ -128,9 +129,9 @@ def _broadcasting(
         try:
             with _with_parameters(module, tensors):
                 return original(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if out_of_memory(error):
+                raise
             # Not a broadcast after all: with the parameters themselves, which autograd's graph will then show.
             return original(*args, **kwargs)
 

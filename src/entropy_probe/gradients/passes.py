@@ -28,6 +28,7 @@ from entropy_probe.gradients.modules import Treatment, fall_back_around, paramet
 from entropy_probe.gradients.sequences import IDLE, Mixing, Strip, padded_length
 from entropy_probe.gradients.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.unit_vectors import UnitVectors
+from entropy_probe.gradients.unreached import callers, noting
 from entropy_probe.policy import (
     Measured,
     PaddedResponses,
@@ -93,6 +94,7 @@ class Passes:
         unproven: parameters for which no rule was proved: one that is used becomes a fallback too.
         shares: the consecutive prompts whose rows are each rank's.
         found: scores (and entropies) so far, NaN where no forward has been.
+        ran: names of the parameters whose modules a forward has called.
     """
 
     policy: Policy
@@ -103,6 +105,7 @@ class Passes:
     unproven: frozenset[str]
     shares: Sequence[range]
     found: Found = field(init=False)
+    ran: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         """Nothing is found yet."""
@@ -115,6 +118,8 @@ class Passes:
         self.lengths = [response.length for response in self.responses]
         self.parameters = self.policy.in_forwards()
         self.owners = parameter_owners(self.policy.model, self.policy.trainable())
+        self.callers = callers(self.policy.model, self.owners)
+        self.ran = set()
         self.ranks = self.policy.sharding.ranks
         self.first_row = [0, *itertools.accumulate(self.batch.group_sizes)]
 
@@ -260,6 +265,7 @@ class Passes:
                 treated(capture, self.owners, self.treatments),
                 checkpointing(policy.model, capture.modes),
                 announced(self.layers(), sink.arrive),
+                noting(self.callers, self.ran),
             ):
                 for rows, strip, padded in self._strips(part):
                     with capture.over(strip):
@@ -280,8 +286,8 @@ class Passes:
             return True
         if policy.sharding.sharded:
             raise InputError(
-                f"parameter {min(escaped)} is used in a way that no rule follows, and the fallback needs whole weights: use "
-                "--sharding replicated"
+                f"parameter {min(escaped)} is used in a way that no rule follows, or below something that cuts the graph "
+                "(detach, no_grad), and the fallback needs whole weights: use replicated sharding"
             )
         # Only now, with this capture and its activations gone, may the rows be tried again.
         del forwards, capture

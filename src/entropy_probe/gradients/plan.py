@@ -63,7 +63,7 @@ def make_plan(
     """
     mode = member("mode", mode, Mode)
     if blocks is not None and mode is Mode.EXACT:
-        raise InputError("--blocks goes with --mode block; EXACT has one unit a prompt")
+        raise InputError("a number of blocks goes with mode block; EXACT has one unit a prompt")
     per_unit = 2 * parameters * bytes_per_value
     room = VECTOR_SHARE * memory_bytes / per_unit
 

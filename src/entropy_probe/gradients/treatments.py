@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line, out_of_memory
 from entropy_probe.gradients.backward_order import outside, sharded_layers
 from entropy_probe.gradients.capture import Capture, leaked
 from entropy_probe.gradients.checkpointing import checkpointed_layers, checkpointing, not_checkpointing
@@ -104,13 +104,13 @@ def prove_rules(policy: Policy, batch: RolloutBatch) -> Rules:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     wrong = _wrong(policy, active, owners, treatments, rows, score, alone)
-            except torch.OutOfMemoryError:
-                raise
             except (RuntimeError, IndexError, TypeError, AssertionError) as error:
+                if out_of_memory(error):
+                    raise
                 reset_sharding(policy.model)
                 if not active:
                     raise InputError(
-                        f"the model scores one sequence but not two of different lengths ({first_line(error, 120)}); "
+                        f"the model scores one sequence but not two of different lengths ({one_line(error, 120)}); "
                         "the probe needs a batch padded on the right"
                     ) from error
                 # A rule broke the model's own code; the model by itself ran in _alone. Slower rules for all but functions,
@@ -134,7 +134,7 @@ def _refuse_fallback(policy: Policy, treatments: Mapping[str, Treatment]) -> Non
     if left and policy.sharding.sharded:
         raise InputError(
             f"parameter {left[0]} ({len(left)} in all) is used in a way that no rule follows, and the exact fallback needs "
-            "whole weights; use --sharding replicated, or freeze it"
+            "whole weights; use replicated sharding, or freeze it"
         )
 
 

@@ -8,6 +8,7 @@ gradient norm against the trainer's log; and where they disagree, causes that ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor
 from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.adam_step import adamw_step
 from entropy_probe.assemble import versions
-from entropy_probe.checkpoints import load_checkpoint, load_model, read_trainer_state, tokenizer_ids
+from entropy_probe.checkpoints import (
+    freeze_matching,
+    freeze_names,
+    load_checkpoint,
+    load_model,
+    read_trainer_state,
+    tokenizer_ids,
+)
 from entropy_probe.devices import AUTO, choose_device
 from entropy_probe.diagnostics import padding_warnings
 from entropy_probe.errors import InputError
@@ -44,13 +52,15 @@ def replay(
     settings: ReplaySettings = DEFAULTS,
     *,
     base: Path | None = None,
+    freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = AUTO,
     progress: Progress | None = None,
 ) -> ReplayReport:
     """Compute the step from checkpoint ``before`` with the rollouts that it consumed, and compare it with ``after``.
 
-    ``auto`` takes a GPU where there is one.
+    ``auto`` takes a GPU where there is one. ``freeze`` are regular expressions: parameters in whose names one of them is found
+    were not trained.
 
     Raises:
         InputError: the two are not one step apart or not of one model, the rows are another step's, or a file will not do.
@@ -67,12 +77,16 @@ def replay(
         advantages, rule = resolve_advantages(batch, settings.advantage)
         weights = resolve_length_weights(batch, trainer.length_weight, settings.max_completion_length)
         # The step renews v first, so that a v of zeros does no harm here.
-        loaded = load_checkpoint(before, base=base, dtype=settings.dtype, device=device, zero_v=ZeroV.GUIDE)
+        loaded = load_checkpoint(
+            before, base=base, dtype=settings.dtype, device=device, zero_v=ZeroV.GUIDE, freeze=freeze
+        )
         adam = trainer.of(loaded.adam)
         check_fits(batch, loaded.folder.vocabulary, loaded.folder.context_length)
         special = special_ids(loaded.model, tokenizer_ids(loaded.folder.tokenizer_folders))
         refuse_unsampled(batch, special, "the rollouts")
         target = load_model(after, base=base, dtype=settings.dtype, device=device)
+        freeze_matching(target.model, freeze)
+        freeze_names(target.model, loaded.mapping.frozen)
         pairs.check_same_model(loaded.folder, target)
         adam_after = pairs.adam_after(after, target, adam)
     policy = Policy(loaded.model, batch.temperature, autocast=trainer.autocast)

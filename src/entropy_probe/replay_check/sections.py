@@ -155,6 +155,7 @@ def warnings(
     """What may keep a replay from being exact, whether or not it is."""
     batch = case.batch
     found = [
+        *loaded.folder.notes,
         *diagnostics.learning_rate_warnings(case.adam, case.trainer, loaded.adam.learning_rates),
         *diagnostics.clipping_warnings(batch, case.step.gradient_norm, case.max_grad_norm),
         *diagnostics.on_policy_warnings(batch, measured.scores),

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line, out_of_memory
 from entropy_probe.files import replacing
 from entropy_probe.rollouts.grouping import group_rollouts
 from entropy_probe.rollouts.records import Rollout, RolloutBatch
@@ -50,7 +50,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
+            if out_of_memory(error):
+                raise
+            raise InputError(f"{path} cannot be read as Parquet: {one_line(error)}") from error
         for number, row in enumerate(rows):
             yield f"{path} row {number}", row
     elif path.suffix in {".jsonl", ".json", ".ndjson"}:
@@ -72,7 +74,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise InputError(f"{where} is not JSON ({error.msg}); expected one JSON object a line") from error
                 except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
                     raise InputError(
-                        f"{where} cannot be read ({first_line(error)}); expected one JSON object a line"
+                        f"{where} cannot be read ({one_line(error)}); expected one JSON object a line"
                     ) from error
                 if not isinstance(row, dict):
                     raise InputError(f"{where} is a JSON {type(row).__name__}; expected one JSON object a line")
@@ -97,8 +99,10 @@ def write_rollouts(rollouts: Iterable[Rollout | Mapping[str, Any]], path: Path) 
         else:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        if out_of_memory(error):
+            raise
         kind = "Parquet, which has one type a column" if path.suffix == ".parquet" else "JSON"
-        raise InputError(f"{path}: a value cannot be written as {kind}: {first_line(error)}") from error
+        raise InputError(f"{path}: a value cannot be written as {kind}: {one_line(error)}") from error
     with replacing(path) as temporary:
         if path.suffix == ".parquet":
             pyarrow.parquet.write_table(table, temporary)

@@ -1,0 +1,172 @@
+"""Folders that other frameworks wrote: each is recognised by the files that only it leaves, and named where it is not read.
+
+One table serves every command. A layout is looked for in the folder that was given, then in the folders inside it, so that who
+gives a run's folder is told which inner one holds what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from entropy_probe.errors import InputError, some_of
+
+CONVERT = (
+    "convert it to a Trainer's folder: config.json, model.safetensors, and Adam's state as optimizer.pt, the state_dict of a "
+    "torch.optim.AdamW with the list param_names in every group"
+)
+DEPTH = 3
+"""How far down inner folders are looked into: a run's folder, its checkpoints, a step, one model's part of it."""
+
+MOST_FOLDERS = 200
+"""Of one depth: what is given by mistake may be a whole disk."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One framework's checkpoint folder.
+
+    Attributes:
+        name: what it is, after "is a".
+        detects: the telling files of a folder, relative to it; none where it is no such folder.
+        advice: what its owner can do.
+    """
+
+    name: str
+    detects: Callable[[Path], list[str]]
+    advice: str
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A folder of a known layout; ``where`` is the given folder or one inside it, ``files`` are relative to ``where``."""
+
+    layout: Layout
+    where: Path
+    files: Sequence[str]
+
+
+def _files(*patterns: str) -> Callable[[Path], list[str]]:
+    """Detect by any file of these patterns; all are listed."""
+    return lambda path: [str(found.relative_to(path)) for pattern in patterns for found in sorted(path.glob(pattern))]
+
+
+def _all_of(*patterns: str) -> Callable[[Path], list[str]]:
+    """Detect only where every pattern finds a file; the first of each is listed."""
+
+    def detects(path: Path) -> list[str]:
+        found = [sorted(path.glob(pattern)) for pattern in patterns]
+        return [str(files[0].relative_to(path)) for files in found] if all(found) else []
+
+    return detects
+
+
+def _beside(patterns: tuple[str, ...], needed: tuple[str, ...]) -> Callable[[Path], list[str]]:
+    """Detect by all of ``needed`` and any of ``patterns``."""
+    every, some = _all_of(*needed), _files(*patterns)
+    return lambda path: [*every(path), *some(path)[:1]] if every(path) and some(path) else []
+
+
+DEEPSPEED = (
+    "save with the Trainer's own optimizer (no deepspeed setting), or with FSDP and SHARDED_STATE_DICT; DeepSpeed's "
+    f"zero_to_fp32.py keeps weights alone; or {CONVERT}"
+)
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("DeepSpeed ZeRO checkpoint", _files("*_optim_states.pt", "global_step*/*_optim_states.pt"), DEEPSPEED),
+    Layout(
+        "DeepSpeed universal checkpoint",
+        _files("zero/*/exp_avg_sq.pt", "global_step*/zero/*/exp_avg_sq.pt", "latest_universal"),
+        DEEPSPEED,
+    ),
+    Layout(
+        "DeepSpeed checkpoint",
+        _files("*mp_rank_*_model_states.pt", "global_step*/*mp_rank_*_model_states.pt"),
+        DEEPSPEED,
+    ),
+    Layout(
+        "checkpoint of verl's FSDP ranks, or of SkyRL or AReaL, which write the same files",
+        _files("optim_world_size_*_rank_*.pt", "model_world_size_*_rank_*.pt"),
+        f"verl.model_merger keeps weights alone; {CONVERT}",
+    ),
+    Layout(
+        "Megatron checkpoint",
+        _files(
+            "common.pt",
+            "mp_rank_*/model_optim_rng.pt",
+            "mp_rank_*/distrib_optim.pt",
+            "iter_*/common.pt",
+            "iter_*/mp_rank_*/model_optim_rng.pt",
+        ),
+        f"Megatron's exporters keep weights alone; {CONVERT}",
+    ),
+    Layout(
+        "torch.distributed.checkpoint (DCP) folder, as torchtitan, prime-rl, AReaL and NeMo-RL write it",
+        _all_of(".metadata", "*.distcp"),
+        f"an optimizer_0 or pytorch_model_fsdp_0 of accelerate is read as part of the checkpoint folder around it: give that; "
+        f"otherwise {CONVERT}",
+    ),
+    Layout(
+        "checkpoint of FSDP's FULL_STATE_DICT",
+        _beside(("pytorch_model_fsdp*.bin", "trainer_state.json"), ("optimizer*.bin",)),
+        "save with SHARDED_STATE_DICT",
+    ),
+    Layout(
+        "state that accelerate's save_state wrote",
+        _files("optimizer*.bin"),
+        f"save with the Trainer; or {CONVERT}",
+    ),
+)
+
+
+def recognise(path: Path) -> tuple[Recognised, ...]:
+    """The foreign checkpoints in a folder: itself, or else those inside it, at most three folders down, or none."""
+    layer = [path]
+    for _ in range(DEPTH + 1):
+        found = [known for folder in layer if (known := _of(folder)) is not None]
+        if found:
+            return tuple(found)
+        layer = [inner for folder in layer for inner in _folders(folder)][:MOST_FOLDERS]
+    return ()
+
+
+def refuse_foreign(path: Path) -> None:
+    """Name what a folder is whose weights or Adam state are not where they are read from.
+
+    Raises:
+        InputError: it is another framework's, holds such folders, or holds checkpoints that are read.
+    """
+    inner = [folder.name for folder in _folders(path) if _is_native(folder)]
+    if inner:
+        which = "that" if len(inner) == 1 else "one of them"
+        raise InputError(f"{path} is not itself a checkpoint that is read, but holds {some_of(inner)}; give {which}")
+    found = recognise(path)
+    if not found:
+        return
+    first = found[0]
+    what = f"a {first.layout.name} ({some_of(first.files)}), which is not read yet; {first.layout.advice}"
+    if first.where == path:
+        raise InputError(f"{path} is {what}")
+    places = [str(known.where.relative_to(path)) for known in found if known.layout is first.layout]
+    raise InputError(f"{path} holds in {some_of(places)} {what}")
+
+
+def _of(folder: Path) -> Recognised | None:
+    for layout in LAYOUTS:
+        files = layout.detects(folder)
+        if files:
+            return Recognised(layout, folder, files)
+    return None
+
+
+def _is_native(folder: Path) -> bool:
+    described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "trainer_state.json"))
+    return described and ((folder / "optimizer.pt").is_file() or (folder / "optimizer_0").is_dir())
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        return sorted(inner for inner in path.iterdir() if inner.is_dir() and not inner.is_symlink())
+    except OSError:
+        return []

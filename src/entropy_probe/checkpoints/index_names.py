@@ -1,0 +1,214 @@
+"""From an optimizer's indices to parameter names: by the names in the file, by a known rule, or by shapes where one way fits.
+
+Shapes are trusted only where they leave a single way (:mod:`~entropy_probe.checkpoints.assignments`); what was told by them is
+said in the mapping's rule.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.checkpoints.assignments import Assignment, Places, Shape, assignments
+from entropy_probe.checkpoints.decay_rules import RATE_RULES, RULES, NamedGroups
+from entropy_probe.errors import InputError, some_of
+
+WAY_OUT = (
+    "say with freeze which parameters training left alone (a regular expression that is searched in their names, such as "
+    "embed_tokens or layers\\.[0-3]\\.), or save the optimizer with param_names in its groups"
+)
+
+
+@dataclass(frozen=True)
+class OptimizerMapping:
+    """How indices became names.
+
+    Attributes:
+        rule: in words.
+        rivals: the other accepted rules that would have mapped some index elsewhere.
+        frozen: parameters that require gradients and that the file does not train.
+    """
+
+    rule: str
+    rivals: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+
+    def said_of(self, asked: Sequence[str]) -> OptimizerMapping:
+        """The same, with the parameters that were frozen because they were asked to be in ``rule``."""
+        return replace(self, rule=f"{self.rule}; frozen as asked: {some_of(asked)}") if asked else self
+
+
+def map_names(
+    state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], model: nn.Module, path: Path
+) -> tuple[NamedGroups, OptimizerMapping]:
+    """The names of every group's parameters, in the order of its indices.
+
+    Raises:
+        InputError: no way fits the stored sizes and shapes, or more than one does and no rule decides.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    by_name = _by_stored_names(state, groups, model, path)
+    if by_name is not None:
+        return by_name
+    accepted: list[tuple[str, NamedGroups]] = []
+    refusals: list[str] = []
+    rules = [(rule.name, rule.groups(model)) for rule in (*RULES, *RATE_RULES)]
+    for rule_name, named in rules:
+        why_not = _misfit(state, groups, named, shapes)
+        if why_not is None:
+            accepted.append((rule_name, named))
+        elif why_not not in refusals:
+            refusals.append(why_not)
+    if accepted:
+        rule_name, named = accepted[0]
+        rivals = tuple(name for name, other in accepted[1:] if other != named)
+        return named, OptimizerMapping(rule_name, rivals)
+    one_by_one = _one_after_another(state, groups, shapes)
+    if one_by_one is not None:
+        return one_by_one
+    places = [[_stored_shape(state, index) for index in group["params"]] for group in groups]
+    plain = {name: tuple(shape) for name, shape in shapes.items()}
+    found = _by_rule_and_shapes(plain, places, rules, path) or _by_shapes(plain, places, path)
+    if found is not None:
+        return found
+    stored = sum(map(len, places))
+    more = f" (the file trains {stored} parameters, the model here {len(shapes)})" if stored != len(shapes) else ""
+    raise InputError(
+        f"{path} does not fit this model under any known decay rule, nor by shapes with some parameters frozen{more}: "
+        f"{'; '.join(refusals)}. Is it the optimizer of another model or of another framework? If not, {WAY_OUT}"
+    )
+
+
+def _by_stored_names(
+    state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], model: nn.Module, path: Path
+) -> tuple[NamedGroups, OptimizerMapping] | None:
+    """What ``param_names`` says; None where the file has none, or names that are not the model's or do not fit it."""
+    if not all("param_names" in group for group in groups):
+        return None
+    named = [list(map(str, group["param_names"])) for group in groups]
+    flat = [name for names in named for name in names]
+    parameters = dict(model.named_parameters())
+    if len(set(flat)) != len(flat) or not set(flat) <= set(parameters):
+        return None
+    frozen_here = [name for name in flat if not parameters[name].requires_grad]
+    if frozen_here:
+        raise InputError(
+            f"{path} trains {some_of(frozen_here)}, by its param_names, which is frozen here; does freeze name too much?"
+        )
+    if _misfit(state, groups, named, {name: p.shape for name, p in parameters.items()}) is not None:
+        return None
+    rest = tuple(name for name, p in parameters.items() if p.requires_grad and name not in set(flat))
+    rule = "param_names stored in the file"
+    return named, OptimizerMapping(rule + _not_trained(rest), (), rest)
+
+
+def _one_after_another(
+    state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, torch.Size]
+) -> tuple[NamedGroups, OptimizerMapping] | None:
+    """Groups that together follow ``named_parameters``, as of layers at rates of their own; or that follow it backwards."""
+    sizes = [len(group["params"]) for group in groups]
+    if sum(sizes) != len(shapes):
+        return None
+    for how, order in (("first to last", 1), ("last to first", -1)):
+        names, named = iter(shapes), NamedGroups()
+        for size in sizes[::order]:
+            named.append(list(itertools.islice(names, size)))
+        named = named[::order]
+        if _misfit(state, groups, named, shapes) is None:
+            stored = [tuple(_stored_shape(state, index) for index in group["params"]) for group in groups]
+            alike = len(set(filter(None, stored))) < len(list(filter(None, stored)))
+            rivals = ("the same groups in another order",) if alike else ()
+            return named, OptimizerMapping(f"groups one after another in the order of named_parameters, {how}", rivals)
+    return None
+
+
+def _by_rule_and_shapes(
+    shapes: Mapping[str, Shape], places: Places, rules: Sequence[tuple[str, NamedGroups]], path: Path
+) -> tuple[NamedGroups, OptimizerMapping] | None:
+    """Groups as a known rule makes them, of fewer parameters than the model has."""
+    found: dict[Assignment, str] = {}
+    for rule_name, named in rules:
+        if len(named) != len(places):
+            continue
+        of_groups = [
+            assignments({name: shapes[name] for name in names}, [stored])
+            for names, stored in zip(named, places, strict=True)
+        ]
+        if any(ways is not None and not ways for ways in of_groups):
+            continue
+        for ways in of_groups:
+            if ways is None or len(ways) > 1:
+                raise InputError(_ambiguous(path, ways, f"groups as of {rule_name}"))
+        single = [ways[0] for ways in of_groups if ways]
+        left = {name for way in single for name in way.left_out}
+        way = Assignment(tuple(way.groups[0] for way in single), tuple(name for name in shapes if name in left))
+        found.setdefault(way, rule_name)
+    if len(found) > 1:
+        raise InputError(_ambiguous(path, list(found), "groups as of several rules"))
+    for way, rule_name in found.items():
+        rule = f"{rule_name}{_not_trained(way.left_out)}"
+        return [list(names) for names in way.groups], OptimizerMapping(rule, (), way.left_out)
+    return None
+
+
+def _by_shapes(shapes: Mapping[str, Shape], places: Places, path: Path) -> tuple[NamedGroups, OptimizerMapping] | None:
+    """Groups of any kind, such as some parameters at a learning rate of their own."""
+    ways = assignments(shapes, places)
+    if ways is None or len(ways) > 1:
+        raise InputError(_ambiguous(path, ways, "groups of any kind"))
+    for way in ways:
+        listed = "; ".join(f"group {number}: {some_of(names)}" for number, names in enumerate(way.groups))
+        rule = f"the only groups that fit by shapes, in the order of named_parameters ({listed}){_not_trained(way.left_out)}"
+        return [list(names) for names in way.groups], OptimizerMapping(rule, (), way.left_out)
+    return None
+
+
+def _not_trained(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f", and {some_of(names)} {'is' if len(names) == 1 else 'are'} not trained: the file leaves no place for more"
+
+
+def _ambiguous(path: Path, ways: Sequence[Assignment] | None, kind: str) -> str:
+    places = "too many parameters of equal shapes could stand at one place"
+    if ways is not None:
+        one, other = (
+            {name: f"in group {number}" for number, names in enumerate(way.groups) for name in names}
+            for way in ways[:2]
+        )
+        differing = [
+            f"{name} {one.get(name, 'not trained')} or {other.get(name, 'not trained')}"
+            for name in dict.fromkeys((*one, *other))
+            if one.get(name) != other.get(name)
+        ]
+        order = "other places within the groups" if not differing else some_of(differing)
+        places = f"it may have {order}"
+    return f"{path} fits this model in more than one way by shapes ({kind}): {places}; {WAY_OUT}"
+
+
+def _stored_shape(state: Mapping[Any, Any], index: object) -> Shape | None:
+    moment = state.get(index, {}).get("exp_avg_sq")
+    return tuple(moment.shape) if isinstance(moment, Tensor) else None
+
+
+def _misfit(
+    state: Mapping[Any, Any],
+    groups: Sequence[Mapping[str, Any]],
+    named: Sequence[Sequence[str]],
+    shapes: Mapping[str, torch.Size],
+) -> str | None:
+    found, expected = [len(group["params"]) for group in groups], [len(names) for names in named]
+    if found != expected:
+        return f"group sizes {found} in the file, {expected} in the model"
+    for group, names in zip(groups, named, strict=True):
+        for index, name in zip(group["params"], names, strict=True):
+            shape = _stored_shape(state, index)
+            if shape is not None and shape != tuple(shapes[name]):
+                return f"exp_avg_sq at index {index} has shape {shape}, {name} {tuple(shapes[name])}"
+    return None

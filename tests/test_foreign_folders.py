@@ -1,0 +1,123 @@
+"""A folder of another framework is named for what it is, by every command, and the way to what is read is told."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from entropy_probe.checkpoints.foreign import recognise
+from entropy_probe.rollouts import write_rollouts
+from support import (
+    lora_model,
+    make_checkpoint,
+    random_rollouts,
+    run_command,
+    save_checkpoint,
+    tiny_model,
+    trained_optimizer,
+)
+
+FOLDERS: dict[str, tuple[Sequence[str], str, str]] = {
+    "zero": (["latest", "global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "", "DeepSpeed ZeRO"),
+    "zero-inner": (["zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"], "", "DeepSpeed ZeRO"),
+    "openrlhf": (["_actor/global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"], "_actor", "DeepSpeed ZeRO"),
+    "universal": (["global_step3_universal/zero/lm_head.weight/exp_avg_sq.pt"], "", "DeepSpeed universal"),
+    "stage-0": (["global_step4/mp_rank_00_model_states.pt"], "", "a DeepSpeed checkpoint"),
+    "verl": (["model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt", "huggingface/config.json"], "", "verl"),
+    "verl-step": (["actor/optim_world_size_2_rank_0.pt"], "actor", "verl"),
+    "verl-run": (["latest_checkpointed_iteration.txt", "global_step_4/actor/optim_world_size_1_rank_0.pt"],
+                 "global_step_4/actor", "verl"),
+    "dcp": ([".metadata", "__0_0.distcp"], "", "torch.distributed.checkpoint (DCP)"),
+    "prime-rl": (["checkpoints/step_2/trainer/.metadata", "checkpoints/step_2/trainer/__0_0.distcp"],
+                 "checkpoints/step_2/trainer", "(DCP)"),
+    "megatron": (["iter_0000002/common.pt", "iter_0000002/.metadata", "iter_0000002/__0_0.distcp"], "", "Megatron"),
+    "megatron-old": (["mp_rank_00/model_optim_rng.pt"], "", "Megatron"),
+    "full": (["optimizer.bin", "pytorch_model_fsdp.bin"], "", "FULL_STATE_DICT"),
+    "save-state": (["optimizer.bin", "model.safetensors", "random_states_0.pkl"], "", "accelerate's save_state"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_every_command_names_the_framework_and_where_it_is(kind: str, tmp_path: Path) -> None:
+    files, where, name = FOLDERS[kind]
+    folder = tmp_path / "given"
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(b"x")
+    rollouts = tmp_path / "rollouts.jsonl"
+    write_rollouts(random_rollouts(2, 2), rollouts)
+    other = tmp_path / "other"
+    other.mkdir()
+    sampling = ["--prompts", rollouts, "--reward", "math:sqrt", "--responses", "2", "--out", tmp_path / "out.jsonl"]
+    for command in (
+        ["run", folder, "--rollouts", rollouts],
+        ["inspect", folder],
+        ["replay", folder, other, "--rollouts", rollouts, "--length-weight", "grpo"],
+        *([["sample", folder, *sampling]] if kind != "save-state" else []),
+    ):
+        outcome = run_command(*command)
+        assert outcome.code == 2
+        assert len(outcome.lines) == 1
+        assert name in outcome.err, outcome.err
+        assert "which is not read yet; " in outcome.err
+        assert f"{folder} {f'holds in {where} a' if where else 'is a'}" in outcome.err
+        assert "save_only_model" not in outcome.err
+
+
+def test_a_runs_folder_points_at_its_checkpoints(tmp_path: Path) -> None:
+    for step in (2, 3):
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
+    outcome = run_command("inspect", tmp_path)
+    assert (outcome.code, len(outcome.lines)) == (2, 1)
+    assert "holds checkpoint-2, checkpoint-3; give one of them" in outcome.err
+
+
+def test_weights_without_an_optimizer_are_no_foreign_folder(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    assert recognise(tmp_path) == ()
+    assert "save_only_model=True" in run_command("inspect", tmp_path).err
+
+
+def test_an_adapter_with_a_name_is_told_where_it_is_and_then_read(tmp_path: Path) -> None:
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    model = lora_model(base)
+    path = save_checkpoint(model, trained_optimizer(model), tmp_path / "checkpoint-3")
+    (path / "policy").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (path / file).rename(path / "policy" / file)
+    outcome = run_command("inspect", path, "--base", tmp_path / "base")
+    assert "keeps its adapter in policy/" in outcome.err
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (path / "policy" / file).rename(path / file)
+    assert run_command("inspect", path, "--base", tmp_path / "base").code == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "owner"), [("torchao.optim.subclass_8bit", "torchao"), ("galore_torch.galore_projector", "GaLore")]
+)
+def test_code_that_an_optimizers_pickle_names_tells_whose_it_is(module: str, owner: str, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "checkpoint")
+    # As torch.save writes a class of another library, which is not here.
+    made = types.ModuleType(module)
+    state = type("State", (), {"__module__": module})
+    vars(made)["State"] = state
+    names = [".".join(module.split(".")[: n + 1]) for n in range(module.count(".") + 1)]
+    before = {name: sys.modules.get(name) for name in names}
+    try:
+        sys.modules |= dict.fromkeys(names, made)
+        torch.save({"state": {0: {"step": state()}}, "param_groups": []}, path / "optimizer.pt")
+    finally:
+        for name, old in before.items():
+            sys.modules.pop(name)
+            if old is not None:
+                sys.modules[name] = old
+    outcome = run_command("inspect", path)
+    assert outcome.code == 2
+    assert owner in outcome.err
+    assert f"names {module}.State" in outcome.err
