@@ -28,10 +28,12 @@ CHANGES: dict[str, Any] = {
     "prompt_ids": (5, 6), "response_ids": (9, 1), "reward": 0.25, "advantage": 0.5, "logprobs": (-1.0, -2.0), "cut": True,
     "prompt": "a", "response": "b", "micro_batch": 3, "window_tokens": 7.0, "max_completion_length": 9,
     "loss_type": "dapo", "step": 4, "on_policy": True, "extra": {"source": "here"}, "temperature": 1.0, "top_k": 0,
-    "top_p": 1.0, "prompt_id": "other",
+    "top_p": 1.0, "prompt_id": "other", "eos_ids": (1,), "padding_id": 0,
 }  # fmt: skip
 
-EVERYWHERE = {"temperature", "advantage", "micro_batch", "window_tokens", "max_completion_length", "loss_type", "step"}
+EVERYWHERE = {
+    "temperature", "advantage", "micro_batch", "window_tokens", "max_completion_length", "loss_type", "step", "eos_ids",
+}  # fmt: skip
 """Columns that every row of a batch must have, or agree about."""
 
 
