@@ -145,11 +145,11 @@ def numbers(choice: Choice, asked: Asked, units: int, responses: int, tokens: in
 
 
 def few_numbers(ranks: int, tensors: int, rounds: int) -> int:
-    """A bound of the rest: 17 digests of inputs, 32 numbers of every rank each, flags and norms of parameter tensors.
+    """A bound of the rest: 18 digests of inputs, 32 numbers of every rank each, flags and norms of parameter tensors.
 
     Sharded ranks have flags of every tensor in each of their ``rounds`` of at most five passes; ``rounds`` is 0 for replicated.
     """
-    return 17 * 32 * ranks + (10 + 5 * rounds) * tensors + 64
+    return 18 * 32 * ranks + (10 + 5 * rounds) * tensors + 64
 
 
 @dataclass(frozen=True)
