@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from entropy_probe.errors import InputError, first_line
+from entropy_probe.errors import InputError, one_line
 from entropy_probe.float64_mode import Float64Mode
 from entropy_probe.gradients import prepare, unit_gradients
 from entropy_probe.language_head import HeadMode
@@ -647,7 +647,7 @@ def measure(model_type: str) -> Row:
         notes += _peculiarities(case.model, policy, case.batch, case.truth)
         found = engine(policy, case.batch, units, case.advantages, case.preconditioners)
     except InputError as error:
-        row = replace(row, status="refused", notes="; ".join([first_line(error), *notes]))
+        row = replace(row, status="refused", notes="; ".join([one_line(error), *notes]))
     except Exception as error:
         row = replace(row, status="failed", notes="; ".join([_reason(error), *notes]))
     else:

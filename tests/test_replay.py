@@ -189,7 +189,7 @@ def test_advantages_without_their_standard_deviation_are_suspected(
         more["after"] = tmp_path / "after"
     report = run(dapo, **more)
     assert_suspected(report, "advantage", "divided by the prompt's standard deviation")
-    assert report.suspicions[0].advice.startswith("Give --advantage grpo")
+    assert report.suspicions[0].advice.startswith("Set the advantage to grpo")
     assert (report.gradient.relative_error is None) is not moments_after
 
 

@@ -91,6 +91,7 @@ def make_folders(root: Path) -> None:
     frozen = tiny_model()
     frozen.model.embed_tokens.weight.requires_grad_(False)
     save_checkpoint(frozen, trained_optimizer(frozen), root / "frozen")
+    shutil.copy(tied / "generation_config.json", root / "frozen")
     # What accelerate's shards come without; of its weights nothing is needed.
     (root / "started").mkdir()
     for file in ("config.json", "generation_config.json"):

@@ -20,6 +20,7 @@ from entropy_probe.recorded import trainers_step
 from entropy_probe.report import Evidence, ZeroVSection
 from entropy_probe.rollouts import Rollout, group_rollouts
 from entropy_probe.scores import EntropyTarget, LengthWeight
+from entropy_probe.step_parts import StepPrediction
 from entropy_probe.u_statistics import CrossStatistics, UnitDots, cross_statistics
 
 
@@ -52,6 +53,27 @@ def test_warnings_about_the_interval(changed: dict[str, Any], expected: set[str]
     changed = dict(changed)
     interval = changed.pop("ci95", (0.1, 2.0))
     assert codes(diagnostics.interval_warnings(statistics(**changed), interval)) == expected
+
+
+def parts_of_a_step(gradient: float, gradient_v_at_t: float, deviation: float = 0.0) -> StepPrediction:
+    deviations = np.zeros((4, 3))
+    deviations[:, 1] = (deviation, -deviation, 0.0, 0.0)
+    return StepPrediction(np.array([0.0, gradient, 0.0]), np.array([0.0, gradient_v_at_t, 0.0]), deviations, 0.0, "")
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (parts_of_a_step(-0.1, -0.31), set()),  # √10 = 3.16: nine tenths of v are fresh
+        (parts_of_a_step(-0.1, -0.33), {"own_step_interval_falls_short"}),
+        (parts_of_a_step(0.1, 0.33), {"own_step_interval_falls_short"}),
+        (parts_of_a_step(-0.1, -0.33, deviation=0.05), set()),  # the part's own error makes up for the difference
+    ],
+)
+def test_the_own_steps_interval_falls_short_where_v_is_mostly_this_gradients_square(
+    step: StepPrediction, expected: set[str]
+) -> None:
+    assert codes(diagnostics.own_step_warnings(step)) == expected
 
 
 def group(names: tuple[str, ...], learning_rate: float) -> AdamGroup:

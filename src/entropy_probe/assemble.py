@@ -307,7 +307,7 @@ def _needed(step: CrossStatistics, prompts_per_unit: float, target_se: float | N
         if reach is None:
             reasons["reach_target_se"] = "ten million units would not do"
     if target_se is None:
-        reasons["target_se"] = reasons["reach_target_se"] = "no target was given (--target-se)"
+        reasons["target_se"] = reasons["reach_target_se"] = "no target was given (target_se)"
 
     def prompts(units: int | None) -> int | None:
         return None if units is None else math.ceil(units * prompts_per_unit)
@@ -320,7 +320,7 @@ def _noise(parts: NoiseParts | None, step: CrossStatistics, *, asked: bool) -> N
     names = [field.name for field in fields(NoiseParts)]
     if parts is None or not step.variance:
         if not asked:
-            why = "not asked for (--no-noise)"
+            why = "not asked for (noise is switched off)"
         elif step.parts is None:
             why = step.null_reasons.get("ci95", "needs the matrix of dots of equal units")
         elif not step.variance:
@@ -348,7 +348,7 @@ def _two_batches(found: TwoBatchStatistics, evaluation: RolloutBatch | None) -> 
 def _folds(folds: Sequence[int], kernel: FloatArray | None, plan: Plan) -> FoldSection:
     count = len(set(folds))
     if kernel is None or plan.units.mode is not Mode.EXACT:
-        why = "needs the matrix of prompts' dots: --mode exact, with vectors stored"
+        why = "needs the matrix of prompts' dots: mode exact, with vectors stored"
         return FoldSection(count, None, None, [], {"delta_h1": why, "delta_h1_se": why})
     found = fold_statistics(kernel, folds)
     reasons = {} if found.se is not None else {"delta_h1_se": "a fold of one prompt cannot be left empty"}

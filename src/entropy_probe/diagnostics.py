@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS, Source, TrainersStep
 from entropy_probe.report import Evidence, ZeroVSection
 from entropy_probe.rollouts import RolloutBatch, SpecialIds, doubtful_rows
 from entropy_probe.scores import LengthWeight, by_group
+from entropy_probe.step_parts import PARTS, StepPrediction
 from entropy_probe.stored_precision import Rounding
 from entropy_probe.sweep import SweepCurve
 from entropy_probe.two_batches import TwoBatchStatistics
@@ -68,7 +70,7 @@ def interval_warnings(statistics: CrossStatistics, delta_h1_ci95: tuple[float, f
             Evidence(
                 "self_test",
                 f"two roads to ΣX̃·ΣỸ differ by {statistics.self_test_residual:.1e} of its terms",
-                "Run with --dtype float64; if it stays, report it",
+                "Run in float64 (dtype); if it stays, report it",
             )
         )
     return found
@@ -86,6 +88,28 @@ LEARNING_RATE_SOURCES = {
     Source.RECORDED: "as the rows recorded it",
     Source.UNKNOWN: "as stored in the optimizer's state (the end of a schedule leaves 0.0 there)",
 }
+
+
+FRESH_SHARE = 0.9
+"""Share of v after the step that is this gradient's own square, above which errors of the step's parts are short."""
+
+
+def own_step_warnings(step: StepPrediction) -> list[Evidence]:
+    """An interval of the optimizer's own step that is known to fall short: its v is mostly this very gradient's square."""
+    gradient = step.parts["gradient"]
+    before, after = abs(float(step.values_v_at_t[PARTS.index("gradient")])), abs(gradient.value)
+    # The gradient's part goes as 1/√v, and v after the step holds v before it: their ratio tells how much is fresh.
+    if gradient.se is None or before * math.sqrt(1.0 - FRESH_SHARE) <= after + gradient.se:
+        return []
+    return [
+        Evidence(
+            "own_step_interval_falls_short",
+            f"this batch's gradient moves entropy by {after:.2g} nats with v after it and by {before:.2g} with v before it, so "
+            f"more than {100 * FRESH_SHARE:.0f} % of v is this very gradient's square; simulated there, the interval of the "
+            "optimizer's own step held the truth in 73 to 88 % of batches instead of 95 %",
+            "Take its error as a lower bound; a few more training steps fill v",
+        )
+    ]
 
 
 def learning_rate_warnings(state: AdamState, trainer: TrainersStep, stored: Sequence[float]) -> list[Evidence]:
@@ -375,7 +399,7 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                     "low_ess",
                     f"the {which} leaves an effective sample of {weights.ess:.1f} of {len(weights.weights)} responses "
                     f"({100 * weights.ess_fraction:.0f} %)",
-                    "Its ΔH rests on a few responses; look at delta_h_psis, or draw fresh ones after the step (--resample)",
+                    "Its ΔH rests on a few responses; look at delta_h_psis, or draw fresh ones after the step (resample)",
                 )
             )
         smoothed = row.change.delta_h_smoothed
@@ -398,7 +422,7 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                     "below_noise_floor",
                     f"the {which} changes entropy by {row.change.delta_h:.1e} ({row.measure.target.estimator}), within the "
                     f"numerical floor of {row.noise_floor:.1e}",
-                    "Run with --dtype float64",
+                    "Run in float64 (dtype)",
                 )
             )
     return found
@@ -457,7 +481,7 @@ def weighting_warnings(weighting: Weighting, group_sizes: Sequence[int]) -> list
             "per_prompt_weights",
             f"importance weights are normalised prompt by prompt, and a prompt has {least} responses: that shrinks ΔH by "
             f"a share of about 1/{least}",
-            "Use --importance-weights global, or give more responses a prompt",
+            "Normalise importance weights over all responses (global), or give more responses a prompt",
         )
     ]
 

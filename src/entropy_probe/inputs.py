@@ -43,23 +43,23 @@ def check_evaluation(evaluation: RolloutBatch, batch: RolloutBatch, settings: Se
         InputError: one response to a prompt under the score estimator, or another temperature.
     """
     if settings.split is not None:
-        raise InputError("--split holds out prompts of one file; with --evaluation-rollouts there is nothing to split")
+        raise InputError("a split holds out prompts of one file; with evaluation rollouts there is nothing to split")
     if min(evaluation.group_sizes) < 2 and settings.estimator is Estimator.SCORE:
         raise InputError(
             "an evaluation prompt has one response, which the score estimator's leave-one-out mean cannot use; give two, or "
-            "--estimator rao-blackwell"
+            "take the estimator rao-blackwell"
         )
     if min(evaluation.group_sizes) < 2 and settings.weighting is Weighting.PER_PROMPT:
         raise InputError(
             "an evaluation prompt has one response, which importance weights normalised prompt by prompt would leave at weight "
-            "one whatever the step; give two, or --importance-weights global"
+            "one whatever the step; give two, or normalise over all responses (global)"
         )
     known = {(row.prompt_ids, row.response_ids) for row in batch.responses}
     again = sum((row.prompt_ids, row.response_ids) in known for row in evaluation.responses)
     if again == len(evaluation.responses):
         raise InputError(
             "every evaluation response is also among the update's: the two batches must be drawn independently, or the "
-            "diagonal that U_cross leaves out comes back; sample anew, or use --split on one file"
+            "diagonal that U_cross leaves out comes back; sample them again, or split one file"
         )
     if evaluation.temperature != batch.temperature:
         raise InputError(
@@ -80,7 +80,7 @@ def check_cross_memory(
     if needed > VECTOR_SHARE * memory_bytes:
         raise InputError(
             f"vectors of {prompts} prompts of both batches take {needed / 1e9:.3g} GB, more than half of the "
-            f"{memory_bytes / 1e9:.3g} GB that may be used; give fewer prompts, more --memory, or --vectors bfloat16"
+            f"{memory_bytes / 1e9:.3g} GB that may be used; give fewer prompts, more memory, or store vectors in bfloat16"
         )
 
 
@@ -133,10 +133,11 @@ def check_split(prompts: int, split: int) -> None:
         InputError: it does.
     """
     if prompts < 4:
-        raise InputError(f"--split of {prompts} prompts; expected at least 4: a fold needs two prompts for its error")
+        raise InputError(f"a split of {prompts} prompts; expected at least 4: a fold needs two prompts for its error")
     if not 2 <= split <= prompts // 2:
         raise InputError(
-            f"--split {split} of {prompts} prompts; expected 2 to {prompts // 2}: a fold needs two prompts for its error"
+            f"a split of {prompts} prompts into {split} folds; expected 2 to {prompts // 2} folds: each needs two prompts "
+            "for its error"
         )
 
 
@@ -154,7 +155,9 @@ def resolve_advantages(batch: RolloutBatch, rule: AdvantageRule | None) -> tuple
         rewards = torch.tensor([response.reward for response in batch.responses], dtype=torch.float64)
         return advantages_from_rewards(rewards, batch.group_sizes, rule), rule
     if not given:
-        raise InputError("the rollouts hold no advantage column; give one, or --advantage dr_grpo, grpo or rloo")
+        raise InputError(
+            "the rollouts hold no advantage column; give one, or set the advantage to dr_grpo, grpo or rloo"
+        )
     return torch.tensor(given, dtype=torch.float64), rule
 
 

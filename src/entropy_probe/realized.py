@@ -242,7 +242,7 @@ def measure_after(
         times = "" if scale == 1.0 else f"{scale:.3g} times "
         raise InputError(
             f"after {times}the {step.title} step a log-probability is {float(found.scores[~found.scores.isfinite()][0])}: the "
-            f"step leaves the range of the number type; give a smaller {'learning rate' if scale == 1.0 else '--sweep'}"
+            f"step leaves the range of the number type; give a smaller {'learning rate' if scale == 1.0 else 'sweep'}"
         )
     return found
 

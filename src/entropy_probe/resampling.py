@@ -63,7 +63,9 @@ def plan_resampling(
         InputError: the model cannot generate, no end token is known although lengths differ, or the context is too short.
     """
     if not any(isinstance(module, GenerationMixin) for module in policy.model.modules()):
-        raise InputError("--resample needs a transformers model with generate; this one has none, drop the option")
+        raise InputError(
+            "fresh responses need a transformers model with generate; this one has none, leave resample out"
+        )
     eos_ids = batch.responses[0].eos_ids  # all rows say the same
     if eos_ids is None:
         ended = {r.response_ids[-1] for r in batch.responses if r.cut is False}
@@ -71,7 +73,7 @@ def plan_resampling(
     lengths = [len(r.response_ids) for r in batch.responses]
     if not eos_ids and len(set(lengths)) > 1:
         raise InputError(
-            "--resample cannot tell what ends a response: the model's config names no end token; set eos_token_id, or give the "
+            "nothing tells what ends a fresh response: the model's config names no end token; set eos_token_id, or give the "
             "rollouts a column cut"
         )
     vocabulary, context = input_limits(policy.model)

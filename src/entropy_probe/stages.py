@@ -142,7 +142,7 @@ def make_task(
     if subject.sharding.sharded and narrow:
         raise InputError(
             f"sharded weights are {dtype_name(narrow[0].dtype)}, in which a small step would vanish, and FSDP2's "
-            "cannot be probed as float32 copies; use --dtype float32 --autocast bfloat16, or --sharding replicated"
+            "cannot be probed as float32 copies; set dtype to float32 and autocast to bfloat16, or sharding to replicated"
         )
     policy = Policy(model, batch.temperature, autocast=subject.trainer.autocast, sharding=subject.sharding)
     trainable = policy.trainable()

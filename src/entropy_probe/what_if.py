@@ -43,10 +43,10 @@ class Fall:
 def another_learning_rate(step: StepPrediction, delta_h1: Estimate, rates: Sequence[float], asked: float) -> WhatIf:
     """Both steps are proportional to η, weight decay included; ``rates`` are the distinct ones of this step."""
     if len(rates) > 1:
-        why_not = "parameter groups have learning rates of their own; give --learning-rate, which replaces them all"
+        why_not = "parameter groups have learning rates of their own; set one learning rate, which replaces them all"
         return WhatIf("learning_rate", asked, None, None, why_not)
     if rates[0] == 0.0:
-        why_not = "this step's learning rate is 0, of which nothing else is a multiple; give --learning-rate"
+        why_not = "this step's learning rate is 0, of which nothing else is a multiple; set the learning rate"
         return WhatIf("learning_rate", asked, None, None, why_not)
     factor = asked / rates[0]
     return WhatIf("learning_rate", asked, delta_h1.scaled(factor), step.total.scaled(factor), "")

@@ -41,7 +41,7 @@ def one_thing_else(case: Replayed, progress: Progress) -> Iterator[Cause]:
         yield Cause(
             "length_weight",
             f"the trainer's loss weighs lengths as {rule}; here it is {case.length_weight}",
-            f"Give --length-weight {rule}",
+            f"Set the length weight to {rule}",
             case.stepped(case.along(case.advantages * weights, progress)),
         )
 
@@ -53,7 +53,7 @@ def two_things_else(case: Replayed, progress: Progress) -> Iterator[Cause]:
             yield Cause(
                 "advantage_and_length_weight",
                 f"the trainer's loss weighs lengths as {rule}, and its advantages were {words}",
-                f"{advice}. Give --length-weight {rule}",
+                f"{advice}. Set the length weight to {rule}",
                 case.stepped(case.along(advantages * weights, progress)),
             )
 
@@ -70,7 +70,9 @@ def _other_advantages(case: Replayed) -> Iterator[tuple[str, str, Tensor]]:
         else:
             found = advantages_from_rewards(rewards, sizes, rule) if min(sizes) > 1 else None
         if found is not None and rule is not case.rule:
-            candidates.append((words, f"Give --advantage {rule}, or look for who changed the column advantage", found))
+            candidates.append(
+                (words, f"Set the advantage to {rule}, or look for who changed the column advantage", found)
+            )
     if min(sizes) > 1:
         advice = "Record the trainer's own advantages, and look for who changed the column advantage"
         candidates.append((OVER_BATCH, advice, advantages_over_batch(rewards, sizes)))

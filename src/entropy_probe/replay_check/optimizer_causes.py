@@ -50,7 +50,7 @@ def _clipping(case: Replayed) -> Iterator[Cause]:
         yield Cause(
             "clipping",
             f"the trainer did not clip its gradient of norm {norm:.4g}; here it was clipped at {case.max_grad_norm:g}",
-            "Give --max-grad-norm 0 if that is meant, or look for the clip that the trainer lost",
+            "Set max_grad_norm to 0 if that is meant, or look for the clip that the trainer lost",
             adamw_step(case.before, case.adam, case.ascent),
         )
     if factor is None and norm > USUAL_MAX_GRAD_NORM and case.max_grad_norm != USUAL_MAX_GRAD_NORM:
@@ -64,7 +64,7 @@ def _clipping(case: Replayed) -> Iterator[Cause]:
         yield Cause(
             "clipping",
             f"the trainer clipped its gradient of norm {norm:.4g} to {factor * norm:.4g}; here it is {used * norm:.4g}, {here}",
-            f"Give --max-grad-norm {factor * norm:.4g} if the trainer clips there",
+            f"Set max_grad_norm to {factor * norm:.4g} if the trainer clips there",
             step,
             fitted=True,
         )
@@ -94,7 +94,7 @@ def _learning_rate(case: Replayed) -> Iterator[Cause]:
             yield Cause(
                 "learning_rate",
                 f"the trainer's learning rate was {rate:.6g}, as its {source} says; here it is {stored}",
-                f"Give --learning-rate {rate:.6g}, or look for the scheduler that was resumed otherwise",
+                f"Set the learning rate to {rate:.6g}, or look for the scheduler that was resumed otherwise",
                 case.stepped(case.ascent, _with_rate(case.adam, rate / scale, scale)),
             )
     factor = fitted_factor(deltas, case.moved)
@@ -104,7 +104,7 @@ def _learning_rate(case: Replayed) -> Iterator[Cause]:
     yield Cause(
         "learning_rate",
         f"the trainer's learning rate was {factor * scale:.6g}; here it is {stored}",
-        f"Give --learning-rate {factor * scale:.6g}, or look for the scheduler that was resumed otherwise",
+        f"Set the learning rate to {factor * scale:.6g}, or look for the scheduler that was resumed otherwise",
         case.stepped(case.ascent, _with_rate(case.adam, factor, scale)),
         fitted=True,
     )

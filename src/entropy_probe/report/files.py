@@ -22,7 +22,7 @@ def check_report_folder(folder: Path) -> None:
         InputError: the path is a file, its parent is missing, or it is read-only.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; --out takes a folder")
+        raise InputError(f"{folder} is a file; expected a folder for the report")
     check_writable(folder / "report.json" if folder.is_dir() else folder)
 
 

@@ -115,7 +115,7 @@ def _noise(report: Report) -> Table:
         (
             "entropy gradient, X",
             share(noise.entropy_gradient, "entropy_gradient"),
-            "sampling of responses: more of them, or a better --estimator",
+            "sampling of responses: more of them, or a better estimator",
         ),
         ("update, Y", share(noise.update, "update"), "sampling of responses: more of them"),
         ("both together", share(noise.shared, "shared"), "through the responses that both are made of"),

@@ -7,7 +7,7 @@ the loss consumed, in the rollouts format::
     trainer.add_callback(RolloutRecorder(trainer, "rollouts"))
     trainer.train()
 
-    entropy-probe run output/checkpoint-50 --rollouts rollouts/step-00051.jsonl --length-weight dapo
+    entropy-probe run output/checkpoint-50 --rollouts rollouts/step-00051.jsonl
     entropy-probe replay output/checkpoint-50 output/checkpoint-51 --rollouts rollouts/step-00051.jsonl
 
 A trainer of your own whose loss has, on-policy, the gradient of one of TRL's is recorded if you say which one::
