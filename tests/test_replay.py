@@ -244,7 +244,7 @@ def test_both_at_once_are_suspected(loose: Path) -> None:
 def test_another_clip_is_suspected(dapo: Path, told: float, says: str) -> None:
     report = run(dapo, ReplaySettings(max_grad_norm=told))
     assert_suspected(report, "clipping", says, f"to {CLIP:.4g}")
-    assert f"--max-grad-norm {CLIP:.4g}" in report.suspicions[0].advice
+    assert f"max_grad_norm to {CLIP:.4g}" in report.suspicions[0].advice
 
 
 def test_a_clip_that_the_trainer_did_not_make_is_suspected(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_what_cannot_be_resampled_is_refused_before_the_work() -> None:
     from enumerable import EnumerablePolicy
 
     batch = rollouts_of(Policy(small_llama()), 4)
-    with pytest.raises(InputError, match="needs a transformers model with generate"):
+    with pytest.raises(InputError, match="need a transformers model with generate"):
         plan_resampling(Policy(EnumerablePolicy(2)), batch, None, 0)
     endless = small_llama()
     endless.config.eos_token_id = endless.generation_config.eos_token_id = None
