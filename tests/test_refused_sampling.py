@@ -92,7 +92,7 @@ SAMPLING: dict[str, tuple[dict[str, str], str]] = {
     "eos-negative": ({"eos-id": "-1"}, "end token"),
     "seed-too-large": ({"seed": str(2**80)}, "seed"),
     "dtype": ({"dtype": "int8"}, "--dtype"),
-    "base": ({"base": "checkpoint-3"}, "--base"),
+    "base": ({"base": "checkpoint-3"}, "a base"),
 }
 
 

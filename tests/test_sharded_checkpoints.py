@@ -91,6 +91,7 @@ def make_folders(root: Path) -> None:
     frozen = tiny_model()
     frozen.model.embed_tokens.weight.requires_grad_(False)
     save_checkpoint(frozen, trained_optimizer(frozen), root / "frozen")
+    shutil.copy(tied / "generation_config.json", root / "frozen")
     # What accelerate's shards come without; of its weights nothing is needed.
     (root / "started").mkdir()
     for file in ("config.json", "generation_config.json"):
@@ -395,6 +396,11 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "lm_head.weight",
     ),
     "pickled": ("llama-tied", pickled_only, "pytorch_model.bin"),
+    "quantised": (
+        "llama-tied",
+        lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "is quantised (gptq 4-bit)",
+    ),
     "renamed-by-transformers": ("mixtral", lambda f: None, "experts"),
     "moment-mis-shaped": ("llama-tied", another_shape, r"exp_avg has shape (15, 16), the parameter (16, 16)"),
     "adapter-missing-a-weight": (
