@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from entropy_probe import InputError, probe_checkpoint, state_of_optimizer
-from entropy_probe.checkpoints import load_adam_state, load_checkpoint
+from entropy_probe.checkpoints import OptimizerMapping, load_adam_state, load_checkpoint
 from entropy_probe.checkpoints.assignments import Assignment, Shape, assignments
 from entropy_probe.rollouts import write_rollouts
 from support import (
@@ -173,16 +173,22 @@ BUILDERS: dict[str, tuple[Callable[[nn.Module], list[dict[str, Any]]], str]] = {
 }
 
 
+def mapped(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> OptimizerMapping:
+    """How the optimizer's file was mapped, once what came out is the optimizer's own state."""
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    found, mapping = load_adam_state(folder / "optimizer.pt", model)
+    live = state_of_optimizer(optimizer, model)
+    assert_same_moments(found, live)
+    assert found.groups == live.groups
+    return mapping
+
+
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_groups_at_rates_of_their_own_are_told_by_shapes(builder: str, tmp_path: Path) -> None:
     build, said = BUILDERS[builder]
     model = tiny_model("llama-untied")
     optimizer = stepped(model, build(model))
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    found, mapping = load_adam_state(tmp_path / "optimizer.pt", model)
-    live = state_of_optimizer(optimizer, model)
-    assert_same_moments(found, live)
-    assert found.groups == live.groups
+    mapping = mapped(optimizer, model, tmp_path)
     assert said in mapping.rule
     assert bool(mapping.rivals) == builder.startswith("layers"), "layers of equal shapes could be swapped"
 
@@ -210,11 +216,7 @@ def test_lora_plus_and_unsloths_embeddings_have_their_rules(tmp_path: Path) -> N
             if p.requires_grad:
                 p.grad = torch.randn_like(p)
         optimizer.step()
-        torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-        found, mapping = load_adam_state(tmp_path / "optimizer.pt", model)
-        live = state_of_optimizer(optimizer, model)
-        assert_same_moments(found, live)
-        assert found.groups == live.groups
+        mapping = mapped(optimizer, model, tmp_path)
         assert rule in mapping.rule
         assert mapping.rivals == ()
 

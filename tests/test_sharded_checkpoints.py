@@ -396,6 +396,11 @@ REFUSALS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "lm_head.weight",
     ),
     "pickled": ("llama-tied", pickled_only, "pytorch_model.bin"),
+    "quantised": (
+        "llama-tied",
+        lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "is quantised (gptq 4-bit)",
+    ),
     "renamed-by-transformers": ("mixtral", lambda f: None, "experts"),
     "moment-mis-shaped": ("llama-tied", another_shape, r"exp_avg has shape (15, 16), the parameter (16, 16)"),
     "adapter-missing-a-weight": (
