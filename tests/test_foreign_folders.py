@@ -28,6 +28,7 @@ FOLDERS: dict[str, tuple[Sequence[str], str, str]] = {
     "openrlhf": (["_actor/global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"], "_actor", "DeepSpeed ZeRO"),
     "universal": (["global_step3_universal/zero/lm_head.weight/exp_avg_sq.pt"], "", "DeepSpeed universal"),
     "stage-0": (["global_step4/mp_rank_00_model_states.pt"], "", "a DeepSpeed checkpoint"),
+    "zero-elsewhere": (["latest", "global_step4/readme"], "", "DeepSpeed checkpoint without its ranks' files"),
     "verl": (["model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt", "huggingface/config.json"], "", "verl"),
     "verl-step": (["actor/optim_world_size_2_rank_0.pt"], "actor", "verl"),
     "verl-run": (["latest_checkpointed_iteration.txt", "global_step_4/actor/optim_world_size_1_rank_0.pt"],
@@ -71,10 +72,11 @@ def test_every_command_names_the_framework_and_where_it_is(kind: str, tmp_path: 
 
 def test_a_runs_folder_points_at_its_checkpoints(tmp_path: Path) -> None:
     for step in (2, 3):
-        make_checkpoint(tmp_path / f"checkpoint-{step}")
-    outcome = run_command("inspect", tmp_path)
-    assert (outcome.code, len(outcome.lines)) == (2, 1)
-    assert "holds checkpoint-2, checkpoint-3; give one of them" in outcome.err
+        make_checkpoint(tmp_path / "run" / f"checkpoint-{step}")
+    for given, inside in ((tmp_path / "run", ""), (tmp_path, "run/")):
+        outcome = run_command("inspect", given)
+        assert (outcome.code, len(outcome.lines)) == (2, 1)
+        assert f"holds {inside}checkpoint-2, {inside}checkpoint-3; give one of them" in outcome.err
 
 
 def test_weights_without_an_optimizer_are_no_foreign_folder(tmp_path: Path) -> None:

@@ -7,8 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
-NO_MEMORY_ON_CPU = "DefaultCPUAllocator: can't allocate memory"
-"""What torch says, in a plain RuntimeError, where the machine's memory does not do."""
+NO_MEMORY = (
+    "DefaultCPUAllocator:",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+"""What torch says, in a plain RuntimeError, where the memory of a machine or of an accelerator does not do."""
 
 
 class InputError(ValueError):
@@ -41,4 +47,4 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and NO_MEMORY_ON_CPU in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)

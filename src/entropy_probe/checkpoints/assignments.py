@@ -20,8 +20,8 @@ Places = Sequence[Sequence[Shape | None]]
 
 State = tuple[int, ...]
 
-MOST_STATES = 400_000
-"""States of one search: beyond it so many equal shapes are interchangeable that no single way is left."""
+MOST_NUMBERS = 800_000
+"""In the states of one search: beyond it so many equal shapes are interchangeable that no single way is left."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Search:
         for number in range(len(self.names)):
             layers.append({self.after(s, option) for s in layers[-1] for option in self.options(number, s)})
             count += len(layers[-1])
-            if count > MOST_STATES:
+            if count * len(self.places) > MOST_NUMBERS:
                 return None
         return layers
 

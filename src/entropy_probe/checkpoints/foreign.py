@@ -6,7 +6,7 @@ gives a run's folder is told which inner one holds what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,8 @@ LAYOUTS: tuple[Layout, ...] = (
         _files("*mp_rank_*_model_states.pt", "global_step*/*mp_rank_*_model_states.pt"),
         DEEPSPEED,
     ),
+    # Its ranks' files are on other machines' disks, or lost.
+    Layout("DeepSpeed checkpoint without its ranks' files", _all_of("latest", "global_step[0-9]*"), DEEPSPEED),
     Layout(
         "checkpoint of verl's FSDP ranks, or of SkyRL or AReaL, which write the same files",
         _files("optim_world_size_*_rank_*.pt", "model_world_size_*_rank_*.pt"),
@@ -122,13 +124,7 @@ LAYOUTS: tuple[Layout, ...] = (
 
 def recognise(path: Path) -> tuple[Recognised, ...]:
     """The foreign checkpoints in a folder: itself, or else those inside it, at most three folders down, or none."""
-    layer = [path]
-    for _ in range(DEPTH + 1):
-        found = [known for folder in layer if (known := _of(folder)) is not None]
-        if found:
-            return tuple(found)
-        layer = [inner for folder in layer for inner in _folders(folder)][:MOST_FOLDERS]
-    return ()
+    return next(filter(None, (tuple(filter(None, map(_of, layer))) for layer in _layers(path))), ())
 
 
 def refuse_foreign(path: Path) -> None:
@@ -137,7 +133,8 @@ def refuse_foreign(path: Path) -> None:
     Raises:
         InputError: it is another framework's, holds such folders, or holds checkpoints that are read.
     """
-    inner = [folder.name for folder in _folders(path) if _is_native(folder)]
+    layers = [[folder for folder in layer if _is_native(folder)] for layer in _layers(path)]
+    inner = [str(folder.relative_to(path)) for folder in next(filter(None, layers), []) if folder != path]
     if inner:
         which = "that" if len(inner) == 1 else "one of them"
         raise InputError(f"{path} is not itself a checkpoint that is read, but holds {some_of(inner)}; give {which}")
@@ -163,6 +160,14 @@ def _of(folder: Path) -> Recognised | None:
 def _is_native(folder: Path) -> bool:
     described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "trainer_state.json"))
     return described and ((folder / "optimizer.pt").is_file() or (folder / "optimizer_0").is_dir())
+
+
+def _layers(path: Path) -> Iterator[list[Path]]:
+    """The folder, those in it, those in them, and so on."""
+    layer = [path]
+    for _ in range(DEPTH + 1):
+        yield layer
+        layer = [inner for folder in layer for inner in _folders(folder)][:MOST_FOLDERS]
 
 
 def _folders(path: Path) -> list[Path]:

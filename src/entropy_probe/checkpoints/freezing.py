@@ -38,9 +38,8 @@ def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...
         frozen |= dict.fromkeys(found)
     kept = {id(p) for p in trainable.values()} - {id(trainable[name]) for name in frozen}
     if patterns and not kept:
-        raise InputError(
-            f"freeze ({some_of(list(patterns))}) leaves no parameter to train; give fewer or narrower patterns"
-        )
+        given = some_of([repr(pattern) for pattern in patterns])
+        raise InputError(f"freeze ({given}) leaves no parameter to train; give fewer or narrower patterns")
     for name in frozen:
         trainable[name].requires_grad_(False)
     return tuple(frozen)

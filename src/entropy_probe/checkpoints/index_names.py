@@ -59,11 +59,11 @@ def map_names(
     accepted: list[tuple[str, NamedGroups]] = []
     refusals: list[str] = []
     rules = [(rule.name, rule.groups(model)) for rule in (*RULES, *RATE_RULES)]
-    for rule_name, named in rules:
+    for number, (rule_name, named) in enumerate(rules):
         why_not = _misfit(state, groups, named, shapes)
         if why_not is None:
             accepted.append((rule_name, named))
-        elif why_not not in refusals:
+        elif why_not not in refusals and number < len(RULES):
             refusals.append(why_not)
     if accepted:
         rule_name, named = accepted[0]
