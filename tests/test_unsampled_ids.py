@@ -76,6 +76,11 @@ PADDED: dict[str, tuple[RolloutBatch, SpecialIds, tuple[str, ...]]] = {
     "a prompt's end": (of_prompts((3, 4, PAD, PAD), (3, 4, 5, 6)), APART, ("ends with 2, of 4 ids",)),
     "more than a beginning": (of_prompts((PAD, PAD, 5), (PAD, 4, 5)), replace(APART, begin=(PAD,)), ("2 of 4 rows",)),
     "a beginning of some": (of_prompts((PAD, 5), (3, 4)), replace(APART, begin=(PAD,)), ("begins with 1",)),
+    "two in rows that are not rare": (batch_of(*SOUND * 6, (5, PAD, PAD), (6, PAD, PAD)), APART, ("2 of 20 rows",)),
+    "three in a rare row": (batch_of(*SOUND * 6, (5, 6), (6, PAD, PAD, PAD)), APART, ("1 of 20 rows",)),
+    "two that the sampler would not draw": (
+        batch_of((5, 6, 7), (5, 6, 7), (5, 6, 7), (5, PAD, PAD), logprobs=(-1.0, -6.0, -6.5)), APART, ("1 of 4 rows",)
+    ),
     "unknown twice": (of_prompts((PAD, PAD, 5), (3, 4)), replace(APART, unknown=(PAD,)), ("begins with 2",)),
 }  # fmt: skip
 
@@ -101,6 +106,10 @@ RIGHT: dict[str, tuple[RolloutBatch, SpecialIds, tuple[int, int]]] = {
         batch_of((5, PAD, PAD), (5, 6, 7), (5, 6, 7), (5, 6, 7), eos_ids=(EOS,), cut=True, logprobs=(-1.0, -2.0, -3.0)),
         APART,
         (0, 0),
+    ),
+    "two in a rare row may be": (batch_of(*SOUND * 6, (5, 6), (6, PAD, PAD)), APART, (0, 1)),
+    "two that the sampler may draw": (
+        batch_of((5, 6, 7), (5, 6, 7), (5, 6, 7), (5, PAD, PAD), logprobs=(-1.0, -3.5, -4.0)), APART, (0, 1)
     ),
     "rows that stop elsewhere": (batch_of((5, EOS, 7), (EOS, 7), (6,), (6,), eos_ids=(7,)), APART, (0, 0)),
     "rows that never stop": (batch_of((5, EOS, 7), (EOS, 7), (6,), (6,), eos_ids=()), APART, (0, 0)),
@@ -305,7 +314,7 @@ def test_what_sample_writes_run_takes_whatever_ended_it(place: Place) -> None:
     assert any(row.response_ids[-2:] == (PAD, PAD) for row in rows)
     refuse_unsampled(group_rollouts(rows), special, "the rollouts")
     bare = group_rollouts(replace(row, eos_ids=None) for row in rows)
-    with pytest.raises(InputError, match="pad id 0"):
+    with pytest.raises(InputError, match="pad id 0|go on after an end token of the model"):
         refuse_unsampled(bare, special, "the rollouts")
     kept = [row for n in range(4) for row in rows[256 * n : 256 * n + 3]]
     write_rollouts(kept, out)

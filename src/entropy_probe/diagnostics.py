@@ -288,14 +288,14 @@ def recorder_warnings(batch: RolloutBatch) -> list[Evidence]:
 
 
 def padding_warnings(batch: RolloutBatch, special: SpecialIds) -> list[Evidence]:
-    """One pad id at an edge, which may be padding or not; what is padding for certain is refused before."""
+    """A pad id or two at an edge, which may be padding or not; what is padding for certain is refused before."""
     found = []
     prompts, responses = doubtful_rows(batch, special)
     if responses:
         found.append(
             Evidence(
                 "pad_at_the_end",
-                f"{responses} of {len(batch.responses)} responses end with one pad id, which a policy hardly ever samples",
+                f"{responses} of {len(batch.responses)} responses end with a pad id or two, which a policy hardly ever samples",
                 "If it is padding, cut it from response_ids and logprobs: it is scored; if it was sampled, all is well",
             )
         )

@@ -2,7 +2,8 @@
 
 What is certain is refused: two or more pad ids at an edge; one at a prompt's start, unless every prompt begins with that id as
 its first token; anything after the end token. A pad id that also ends a response stands once at its end. One pad id at the end
-of a response that no end token closed may have been sampled, however unlikely, and is only warned of.
+of a response that no end token closed may have been sampled, however unlikely, and is only warned of; so may two in a rare row
+(:data:`RARE`), unless the sampler's log-probs say that they were not (:data:`IMPROBABLE`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from dataclasses import dataclass
 from entropy_probe.errors import InputError
 from entropy_probe.rollouts.masks import vouched
 from entropy_probe.rollouts.records import PromptGroup, Rollout, RolloutBatch
+
+RARE = 0.05
+"""Share of the rows up to which responses that end with two pad ids count as sampled: padding is in most rows that it is in."""
+IMPROBABLE = -12.0
+"""Nats: log-probability of two pad ids, by the sampler's own log-probs, below which they count as padding."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ def doubtful_rows(batch: RolloutBatch, special: SpecialIds) -> tuple[int, int]:
     )
     responses = 0
     for row in batch.responses:
-        last = row.response_ids[-1]
-        if last in special.pad and last not in _stops(row, special) and not _sampler_says(row, 1):
+        count = _pads_at_the_end(row, special)
+        if count and row.response_ids[-1] not in _stops(row, special) and not _sampler_says(row, count):
             responses += 1
     return prompts, responses
 
@@ -108,7 +114,7 @@ def _refuse_padded_responses(batch: RolloutBatch, special: SpecialIds, what: str
         return
     longest = max(len(row.response_ids) for row in batch.responses)
     found = [(row, count) for row in batch.responses if (count := _padding_of_response(row, special, longest))]
-    if found:
+    if found and not _may_all_be_sampled([row for row, _ in found], len(batch.responses), special):
         row, count = found[0]
         pad = row.response_ids[-1]
         both = " (which is an end token too, and stands once)" if pad in _stops(row, special) else ""
@@ -131,15 +137,32 @@ def _refuse_padded_responses(batch: RolloutBatch, special: SpecialIds, what: str
 def _padding_of_response(row: Rollout, special: SpecialIds, longest: int) -> int:
     """How many ids at a response's end are padding for certain."""
     ids = row.response_ids
-    if ids[-1] not in special.pad:
-        return 0
-    length = _run(ids[::-1], ids[-1])
-    if ids[-1] in _stops(row, special):
+    length = _pads_at_the_end(row, special)
+    if length and ids[-1] in _stops(row, special):
         return length - 1
     if _sampler_says(row, length):
         return 0
     unsampled = row.cut is False or (row.logprobs is not None and row.logprobs[-1] == 0.0)
-    return length if length > 1 or unsampled or (len(ids) == 1 and longest > 1) else 0
+    return length if length > 1 or (length and (unsampled or (len(ids) == 1 and longest > 1))) else 0
+
+
+def _may_all_be_sampled(rows: Sequence[Rollout], of: int, special: SpecialIds) -> bool:
+    """Rare rows with two pad ids at the end, which nothing says were not sampled; one row with log-probs is always rare."""
+    told = all(row.logprobs is not None for row in rows)
+    rare = len(rows) <= max(RARE * of, 1.0 if told else 0.0)
+    return rare and all(_may_be_sampled(row, special) for row in rows)
+
+
+def _may_be_sampled(row: Rollout, special: SpecialIds) -> bool:
+    ids = row.response_ids
+    if _pads_at_the_end(row, special) != 2 or len(ids) == 2 or ids[-1] in _stops(row, special) or row.cut is False:
+        return False
+    return row.logprobs is None or (0.0 not in row.logprobs[-2:] and sum(row.logprobs[-2:]) > IMPROBABLE)
+
+
+def _pads_at_the_end(row: Rollout, special: SpecialIds) -> int:
+    ids = row.response_ids
+    return _run(ids[::-1], ids[-1]) if ids[-1] in special.pad else 0
 
 
 def _mask_took_the_end(row: Rollout, special: SpecialIds) -> bool:
