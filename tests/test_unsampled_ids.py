@@ -314,7 +314,7 @@ def test_what_sample_writes_run_takes_whatever_ended_it(place: Place) -> None:
     assert any(row.response_ids[-2:] == (PAD, PAD) for row in rows)
     refuse_unsampled(group_rollouts(rows), special, "the rollouts")
     bare = group_rollouts(replace(row, eos_ids=None) for row in rows)
-    with pytest.raises(InputError, match="pad id 0|go on after an end token of the model"):
+    with pytest.raises(InputError, match=r"pad id 0|go on after an end token of the model"):
         refuse_unsampled(bare, special, "the rollouts")
     kept = [row for n in range(4) for row in rows[256 * n : 256 * n + 3]]
     write_rollouts(kept, out)
