@@ -207,6 +207,7 @@ def _expected_y(
     return (p * (r - p @ r) / torch.from_numpy(lengths).double()) @ gradients
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("seed", "units", "low", "high"),
     # Policy 2 is the skewed one of docs/log.md: the interval is too short on one side there.

@@ -36,6 +36,7 @@ def lines(linearity: ModuleType) -> Any:
     return linearity.lines(CHECKPOINT, ROLLOUTS, prompts=4)
 
 
+@pytest.mark.long
 def test_both_steps_on_both_batches_are_linear_and_then_quadratic(linearity: ModuleType, lines: Any) -> None:
     seen = [
         linearity.figures(line.curve(m), row.predicted, row.noise_floor) for line, rows in lines for m, row in enumerate(rows)

@@ -106,6 +106,7 @@ FIVE = ("entropy_gradient", "update", "shared", "prompts", "product")
 SAMPLED = ("entropy_gradient", "update", "shared", "product_with_entropy_gradient", "product_with_update")
 
 
+@pytest.mark.long
 def test_every_sampled_part_is_unbiased() -> None:
     truth = true_parts()
     mean, error = estimated()

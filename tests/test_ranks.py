@@ -254,10 +254,15 @@ def differences(found: Report, expected: Report) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("count", "sharding", "case"),
-    [(count, sharding, case) for (count, sharding), cases in CASES.items() for case in cases],
-)
+MANY = [pytest.param(count, marks=pytest.mark.long) for count in (3, 4)]
+EVERY_CASE = [
+    pytest.param(count, sharding, case, marks=[pytest.mark.long] if count > 2 else [])
+    for (count, sharding), cases in CASES.items()
+    for case in cases
+]
+
+
+@pytest.mark.parametrize(("count", "sharding", "case"), EVERY_CASE)
 def test_every_rank_reports_what_one_process_does(
     folder: Path, count: int, sharding: ShardingChoice, case: str
 ) -> None:
@@ -325,7 +330,7 @@ NOT_COUNTED = 1 << 10
 
 @pytest.mark.parametrize(
     ("count", "sharding", "case"),
-    [(count, sharding, case) for (count, sharding), cases in CASES.items() for case in cases],
+    EVERY_CASE,
 )
 def test_no_gradient_is_gathered(folder: Path, count: int, sharding: ShardingChoice, case: str) -> None:
     for of_rank in together(folder, count, sharding):
@@ -341,7 +346,7 @@ def of_other_ranks(cut: Callable[..., Mapping[str, tuple[slice, ...]]], count: i
     return sum(shape.numel() for shape in shapes.values()) - own
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, *MANY])
 def test_replicated_ranks_hand_over_shards_and_one_sum(folder: Path, count: int) -> None:
     n = trained_elements(folder, "full/exact")
     for rank, of_rank in enumerate(together(folder, count, ShardingChoice.REPLICATED)):
@@ -353,7 +358,7 @@ def test_replicated_ranks_hand_over_shards_and_one_sum(folder: Path, count: int)
         assert found.elements(Kind.DIRECTIONS) == 0
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, MANY[-1]])
 def test_streamed_replicated_ranks_hand_over_two_sums(folder: Path, count: int) -> None:
     n = trained_elements(folder, "full/exact-streamed")
     for of_rank in together(folder, count, ShardingChoice.REPLICATED):
@@ -362,7 +367,7 @@ def test_streamed_replicated_ranks_hand_over_two_sums(folder: Path, count: int) 
         assert found.elements(Kind.SHARDS) == found.elements(Kind.DIRECTIONS) == 0
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, MANY[-1]])
 def test_sharded_ranks_hand_over_shards_once_and_their_part_of_directions(folder: Path, count: int) -> None:
     n = trained_elements(folder, "full/exact")
     for rank, of_rank in enumerate(together(folder, count, ShardingChoice.FSDP2)):

@@ -326,6 +326,7 @@ def test_the_first_rows_of_a_file_are_told_by_their_counts(tmp_path: Path) -> No
     assert_suspected(report, "missing_rows", "1 of 38 prompts have fewer than 8 responses", "the rows hold 1")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tolerance", [TOLERANCE, 1e-3])
 def test_a_small_fault_that_momentum_hides_in_the_update_shows_in_the_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float

@@ -334,6 +334,7 @@ def strong_signal() -> StrongSignal:
     return StrongSignal(policy, AdamState((group,), moments), scores)
 
 
+@pytest.mark.long
 def test_a_strong_signal_has_one_sign_in_at_least_19_of_20_seeds(strong_signal: StrongSignal) -> None:
     found = [strong_signal.found(seed) for seed in range(20)]
     assert sum(statistics.u_cross > 0 for statistics, _ in found) >= 19

@@ -249,7 +249,7 @@ def test_what_cannot_be_resampled_is_refused_before_the_work() -> None:
     endless.config.eos_token_id = endless.generation_config.eos_token_id = None
     bare = [replace(r, logprobs=None, cut=None, eos_ids=None) for r in batch.responses]
     rows = [replace(r, response_ids=r.response_ids[:n]) for r in bare for n in (1, 2)]
-    with pytest.raises(InputError, match="cannot tell what ends a response"):
+    with pytest.raises(InputError, match="nothing tells what ends a fresh response"):
         plan_resampling(Policy(endless), group_rollouts(rows), None, 0)
     with pytest.raises(InputError, match="context holds 16"):
         plan_resampling(Policy(small_llama()), batch, 20, 0)

@@ -517,7 +517,7 @@ def narrow(ranks: Ranks) -> None:
         )
         for name, m in adam.moments.items()
     }
-    with pytest.raises(InputError, match="--autocast bfloat16"):
+    with pytest.raises(InputError, match="autocast to bfloat16"):
         probe(again, replace(adam, moments=moments), batch_of(), ranks=ranks)
 
 

@@ -163,6 +163,7 @@ def found_for(kernels: np.ndarray) -> list:
     return [cross_statistics(UnitDots.from_kernel(kernel, [1] * len(kernel))) for kernel in kernels]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("signal", "noise"), [(1.0, 0.3), (0.1, 1.0)], ids=["linear part dominates", "degenerate"])
 def test_v_unb_is_unbiased_for_the_variance_of_u_cross(signal: float, noise: float) -> None:
     kernels, truth = replicates(8, 6000, signal, noise, seed=5)

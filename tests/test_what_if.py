@@ -56,6 +56,7 @@ def test_a_learning_rate_that_nothing_is_a_multiple_of_has_a_reason() -> None:
         found.to_dict()
 
 
+@pytest.mark.long
 def test_another_clipping_is_the_probe_with_it_where_this_gradient_is_a_trace_of_v() -> None:
     slow = AdamState(tuple(replace(g, beta2=1.0 - 1e-9) for g in ADAM.groups), {
         name: replace(m, exp_avg_sq=m.exp_avg_sq * 1e-6, step=m.step) for name, m in ADAM.moments.items()
