@@ -1,4 +1,4 @@
-"""Where the guide contradicts its own derivation: its literal text fails, what we do passes (design section 2)."""
+"""Where the guide contradicts its own derivation: its literal text fails, what we do passes (docs/method.md, section 9)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Adam's elementwise preconditioner P = 1 / (√v̂ + ε), v̂ = v / (1 − β₂^t), by parameter name.
 
-The step that Adam takes along an ascent direction Ȳ is Δθ = η P Ȳ, so every dot product of the probe is X P Y:
-``sqrt`` gives P^½ for both sides, X̃ = P^½ X and Ỹ = P^½ Y. (P on both sides would give X P² Y.)
-With amsgrad the running maximum of v takes v's place. An element with v = 0 has had no gradient yet, and P = 1/ε there, 10⁸ by
-default: such elements are left out of P (P = 0) unless the guide's text is asked for. Source: guide section 3; Kingma & Ba
-(2015); torch.optim.AdamW, whose ε stands outside the square root.
+The step that Adam takes along an ascent direction Ȳ is Δθ = η P Ȳ, so every dot product of the probe is X P Y: ``sqrt``
+gives P^½ for both sides, X̃ = P^½ X and Ỹ = P^½ Y. (P on both sides would give X P² Y.) With amsgrad the running
+maximum of v takes v's place. An element with v = 0 has had no gradient yet, and P = 1/ε there, 10⁸ by default: such
+elements are left out of P (P = 0) unless the guide's text is asked for. Source: docs/method.md, sections 1 and 6;
+Kingma & Ba (2015); torch.optim.AdamW, whose ε stands outside the square root.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def validate_preconditioner(
     zero_v: ZeroV = ZeroV.LEAVE_OUT,
     sharding: Sharding = WHOLE,
 ) -> PreconditionerTest:
-    """The guide's validator (section 3D): every trainable parameter has a usable v, and a dot product through P is finite.
+    """Every trainable parameter has a usable v, and a dot product through P is finite.
 
     Args:
         state: the optimizer's state by name.
@@ -315,7 +315,7 @@ def misshapen(moments: AdamMoments, shape: torch.Size) -> str | None:
 
 
 def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
-    """The state of a live Adam or AdamW, mapped to the model's names by parameter identity (guide section 3C).
+    """The state of a live Adam or AdamW, mapped to the model's names by parameter identity.
 
     Of a model that FSDP2 has sharded, this rank's rows.
 

@@ -7,7 +7,7 @@ With the loss gradient g = −Ȳ (clipped), a parameter's own step t and its gro
     Δθ = −κ β₁ m  [momentum]  − κ (1 − β₁) g  [fresh gradient]  − η λ θ  [weight decay]
 
 Adam's coupled weight decay adds λ θ to g, so it enters v⁺, and its part is −κ (1 − β₁) λ θ. amsgrad puts the largest v so
-far in v⁺'s place. Sources: guide section 4A; Kingma & Ba (2015); Loshchilov & Hutter (2019); Reddi et al. (2018);
+far in v⁺'s place. Sources: docs/method.md, section 6; Kingma & Ba (2015); Loshchilov & Hutter (2019); Reddi et al. (2018);
 torch.optim.Adam and AdamW, torch.nn.utils.clip_grad_norm_.
 """
 

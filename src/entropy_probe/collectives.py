@@ -3,7 +3,7 @@
 (Σ_ranks X) · (Σ_ranks Y) holds products of different ranks' vectors, which no scalar of one rank carries: parameter-length
 *sums* are reduced, or unit vectors change hands by shard, so that each rank holds all units' elements of its own span; all the
 rest is numbers, or the U × U matrix of unit dots. No gradient of the length of the parameters is gathered. One process is one
-rank: the same code, and nothing crosses. Every payload is counted. Sources: guide section 1E; design section 2.
+rank: the same code, and nothing crosses. Every payload is counted. Source: docs/method.md, sections 8 and 9.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ its prompt's entropy (−S_i, or Σ_t H_t by Rao-Blackwell), and τ_i its exposu
 
 The standard error is clustered by prompt (delta method). Weights may be normalised prompt by prompt instead, Σ_{i∈n} ŵ_i = 1/B.
 With dS_i = g_i · Δθ the linear term of this very estimator is Σ b_i [dv_i + (e_i − ē) dS_i] / τ̄ with e_i = v_i − ĥ τ_i and ē
-its mean (zero; of the prompt's own where weights are), and dv_i = −dS_i for the score. Sources: guide section 4; design section
-5; Vehtari et al., arXiv 1507.02646 (Pareto smoothing).
+its mean (zero; of the prompt's own where weights are), and dv_i = −dS_i for the score. Sources: docs/method.md, section
+7; Vehtari et al., arXiv 1507.02646 (Pareto smoothing).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _prompt_by_prompt(weighting: Weighting) -> bool:
 
 
 LOW_ESS_FRACTION = 0.3
-"""The guide's threshold (section 4D): below it, resample at θ⁺ or smooth."""
+"""The guide's threshold: below it, resample at θ⁺ or smooth."""
 
 
 @dataclass(frozen=True)

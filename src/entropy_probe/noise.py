@@ -16,7 +16,7 @@ says how much of it has X's sampling noise in it: c_n(Δξ, Δξ) is tr(Var X_n 
 like of the second term.
 
 Unbiased for Y with given advantages; for X, whose leave-one-out mean ties responses together, up to a relative 1/G.
-Source: design section 4; Hoeffding (1948).
+Source: docs/method.md, section 5; Hoeffding (1948).
 """
 
 from __future__ import annotations

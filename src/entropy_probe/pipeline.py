@@ -1,7 +1,7 @@
 """The probe: what will the next step do to the entropy, how sure are we, and what did it do?
 
 :func:`probe` reads as the method does: fresh scores, coefficients, unit gradients under Adam's geometry, the U-statistic, then
-the realised step. The stages are in :mod:`~entropy_probe.stages`. Source: guide section 6.
+the realised step. The stages are in :mod:`~entropy_probe.stages`. Source: docs/method.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which steps are realised on which responses: the rows of the report, each beside its own linear term.
 
 On the same responses as the update; on a separate evaluation batch; or held out by folds, where the step from all other folds'
-prompts is realised on one fold's, and the rows are averaged over folds. Source: guide section 4; design section 5.
+prompts is realised on one fold's, and the rows are averaged over folds. Source: docs/method.md, section 7.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Within the virtual step the live model generates fresh responses to the batch's prompts, from its whole distribution at the
 rollouts' temperature, and scores them: Ĥ(θ⁺) is their mean of −S or Σ_t H_t. ΔH = Ĥ(θ⁺) − Ĥ(θ) is then not on common
 samples: its error holds both draws, prompts being common, is larger for small steps, and does not fail for large ones. Source:
-guide section 4D.
+docs/method.md, section 7.
 """
 
 from __future__ import annotations

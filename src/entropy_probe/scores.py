@@ -15,7 +15,7 @@ next-token distribution and F_t = Σ_{s>t} H_s the entropy still to come,
 
 F̄_−g,t being the mean over the prompt's other responses at the same position, 0 past their end. A ratio H/T̄ (entropy per token)
 adds the length's gradient: with h = H/T̄, S becomes S + h T, F_t becomes F_t − h (T − t), and all is divided by T̄.
-Source: guide section 1B; design sections 1 to 3.
+Source: docs/method.md, sections 1 to 4.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The stages of a probe, in the order in which it takes them: what each needs of the rest is its task.
 
-Source: guide section 6, steps 1 to 8.
+Source: docs/method.md.
 """
 
 from __future__ import annotations

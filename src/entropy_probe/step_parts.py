@@ -15,7 +15,7 @@ d_uk being a unit's share in part k less that of the mean, so that parts which s
 a_gradient² times the noise that X_u and Y_u share through their responses (:func:`~entropy_probe.u_statistics.shared_noise` of
 XS_u · J YS_w, J = ∂Δ/∂Ȳ of the gradient's part), the sum clipped at 0. Without that matrix, or with unequal units, a
 combination that holds the gradient has no error. Everything in nats.
-Source: design sections 1 and 2; guide section 4A.
+Source: docs/method.md, section 6.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ column means y_m, k̃_nm = K_nm − x_n − y_m + mean the doubly centred matrix
 
     Var mean K = Σ (x_n − mean)² / (B_E (B_E−1)) + Σ (y_m − mean)² / (B_U (B_U−1)) − Σ k̃² / ((B_E−1)(B_U−1) B_E B_U)
 
-Each of the first two already holds the cross term once. Source: design section 3; ``docs/coverage.md`` has the measured
-coverage of the interval.
+Each of the first two already holds the cross term once. Source: docs/method.md, section 5; ``docs/coverage.md`` has the
+measured coverage of the interval.
 """
 
 from __future__ import annotations

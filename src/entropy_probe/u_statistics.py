@@ -9,8 +9,8 @@ D = B² − Σ s_u² and ω_u = s_u (B − s_u) / D:
     U_−u = (D U_cross − 2 s_u (B − s_u) r_u) / (D − 2 s_u (B − s_u)),  var = (U−1)/U Σ (U_−u − mean)²   (jackknife)
 
 Leaving out u = w makes U_cross unbiased: E[X̃_n · Ỹ_m] = E[X̃] · E[Ỹ] for independent prompts n ≠ m. Everything is
-float64; units of measure are nats per unit of learning rate. Sources: guide sections 1C and 2, with the correction of
-ζ̂₁ in design section 2; Hoeffding (1948) for ζ₁; design section 4 for V; :mod:`~entropy_probe.intervals` for the interval.
+float64; units of measure are nats per unit of learning rate. Sources: docs/method.md, sections 3, 5 and 9;
+Hoeffding (1948) for ζ₁; :mod:`~entropy_probe.intervals` for the interval.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Units: what the U-statistic pairs. EXACT: every prompt alone. BLOCK: contiguous runs of prompts.
 
 Prompts stand in the order of their first row; block sizes differ by at most one, larger ones first. Blocks follow that
-order and not the microbatches, so that results do not depend on memory. Source: guide sections 1C and 1D, design section 1.
+order and not the microbatches, so that results do not depend on memory. Source: docs/method.md, section 3.
 """
 
 from __future__ import annotations

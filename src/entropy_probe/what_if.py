@@ -2,7 +2,7 @@
 
 The step is linear in its parts, and each part in the learning rate, so no model is asked again. v⁺ and the preconditioner are
 held as they are in the step that was predicted: another clipping changes the parts' sizes, not their geometry. Everything in
-nats. Source: design section 2.
+nats. Source: docs/method.md, section 6.
 """
 
 from __future__ import annotations

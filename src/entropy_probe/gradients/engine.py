@@ -1,9 +1,10 @@
 """The engine: every unit's X_u and Y_u from one forward and one activation backward, exactly.
 
 Sequences do not interact, so one backward of Σ_i S_i with unit coefficients leaves at every use of a parameter each
-sequence's own output gradient; its gradient g_i is one GEMM, and enters X_u += c_i g_i and Y_u += a_i g_i (design section
-6). Coefficients a token, as Rao-Blackwell has them, need a backward for X and one for Y. Parameters without a rule get both
-gradients from autograd, unit by unit, in two backwards. Compared in float64 with :mod:`~entropy_probe.gradients.reference`.
+sequence's own output gradient; its gradient g_i is one GEMM, and enters X_u += c_i g_i and Y_u += a_i g_i
+(docs/method.md, section 8). Coefficients a token, as Rao-Blackwell has them, need a backward for X and one for Y.
+Parameters without a rule get both gradients from autograd, unit by unit, in two backwards. Compared in float64 with
+:mod:`~entropy_probe.gradients.reference`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Unit vectors change hands by shard: a rank gives away its units' elements of others' spans, and gets all units' of its own.
 
 Afterwards a dot of any two units is a sum of what every rank finds on its span, so that the U × U matrix is all that is left to
-sum. A rank hands over 2 n U / N elements, and no vector is whole anywhere. Source: design section 2, fourth row.
+sum. A rank hands over 2 n U / N elements, and no vector is whole anywhere. Source: docs/method.md, section 8.
 """
 
 from __future__ import annotations
