@@ -1,4 +1,4 @@
-"""Print the figures of the table of deviations from the guide (docs/method.md, section 9), all in one run (`python benchmarks/deviations.py`).
+"""Print the figures of the table of deviations from the guide (docs/method.md, section 9): `python benchmarks/deviations.py`.
 
 Each row compares the guide's literal text with what the package does, on the bundled checkpoint or by Monte Carlo. The same
 claims are tests in ``tests/test_deviations.py``.
