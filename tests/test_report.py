@@ -142,13 +142,13 @@ def own_step(total: float, se: float | None, interval: list[float] | None, **mor
         (
             own_step(-0.021, 0.0015, [-0.024, -0.018]),
             "To first order the optimizer's next step lowers entropy by 0.0210 ± 0.0015 nats per response (0.69 % of 3.05), "
-            "95 % interval [-0.024, -0.018], no clipping assumed.",
+            "95 % interval of the change [-0.024, -0.018], no clipping assumed.",
         ),
         (own_step(0.021, 0.0015, [0.018, 0.024]), "step raises entropy by 0.0210 ± 0.0015 nats"),
         (
             own_step(-0.003, 0.009, [-0.021, 0.015]),
             "does not tell whether the optimizer's next step raises or lowers entropy: −0.0030 ± 0.0090 nats per response "
-            "(0.098 % of 3.05), 95 % interval [-0.021, +0.015], no clipping assumed.",
+            "(0.098 % of 3.05), 95 % interval of the change [-0.021, +0.015], no clipping assumed.",
         ),
         (
             own_step(-0.003, None, None),
@@ -193,7 +193,7 @@ def test_both_sentences_come_first_and_say_how_the_steps_differ(result: ProbeRes
     assert "(δH₁)" in second
     # At t = 3: Σ_k of 0.1 · 0.9^k / (1 − 0.9^{4+k}).
     assert adamw.spread_factor == pytest.approx(sum(0.1 * 0.9**k / (1 - 0.9 ** (4 + k)) for k in range(400)), rel=1e-12)
-    assert f"Times clip · Σ_k = {adamw.spread_factor:.3g} that is what this batch does in all" in second
+    assert f"in all they apply it {adamw.spread_factor:.3g} times (clip · Σ_k)" in second
     assert rest.index("The optimizer's own step, to first order") < rest.index(
         "The preconditioned step, to first order: δH₁"
     )

@@ -73,7 +73,7 @@ def test_every_line_of_the_terminal_report_shows_the_number_of_its_name(
         "self-test residual 3.0e-15 relative",
         "preconditioned (same), score −0.375 ± 0.013 -0.4375 0.812 0.34 3e-09",
         "adamw (same), score +0.375 ± 0.013 +0.4375 0.812 none 3e-09",
-        "k̂ above 0.62 is too large for so many weights",
+        "k̂ is too large above 0.62, the limit for this number of responses",
         "no warnings",
     ):
         assert line in lines, line

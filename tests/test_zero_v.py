@@ -196,7 +196,7 @@ def test_all_zeros_are_refused_and_a_whole_parameter_of_them_is_not() -> None:
             validate_preconditioner(state_of(some, eps=0.0), shapes, zero_v=zero_v)
     none = state_of(some | {"b": moments_of(torch.zeros(4))})
     with pytest.raises(
-        InputError, match=r"0 in every element of every trainable parameter.*expected.*zero-v"
+        InputError, match=r"0 in every element of every trainable parameter.*expected.*zero_v"
     ) as caught:
         validate_preconditioner(none, shapes)
     assert "\n" not in str(caught.value)

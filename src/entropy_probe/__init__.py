@@ -4,6 +4,8 @@ from entropy_probe.adam_preconditioner import AdamState, ZeroV, state_of_optimiz
 from entropy_probe.collectives import Ranks
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import Weighting
+from entropy_probe.intervals import IntervalMethod
+from entropy_probe.linearity import SweepRange
 from entropy_probe.pipeline import ProbeResult, probe, probe_checkpoint
 from entropy_probe.replay_check import ReplaySettings, replay
 from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
@@ -20,6 +22,7 @@ __all__ = [
     "EntropyUnit",
     "Estimator",
     "InputError",
+    "IntervalMethod",
     "LengthWeight",
     "Mode",
     "ProbeResult",
@@ -30,6 +33,7 @@ __all__ = [
     "Rounding",
     "Settings",
     "ShardingChoice",
+    "SweepRange",
     "Weighting",
     "ZeroV",
     "group_rollouts",

@@ -211,7 +211,7 @@ def validate_preconditioner(
     if shapes and kept == 0:
         raise InputError(
             "Adam's v (exp_avg_sq) is 0 in every element of every trainable parameter, so there is no preconditioner; "
-            "expected the state after a step with a gradient: train one, or give the zero-v setting guide to take 1/ε for all"
+            "expected the state after a step with a gradient: train one, or set zero_v to guide, which takes 1/ε for all"
         )
     return PreconditionerTest(plain, weighted)
 

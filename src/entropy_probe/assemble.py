@@ -307,7 +307,7 @@ def _needed(step: CrossStatistics, prompts_per_unit: float, target_se: float | N
         if reach is None:
             reasons["reach_target_se"] = "ten million units would not do"
     if target_se is None:
-        reasons["target_se"] = reasons["reach_target_se"] = "no target was given (target_se)"
+        reasons["target_se"] = reasons["reach_target_se"] = "target_se is not set"
 
     def prompts(units: int | None) -> int | None:
         return None if units is None else math.ceil(units * prompts_per_unit)

@@ -70,7 +70,7 @@ def interval_warnings(statistics: CrossStatistics, delta_h1_ci95: tuple[float, f
             Evidence(
                 "self_test",
                 f"two roads to ΣX̃·ΣỸ differ by {statistics.self_test_residual:.1e} of its terms",
-                "Run in float64 (dtype); if it stays, report it",
+                "Set dtype to float64; if it stays, report it",
             )
         )
     return found
@@ -350,7 +350,7 @@ def zero_v_warnings(found: ZeroVSection, by_name: Mapping[str, int]) -> list[Evi
             Evidence(
                 "zero_second_moment",
                 f"{which}, and are left out of P and of δH₁; with P = 1/ε they would add {added} to it, mostly noise",
-                "The adamw rows hold them, since that step renews v first; to have 1/ε, set zero-v to guide",
+                "The adamw rows hold them, since that step renews v first; to have 1/ε, set zero_v to guide",
             )
         ]
     return [
@@ -399,7 +399,7 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                     "low_ess",
                     f"the {which} leaves an effective sample of {weights.ess:.1f} of {len(weights.weights)} responses "
                     f"({100 * weights.ess_fraction:.0f} %)",
-                    "Its ΔH rests on a few responses; look at delta_h_psis, or draw fresh ones after the step (resample)",
+                    "Its ΔH rests on a few responses; look at delta_h_psis, or set resample to draw fresh ones after the step",
                 )
             )
         smoothed = row.change.delta_h_smoothed
@@ -412,7 +412,7 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                 Evidence(
                     "heavy_weights",
                     f"the {which} has importance weights with Pareto k̂ = {weights.pareto_k:.2f}, above "
-                    f"{weights.pareto_k_limit:.2f}, the limit for so many",
+                    f"{weights.pareto_k_limit:.2f}, the limit for {len(weights.weights)} responses",
                     "Their mean converges slowly; compare delta_h_psis, and give more responses",
                 )
             )
@@ -422,7 +422,7 @@ def realized_warnings(rows: Sequence[RealizedChange]) -> list[Evidence]:
                     "below_noise_floor",
                     f"the {which} changes entropy by {row.change.delta_h:.1e} ({row.measure.target.estimator}), within the "
                     f"numerical floor of {row.noise_floor:.1e}",
-                    "Run in float64 (dtype)",
+                    "Set dtype to float64",
                 )
             )
     return found

@@ -72,7 +72,7 @@ class Kept:
     def said(self) -> str:
         """What moves, in words."""
         return (
-            f"{100 * self.moved:.3g} % of {self.weights} {self.types} weights move, in float32 "
+            f"{100 * self.moved:.3g} % of {self.weights} {self.types} weights move; in float32 "
             f"{100 * self.moved_in_float32:.3g} % would"
         )
 

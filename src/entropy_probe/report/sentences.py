@@ -28,7 +28,7 @@ def headline(adamw: AdamWSection, entropy: float, unit: str) -> str:
             f"{clipping}; it has no error: {adamw.null_reasons['ci95']}."
         )
     low, high = adamw.ci95
-    interval = f"95 % interval [{low:+.3g}, {high:+.3g}], {clipping}"
+    interval = f"95 % interval of the change [{low:+.3g}, {high:+.3g}], {clipping}"
     if low <= 0.0 <= high:
         return (
             "This batch does not tell whether the optimizer's next step raises or lowers entropy: "
@@ -93,9 +93,9 @@ def preconditioned_sentence(
 def difference_sentence(spread_factor: float | list[float]) -> str:
     """How δH₁ differs from what the optimizer's own step does."""
     return (
-        f"Times clip · Σ_k = {range_of(spread_factor)} that is what this batch does in all, over the steps to come, since "
-        "momentum spreads a gradient out, as long as P and the policy hold still; the optimizer's step is what happens at "
-        "this step."
+        "Momentum spreads this gradient over the steps to come: in all they apply it "
+        f"{range_of(spread_factor)} times (clip · Σ_k), as long as P and the policy hold still. "
+        "The sentence before is about the next step alone."
     )
 
 

@@ -226,7 +226,9 @@ def _realized(report: Report) -> RenderableType:
     notes = [Text(note, style="dim") for note in said]
     limits = sorted({f"{row.pareto_k_limit:.2f}" for row in report.realized if row.pareto_k is not None})
     if limits:
-        notes.append(Text(f"k̂ above {' or '.join(limits)} is too large for so many weights", style="dim"))
+        notes.append(
+            Text(f"k̂ is too large above {' or '.join(limits)}, the limit for this number of responses", style="dim")
+        )
     missing = {row.null_reasons["pareto_k"] for row in report.realized if row.pareto_k is None}
     notes += [Text(f"k̂ none: {reason}", style="dim") for reason in sorted(missing)]
     return Group(table, *notes)
