@@ -71,6 +71,15 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "min_tokens": 3, "presence_penalty": 0.5, "top_h": 0.4,
         }.items()
     },
+    "a bias within": ({"sampling_params": {"logit_bias": np.array([0.0, 2.0])}}, ("sampling_params.logit_bias = [0.0, 2.0]",)),
+    "biases in pairs": ({"sequence_bias": [[[5], 0.0], [[6], 1.0]]}, ("sequence_bias = ",)),
+    "an empty schema": ({"guided_json": {}}, ("guided_json = {}",)),
+    "parameters as JSON text": ({"sampling_params": '{"top_p": 0.9}'}, ("sampling_params.top_p = 0.9",)),
+    "a controller of a KL term": ({"kl_ctrl": {"type": "fixed", "kl_coef": 0.1}}, ("kl_ctrl = {'kl_coef': 0.1", "KL term")),
+    "a controller that names no coefficient": ({"kl_ctrl": {"horizon": 0}}, ("kl_ctrl = ",)),
+    "padding among the ids": ({"padding_mask": [0, 0, 1, 1]}, ("padding_mask with both 0 and 1", "are padding")),
+    "overlong rows": ({"overlong_mask": [0, 0, 0, 0]}, ("overlong_mask with 0 at 4 of 4", "overlong responses are left out")),
+    "a loss mask of a padding's name": ({"pad_loss_mask": [1, 0, 1, 1]}, ("pad_loss_mask with 0 at 1 of 4", MASK)),
     "parameters of a sampler": ({"sampling_params": {"top_k": -1, "top_p": 0.9}}, ("sampling_params.top_p = 0.9",)),
     "another temperature there": ({"sampling_params": {"temperature": 1.0}}, ("sampling_params.temperature = 1.0", "0.8")),
 }  # fmt: skip
@@ -95,6 +104,12 @@ NEUTRAL: dict[str, Any] = {
     "top_entropy_quantile": 1.0,
     "top_k": None, "typical_p": 1.0, "min_new_tokens": 0, "suppress_tokens": [], "num_beams": 1, "do_sample": True,
     "guidance_scale": None, "sampling_params": {"temperature": 0.8, "top_p": 1.0, "max_tokens": 64, "seed": None},
+    "bad_words_ids": (), "begin_suppress_tokens": (), "logit_bias": {"5": 0, 6: np.float32(0.0)}, "sequence_bias": [[[5], 0.0]],
+    "kl_ctrl": {"type": "fixed", "kl_coef": np.float64(0.0), "horizon": 10_000}, "token_healing": False,
+    "generation_config": {"suppress_tokens": np.array([], dtype=int), "logit_bias": torch.zeros(3)},
+    "sampling": '{"top_p": 1.0, "seed": null}', "generation_kwargs": "SamplingParams(top_p=1.0)",
+    "padding_mask": [0, 0, 0, 0], "pad_mask": [1, 1, 1, 1], "eos_mask": [0, 0, 0, 1], "is_truncated_mask": [0, 0, 0, 0],
+    "truncated_mask": [False] * 4, "overlong_mask": [1, 1, 1, 1], "prompt_token_mask": [1, 1, 1, 0, 0, 0, 0],
     "answer": "42", "entropy": 1.7, "kl": 0.02,
 }  # fmt: skip
 

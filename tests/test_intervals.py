@@ -346,6 +346,14 @@ def test_a_probe_reports_the_interval_that_was_asked_for_and_says_which() -> Non
     assert probed().config.interval is None
 
 
+def test_a_shortfall_says_of_which_method_it_is_known_where_another_was_asked_for() -> None:
+    dots = UnitDots.from_kernel(one(), [1] * 9)
+    own, said = (str(cross_statistics(dots, method).shortfall) for method in (None, IntervalMethod.T))
+    assert "9 units" in own
+    assert "default" not in own
+    assert f"default method, {IntervalMethod.SKEWED_T.described}; this is {IntervalMethod.T.described}" in said
+
+
 def test_an_interval_that_these_units_cannot_have_is_refused_and_not_another_one_taken() -> None:
     with pytest.raises(InputError, match="hold 1 to 2 prompts: take normal, t, jackknife_t"):
         probed(interval="unbiased_t", blocks=4)

@@ -29,9 +29,9 @@ def rooted(root: Path, group: str, mounts: str, files: Mapping[str, str]) -> Roo
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
-    machine, found = memory_there(root)
+    machine, *rooms = memory_there(root)
     assert machine.group is None
-    return found
+    return min(rooms, key=lambda room: room.bytes, default=machine)
 
 
 def level(limit: object, used: int, inactive: int = 0, at: str = "", **more: object) -> dict[str, str]:
@@ -115,8 +115,7 @@ def test_without_a_limit_the_machine_says_what_is_there(
 
 
 def test_where_there_is_no_proc_the_machine_says_what_is_there(tmp_path: Path) -> None:
-    machine, found = memory_there(tmp_path)
-    assert found == machine
+    (machine,) = memory_there(tmp_path)
     assert 0 < machine.bytes <= psutil.virtual_memory().total
 
 
@@ -144,3 +143,19 @@ def test_ranks_of_one_group_share_its_room_and_those_of_others_do_not(monkeypatc
         return found
 
     np.testing.assert_allclose(on_ranks(2, work), [[1.5e9, 3e9]] * 2)
+
+
+def test_every_group_around_a_rank_is_parted_among_the_ranks_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job's 100 GB are shared, though each task's own group has less; a rank may be in more groups than another."""
+
+    def work(ranks: Ranks) -> list[float]:
+        task = Room(60e9, f"/job/task-{ranks.rank}")
+        deeper = Room(70e9, "/job/task-0/deeper")
+        found = []
+        for more in ((), (deeper,) if ranks.rank == 0 else ()):
+            rooms = (Room(900e9, None), *more, task, Room(100e9, "/job"))
+            monkeypatch.setattr(inputs, "memory_there", lambda rooms=rooms: rooms)
+            found.append(inputs.free_memory(torch.device("cpu"), ranks))
+        return found
+
+    np.testing.assert_allclose(on_ranks(2, work), [[50e9, 50e9]] * 2)

@@ -16,7 +16,8 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
-from entropy_probe.integrations.trl.sampling import neutral_sampling
+from entropy_probe.integrations.trl.sampling import NEUTRAL, VLLM_NEUTRAL, neutral_sampling
+from entropy_probe.rollouts.columns import SAMPLING
 from test_trl_recorder import EOS, MAX_LENGTH, NEUTRAL_COLUMNS, SYMBOLS, TEMPERATURE, make_trainer
 
 
@@ -110,6 +111,20 @@ def test_values_that_leave_every_token_its_probability_are_neutral(idle: Any, mo
     assert {**columns, "dropout": 0} == NEUTRAL_COLUMNS
     monkeypatch.setattr(idle.generation_config, "top_k", len(SYMBOLS) - 1)
     with pytest.raises(InputError, match=f"top_k = {len(SYMBOLS) - 1} "):
+        neutral_sampling(idle)
+
+
+def test_what_a_setting_may_be_is_what_it_may_be_in_a_column_of_the_rows(
+    idle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, neutral in SAMPLING.items():
+        assert NEUTRAL[name] == neutral
+        assert VLLM_NEUTRAL[name] in (neutral, neutral[1:])
+    monkeypatch.setattr(idle.model.generation_config, "sequence_bias", {(3,): 0.0})
+    monkeypatch.setattr(idle.model.generation_config, "suppress_tokens", ())
+    neutral_sampling(idle)
+    monkeypatch.setattr(idle.model.generation_config, "sequence_bias", {(3,): 0.5})
+    with pytest.raises(InputError, match=r"sequence_bias = \{\(3,\): 0\.5\} \(expected: \[\]\)"):
         neutral_sampling(idle)
 
 
@@ -219,6 +234,7 @@ def test_what_vllm_is_told_is_recorded_where_neutral(with_vllm: Any, tmp_path: P
         ("top_k", 5),
         ("min_p", 0.1),
         ("top_p", 0.9),
+        ("top_p", None),
         ("repetition_penalty", 1.1),
         ("max_tokens", MAX_LENGTH - 1),
         ("presence_penalty", 0.5),

@@ -25,6 +25,7 @@ from entropy_probe import (
 )
 from entropy_probe.checkpoints import tokenizer_ids
 from entropy_probe.collectives import Ranks
+from entropy_probe.diagnostics import padding_warnings
 from entropy_probe.policy import special_ids
 from entropy_probe.rollouts import SpecialIds, doubtful_rows, refuse_unsampled
 from entropy_probe.scores import Estimator
@@ -35,6 +36,8 @@ from support import EOS, random_rollouts, run_command, tiny_model, trained_optim
 PAD = 0
 APART = SpecialIds(pad=(PAD,), end=(EOS,), stop=(EOS,), begin=(2,))
 """Pad, end and begin are three ids, as the test models have them."""
+TOLD = replace(APART, stop=(EOS, 12))
+"""The tokenizer names an end token that the model's config does not."""
 SHARED = SpecialIds(pad=(EOS,), end=(EOS, 9), stop=(EOS, 9))
 """The end token pads, as many chat models have it."""
 
@@ -55,7 +58,9 @@ SOUND = ((5, EOS), (6, 7, EOS), (8, 9, 10))
 PADDED: dict[str, tuple[RolloutBatch, SpecialIds, tuple[str, ...]]] = {
     "a run": (batch_of(*SOUND, (5, 6, PAD, PAD)), APART, ("pad id 0", "1 of 4 rows", "2 of 4 ids", "'p1'")),
     "of every row": (batch_of(*((*ids, PAD, PAD) for ids in ((5,), (6,), (7,), (8,)))), APART, ("4 of 4 rows",)),
-    "one after the end token": (batch_of(*SOUND, (5, EOS, PAD)), APART, ("go on after an end token", "1 of 4 rows")),
+    "one after the end token": (batch_of(*SOUND, (5, EOS, PAD)), APART, ("end with padding", "1 of 4 rows", "1 of 3 ids")),
+    "one after the tokenizer's end token": (batch_of(*SOUND, (5, 12, PAD)), TOLD, ("end with padding", "1 of 3 ids")),
+    "two there in a rare row": (batch_of(*SOUND * 6, (5, 6), (5, 12, PAD, PAD)), TOLD, ("1 of 20 rows", "2 of 4 ids")),
     "nothing else": (batch_of(*SOUND, (PAD, PAD)), APART, ("2 of 2 ids",)),
     "one alone": (batch_of(*SOUND, (PAD,)), APART, ("1 of 1 ids",)),
     "one, though not cut": (batch_of(*SOUND, (5, PAD), cut=False), APART, ("1 of 2 ids",)),
@@ -70,10 +75,14 @@ PADDED: dict[str, tuple[RolloutBatch, SpecialIds, tuple[str, ...]]] = {
     ),
     "after the end": (batch_of(*SOUND, (5, EOS, 6)), APART, ("go on after an end token of the model", "id 1 at place 1 of 3")),
     "after another end": (batch_of((5, 9, 6), *SOUND[:2], (7,)), SHARED, ("id 9 at place 1 of 3", "1 of 4 rows")),
-    "after the rows' own end": (batch_of((5, 7, 6), (5, 7), (6,), (6,), eos_ids=(7,)), APART, ("rows' own eos_ids", "id 7")),
+    "after the rows' own end": (batch_of((5, 7, 6), (5, 7), (6,), (6,), eos_ids=(7,)), APART, ("end token of eos_ids", "id 7")),
     "a prompt's start": (of_prompts((PAD, PAD, 5), (3, 4, 5)), APART, ("2 of 4 rows", "prompt_id 0 begins with 2, of 3")),
     "one there": (of_prompts((PAD, 5), (3, 4)), APART, ("2 of 4 rows", "begins with 1, of 2 ids")),
     "a prompt's end": (of_prompts((3, 4, PAD, PAD), (3, 4, 5, 6)), APART, ("ends with 2, of 4 ids",)),
+    "one at a prompt's end": (of_prompts((3, 4, PAD), (3, 4, 5)), APART, ("2 of 4 rows", "ends with 1, of 3 ids")),
+    "unknown twice at a prompt's end": (
+        of_prompts((3, PAD, PAD), (3, 4, 5)), replace(APART, unknown=(PAD,)), ("ends with 2",)
+    ),
     "more than a beginning": (of_prompts((PAD, PAD, 5), (PAD, 4, 5)), replace(APART, begin=(PAD,)), ("2 of 4 rows",)),
     "a beginning of some": (of_prompts((PAD, 5), (3, 4)), replace(APART, begin=(PAD,)), ("begins with 1",)),
     "two in rows that are not rare": (batch_of(*SOUND * 6, (5, PAD, PAD), (6, PAD, PAD)), APART, ("2 of 20 rows",)),
@@ -93,6 +102,7 @@ def test_ids_that_nobody_sampled_are_refused_with_their_rows_and_the_way_out(nam
     for culprit in (*culprits, "the rollouts"):
         assert culprit in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) <= 250
 
 
 RIGHT: dict[str, tuple[RolloutBatch, SpecialIds, tuple[int, int]]] = {
@@ -115,6 +125,14 @@ RIGHT: dict[str, tuple[RolloutBatch, SpecialIds, tuple[int, int]]] = {
     "rows that never stop": (batch_of((5, EOS, 7), (EOS, 7), (6,), (6,), eos_ids=()), APART, (0, 0)),
     "all begin with it": (of_prompts((PAD, 5), (PAD, 4)), replace(APART, begin=(PAD,)), (0, 0)),
     "it is unknown text": (of_prompts((PAD, 5), (3, 4)), replace(APART, unknown=(PAD,)), (2, 0)),
+    "a template ends so": (of_prompts((3, 4, PAD), (3, PAD)), APART, (0, 0)),
+    "an end token ends some": (of_prompts((3, 4, EOS), (3, 4, 5)), SHARED, (0, 0)),
+    "a mask says that the end was seen": (
+        of_prompts((3, 4, PAD), (3, 4, 5), extra={"prompt_attention_mask": [1, 1, 1]}), APART, (0, 0)
+    ),
+    "the tokenizer's end token before the model's, which pads": (
+        batch_of(*SOUND, (5, 12, EOS)), replace(TOLD, pad=(EOS,)), (0, 0)
+    ),
     "a mask says that it was seen": (
         of_prompts((PAD, PAD, 5), (3, 4, 6), extra={"prompt_attention_mask": [1, 1, 1]}), APART, (0, 0)
     ),
@@ -125,7 +143,28 @@ RIGHT: dict[str, tuple[RolloutBatch, SpecialIds, tuple[int, int]]] = {
 def test_ids_that_may_have_been_sampled_are_taken_and_doubtful_ones_counted(name: str) -> None:
     batch, special, doubtful = RIGHT[name]
     refuse_unsampled(batch, special, "the rollouts")
-    assert doubtful_rows(batch, special) == doubtful
+    found = doubtful_rows(batch, special)
+    assert (found.starts, found.responses) == doubtful
+
+
+def test_one_unknown_token_at_a_prompts_end_is_counted_and_warned_of_unless_all_end_so() -> None:
+    special = replace(APART, unknown=(PAD,))
+    for prompts, expected in ((((3, PAD), (3, 4)), 2), (((3, PAD), (4, PAD)), 0)):
+        batch = of_prompts(*prompts)
+        refuse_unsampled(batch, special, "the rollouts")
+        assert doubtful_rows(batch, special).ends == expected
+        codes = [warning.code for warning in padding_warnings(batch, special)]
+        assert codes == ["pad_at_the_prompts_end"] * (expected > 0)
+
+
+def test_ids_after_an_end_token_that_the_tokenizer_alone_knows_are_warned_of() -> None:
+    """The sampler may not have stopped there; where the rows say at which ids it did, they are believed."""
+    rows = ((5, 12, 9), (5, 12), (6, EOS), (7, 12, 12))
+    refuse_unsampled(batch_of(*rows), TOLD, "the rollouts")
+    (warning,) = padding_warnings(batch_of(*rows), TOLD)
+    assert warning.code == "tokens_after_stop"
+    assert "2 of 4 responses" in warning.seen
+    assert padding_warnings(batch_of(*rows, eos_ids=()), TOLD) == []
 
 
 # Masks beside the ids

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState, Preconditioners, ZeroV
 from entropy_probe.collectives import WHOLE, Sharding
+from entropy_probe.errors import some_of
 from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.realized import RealizedChange
@@ -288,23 +289,40 @@ def recorder_warnings(batch: RolloutBatch) -> list[Evidence]:
 
 
 def padding_warnings(batch: RolloutBatch, special: SpecialIds) -> list[Evidence]:
-    """A pad id or two at an edge, which may be padding or not; what is padding for certain is refused before."""
+    """Ids that may not have been sampled: a pad or two at an edge, ids after a tokenizer's end token.
+
+    What nobody sampled for certain is refused before.
+    """
     found = []
-    prompts, responses = doubtful_rows(batch, special)
-    if responses:
+    doubtful, rows = doubtful_rows(batch, special), len(batch.responses)
+    if doubtful.responses:
         found.append(
             Evidence(
                 "pad_at_the_end",
-                f"{responses} of {len(batch.responses)} responses end with a pad id or two, which a policy hardly ever samples",
+                f"{doubtful.responses} of {rows} responses end with a pad id or two, which a policy hardly ever samples",
                 "If it is padding, cut it from response_ids and logprobs: it is scored; if it was sampled, all is well",
             )
         )
-    if prompts:
+    for code, verb, count in (
+        ("pad_at_the_start", "begin", doubtful.starts),
+        ("pad_at_the_prompts_end", "end", doubtful.ends),
+    ):
+        if count:
+            found.append(
+                Evidence(
+                    code,
+                    f"{count} of {rows} rows have prompts that {verb} with one pad id, the unknown token too",
+                    "If it is padding, cut it from prompt_ids; if the model saw it, give prompt_attention_mask with 1 there",
+                )
+            )
+    if doubtful.going_on:
         found.append(
             Evidence(
-                "pad_at_the_start",
-                f"{prompts} of {len(batch.responses)} rows have prompts that begin with one pad id, the unknown token too",
-                "If it is padding, cut it from prompt_ids, or give prompt_attention_mask",
+                "tokens_after_stop",
+                f"{doubtful.going_on} of {rows} responses go on after the tokenizer's end token, which the model's config does "
+                "not name as one",
+                "If the sampler stopped there, cut response_ids and logprobs after it; if not, give eos_ids, the ids that end "
+                "a response ([] for none)",
             )
         )
     return found
@@ -318,7 +336,7 @@ def coverage_warnings(coverage: Coverage) -> list[Evidence]:
     return [
         Evidence(
             "slow_parameters",
-            f"{count} trainable parameters, {share:.2g} % of the elements, have no rule ({_some(coverage.fallback)}): "
+            f"{count} trainable parameters, {share:.2g} % of the elements, have no rule ({some_of(coverage.fallback)}): "
             "their gradients are exact, by two backwards a unit",
             "Nothing to do about the figures; freeze them if they need not train and the probe is too slow",
         )
@@ -343,7 +361,7 @@ def zero_v_warnings(found: ZeroVSection, by_name: Mapping[str, int]) -> list[Evi
     """Elements with v = 0 and a gradient, and what P makes of them."""
     if not found.elements:
         return []
-    which = f"{found.elements:,} elements ({_some(list(by_name))}) have v = 0 but a gradient in this batch"
+    which = f"{found.elements:,} elements ({some_of(list(by_name))}) have v = 0 but a gradient in this batch"
     added = f"{found.delta_h1_added:+.3g} nats"
     if found.treatment == ZeroV.LEAVE_OUT:
         return [
@@ -369,7 +387,7 @@ def parameter_warnings(untouched: Sequence[str], rivals: Sequence[str]) -> list[
         found.append(
             Evidence(
                 "untouched_parameters",
-                f"{len(untouched)} trainable parameters are reached by no response: {_some(untouched)}",
+                f"{len(untouched)} trainable parameters are reached by no response: {some_of(untouched)}",
                 "They count as zero; if they should train, look for a frozen or unused module",
             )
         )
@@ -377,7 +395,7 @@ def parameter_warnings(untouched: Sequence[str], rivals: Sequence[str]) -> list[
         found.append(
             Evidence(
                 "ambiguous_mapping",
-                f"optimizer.pt also fits {_some(rivals)}, which maps some parameters of equal shape elsewhere",
+                f"optimizer.pt also fits {some_of(rivals)}, which maps some parameters of equal shape elsewhere",
                 "Check with `entropy-probe inspect` that the version named there is the one that wrote it",
             )
         )
@@ -484,7 +502,3 @@ def weighting_warnings(weighting: Weighting, group_sizes: Sequence[int]) -> list
             "Normalise importance weights over all responses (global), or give more responses a prompt",
         )
     ]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from entropy_probe.errors import InputError
 from entropy_probe.gradients import VECTOR_SHARE, Plan, Storage
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.intervals import IntervalMethod
-from entropy_probe.memory import memory_there
+from entropy_probe.memory import Room, memory_there
 from entropy_probe.rollouts import RolloutBatch, read_batch
 from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight, advantages_from_rewards, length_weights
 from entropy_probe.settings import Settings
@@ -182,18 +182,20 @@ def resolve_length_weights(batch: RolloutBatch, rule: LengthWeight, max_completi
 def free_memory(device: torch.device, ranks: Ranks = ALONE) -> float:
     """Bytes free where the vectors will live: the least of all ranks.
 
-    A machine's memory is parted among its ranks, and a control group's room among the ranks that it limits.
+    A machine's memory is parted among its ranks, and every control group's room among the ranks in it.
     """
     if device.type in {"cuda", "xpu"}:
         info = torch.cuda.mem_get_info if device.type == "cuda" else torch.xpu.mem_get_info
         free = float(info(device)[0])
     else:
-        machine = platform.node()
-        free = min(room.bytes / _of_same(ranks, f"{machine} {room.group}") for room in memory_there())
+        free = _own_share(memory_there(), ranks)
     return float(ranks.gather_numbers(np.array([free])).min())
 
 
-def _of_same(ranks: Ranks, name: str) -> int:
-    """How many ranks, this one too, give this name."""
-    number = zlib.crc32(name.encode(errors="surrogateescape"))
-    return int((ranks.gather_numbers(np.array([number])) == number).sum())
+def _own_share(rooms: Sequence[Room], ranks: Ranks) -> float:
+    """The least of these rooms, each divided by the ranks that are in it. Two collectives, however many rooms a rank has."""
+    machine = platform.node()
+    own = [zlib.crc32(f"{machine} {room.group}".encode(errors="surrogateescape")) for room in rooms]
+    most = int(ranks.gather_numbers(np.array([len(own)])).max())
+    every = ranks.gather_numbers(np.array([*own, *[-1] * (most - len(own))]))
+    return min(room.bytes / int((every == number).any(axis=1).sum()) for room, number in zip(rooms, own, strict=True))

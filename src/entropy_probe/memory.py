@@ -1,7 +1,7 @@
 """The main memory that a process may still take: the machine's, or less where control groups (a container, a job) say so.
 
 Linux's cgroups of version 1 and 2. A group's room is its limit less what is used in it, plus file pages that the kernel gives
-back unasked (``inactive_file``); groups lie inside of each other, and the least room of a group and all around it counts.
+back unasked (``inactive_file``). Groups lie inside of each other, and none of those around a process may run full.
 Sources: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, proc_pid_mountinfo(5).
 """
 
@@ -26,15 +26,14 @@ class Room:
     group: str | None
 
 
-def memory_there(root: Path = Path("/")) -> tuple[Room, Room]:
-    """What the machine has available, and the least room of the process's control groups; the former twice without a limit.
+def memory_there(root: Path = Path("/")) -> tuple[Room, ...]:
+    """What the machine has available, then the room of each of the process's control groups that has a limit.
 
     Args:
         root: where ``proc`` and the mounts are looked for.
     """
     machine = Room(float(psutil.virtual_memory().available), None)
-    rooms = [room for hierarchy in _hierarchies(root) for room in hierarchy.rooms()]
-    return machine, min(rooms, key=lambda room: room.bytes, default=machine)
+    return (machine, *(room for hierarchy in _hierarchies(root) for room in hierarchy.rooms()))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.choices import float_of, shown
+from entropy_probe.choices import number, shown
 from entropy_probe.errors import InputError
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import LengthWeight
@@ -31,7 +31,7 @@ LENGTH_WEIGHT_OF_LOSS = {
     "cispo": LengthWeight.DAPO,
     "bnpo": LengthWeight.BNPO,
 }
-"""TRL's loss types and the length weights that their gradients have at ratio 1."""
+"""TRL's losses whose gradient, at ratio 1, is a weight a response times its log-prob's; and their length weights there."""
 
 MIXED_PRECISION = {None: None, "no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Accelerate's names."""
@@ -176,7 +176,7 @@ def recorded_number(batch: RolloutBatch, name: str) -> float | None:
     Raises:
         InputError: the rows disagree, or it is not a finite number, 0 or above.
     """
-    return _recorded(batch, name, lambda value: _number(name, value))
+    return _recorded(batch, name, lambda value: number(_said(name), value))
 
 
 def recorded_count(batch: RolloutBatch, name: str) -> int | None:
@@ -200,8 +200,8 @@ def recorded_rates(batch: RolloutBatch) -> tuple[float, ...]:
 
     def rates(value: object) -> tuple[float, ...]:
         if isinstance(value, Sequence) and not isinstance(value, str) and value:
-            return tuple(_number("learning_rate", each) for each in value)
-        return (_number("learning_rate", value),)
+            return tuple(number(_said("learning_rate"), each) for each in value)
+        return (number(_said("learning_rate"), value),)
 
     return _recorded(batch, "learning_rate", rates) or ()
 
@@ -231,11 +231,8 @@ def _recorded(batch: RolloutBatch, name: str, parse: Callable[[object], T]) -> T
     return found
 
 
-def _number(name: str, value: object) -> float:
-    found = float_of(value)
-    if found is None or not 0.0 <= found < math.inf:
-        raise InputError(f"the rows say {name} is {shown(value)}; expected a finite number, 0 or above")
-    return found
+def _said(name: str) -> str:
+    return f"the rows say {name}"
 
 
 def _length_weight(

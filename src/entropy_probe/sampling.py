@@ -29,9 +29,9 @@ from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, Stopp
 
 from entropy_probe.collectives import Ranks, Sharding, deal
 from entropy_probe.errors import InputError, one_line, out_of_memory
-from entropy_probe.policy import Policy, end_token_ids, input_limits
+from entropy_probe.policy import Policy, input_limits, special_ids
 from entropy_probe.progress import Progress, Silent
-from entropy_probe.rollouts import PromptId, Rollout, read_rows
+from entropy_probe.rollouts import PromptId, Rollout, SpecialIds, read_rows
 from entropy_probe.same_inputs import check_same_inputs, digest_of_model, digest_of_settings
 
 Reward = Callable[[str, str, dict[str, Any]], float]
@@ -245,8 +245,8 @@ def load_tokenizer(folders: Sequence[Path]) -> Any:
 
 def end_tokens(model: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:
     """The ids that end a response: those of the model's config, and the tokenizer's."""
-    ids = (*end_token_ids(model), None if tokenizer is None else tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    return special_ids(model, SpecialIds(stop=() if own is None else (own,))).stop
 
 
 def load_reward(spec: str) -> Reward:

@@ -110,7 +110,8 @@ class CrossStatistics:
     of r and does not shrink with U. ``se_this_step`` is the error of what *this* update does. ``variance`` is V of design
     section 4 where the kernel is there and units are equal, else the jackknife's; ``ci95`` is of the asked method, or by
     default :func:`intervals.interval` there, else U_cross ± t √V. ``parts`` are ζ₁ and τ² with V = 4 ζ₁/U + 2 τ²/(U(U−1));
-    None without the kernel. ``shortfall`` says why the interval is known to cover less than it says, where it is.
+    None without the kernel. ``shortfall`` says why the default method's interval is known to cover less than it says, where it
+    is.
     """
 
     u_cross: float
@@ -218,6 +219,8 @@ def cross_statistics(dots: UnitDots, interval: intervals.IntervalMethod | None =
         else:
             error = se_jackknife if chosen is intervals.IntervalMethod.JACKKNIFE_T else se_plugin
             ci95 = intervals.symmetric_interval(u_cross, error, units, chosen)
+        if shortfall is not None and chosen is not intervals.DEFAULT_METHOD:
+            shortfall += f" (known of the default method, {intervals.DEFAULT_METHOD.described}; this is {method})"
 
     return CrossStatistics(
         u_cross=u_cross,

@@ -41,7 +41,9 @@ class ZeroVSection:
 class FirstOrder:
     """The prediction δH₁ = −η U_cross and its uncertainty.
 
-    Standard errors are of U_cross; ``delta_h1_se`` and ``delta_h1_ci95`` are of δH₁ and belong together (``interval_method``);
+    Standard errors are of U_cross; ``delta_h1_se`` and ``delta_h1_ci95`` are of δH₁. ``interval_method`` is how the interval is
+    made, from a variance that it names; ``delta_h1_se`` is √V whatever the interval, V unbiased, or without the matrix the
+    jackknife's.
     ``delta_h1_se_this_step`` is what this very update does to δH₁, without the noise that another batch's Y would add.
     ``learning_rate`` is a list where parameter groups differ. ``unit_ids`` are prompt ids, lists of them for blocks.
     ``row_means``, ``row_x`` and ``row_y`` are r_u, x_u and y_u, one a unit. ``sentence`` says δH₁ in words, and how it differs

@@ -6,6 +6,7 @@ its log-prob. A column that says otherwise is refused by its name: its row would
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,8 @@ class Assumption:
 
 OFF: tuple[object, ...] = (None, 0)
 NONE: tuple[object, ...] = (None, [], {})
+"""A tuple counts as a list."""
+UNSET: tuple[object, ...] = (None,)
 KL = "a KL term is in the trainer's loss or reward"
 ENTROPY = "an entropy term is in the trainer's loss"
 FURTHER = "a further term is in the trainer's loss"
@@ -93,13 +96,16 @@ SAMPLING: dict[str, tuple[object, ...]] = {
     "exponential_decay_length_penalty": NONE,
     "guidance_scale": (None, 1),
     "penalty_alpha": OFF,
-    "dola_layers": NONE,
-    "watermarking_config": NONE,
-    "structured_outputs": NONE,
-    "guided_decoding": NONE,
-    "guided_json": NONE,
-    "guided_regex": NONE,
-    "guided_grammar": NONE,
+    "dola_layers": UNSET,
+    "watermarking_config": UNSET,
+    # An empty schema asks for JSON of any form.
+    "structured_outputs": UNSET,
+    "guided_decoding": UNSET,
+    "guided_json": UNSET,
+    "guided_regex": UNSET,
+    "guided_grammar": UNSET,
+    "remove_invalid_values": (None, False),
+    "token_healing": (None, False),
     "do_sample": (None, True),
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
@@ -107,10 +113,15 @@ SAMPLING: dict[str, tuple[object, ...]] = {
     "use_beam_search": (None, False),
     "best_of": (None, 1),
 }
-"""Settings of a sampler, by transformers' and vLLM's names, and the values that leave the distribution whole."""
+"""Settings of a sampler, by transformers' and vLLM's names, and the values that leave the distribution whole.
+
+The one place where these stand: the TRL recorder's tables are made of them.
+"""
+BIASES = ("logit_bias", "sequence_bias")
+"""Settings that add to logits: neutral too where all that they add is 0."""
 
 NESTED = ("sampling_params", "sampling", "generation_config", "generation_kwargs")
-"""Columns that hold such settings by name."""
+"""Columns that hold such settings by name: a mapping, or the JSON text of one. Other text is not looked into."""
 
 _KL_NAMES = (
     *(
@@ -146,7 +157,11 @@ _WEIGHT_NAMES = (
     *("vllm_importance_sampling_ratio", "tis_weights"),
 )
 _VAGUE_WEIGHTS = ("weight", "weights", "ratio", "ratios")
-"""Of the loss where they have a value a response token; else names of anything."""
+"""Of the loss where they have a value a response token; else names of anything: of a data set, or of what a prompt is about."""
+_PADDING_WORDS = {"pad", "padding", "padded"}
+_OVERLONG_WORDS = {"overlong"}
+_OTHER_WORDS = {"eos", "bos", "prompt", "truncated", "truncation"}
+"""Words in the names of masks that say nothing of which response tokens are in the loss."""
 
 ASSUMPTIONS: dict[str, Assumption] = {
     **{name: Assumption(Kind.SAMPLING, neutral) for name, neutral in SAMPLING.items()},
@@ -172,6 +187,29 @@ def is_of_tokens(name: str) -> bool:
     return known or name in _VAGUE_WEIGHTS or name == "labels" or _looks_like_a_mask(name)
 
 
+def among(value: object, allowed: Sequence[object]) -> bool:
+    """Whether a plain value equals one of these; a tensor or an object equals none, and None only None."""
+    if not (value is None or isinstance(value, bool | int | float | str | list | tuple | dict)):
+        return False
+    listed = list(value) if isinstance(value, tuple) else value
+    return any((value is None) == (one is None) and listed == one for one in allowed)
+
+
+def leaves_whole(name: str, value: object, neutral: Sequence[object]) -> bool:
+    """Whether a sampler's setting leaves every token its probability: a neutral value, or biases that are all 0."""
+    if among(value, neutral):
+        return True
+    if name not in BIASES or not isinstance(value, Mapping | list | tuple):
+        return False
+    # By token, or as pairs of tokens and bias, as transformers has it too.
+    biases = value.values() if isinstance(value, Mapping) else (_last(item) for item in value)
+    return all(among(bias, (0,)) for bias in biases)
+
+
+def _last(item: object) -> object:
+    return item[-1] if isinstance(item, list | tuple) and item else item
+
+
 def refuse_contradictions(row: Rollout, temperature: float) -> None:
     """Refuse a row of which a column says that the probe would compute something else at this temperature.
 
@@ -182,10 +220,8 @@ def refuse_contradictions(row: Rollout, temperature: float) -> None:
     for name, value in declared.items():
         if value is None:
             continue
-        if name in NESTED and isinstance(value, Mapping):
-            said = _of_nested(name, value, temperature)
-        else:
-            said = _contradiction(name, value, row)
+        settings = _settings(value) if name in NESTED else None
+        said = _contradiction(name, value, row) if settings is None else _of_nested(name, settings, temperature)
         if said is not None:
             raise InputError(f"prompt_id {row.prompt_id!r} {said}")
 
@@ -197,7 +233,7 @@ def _contradiction(name: str, value: object, row: Rollout) -> str | None:
         return _of_other_columns(name, value, row)
     match found.kind:
         case Kind.SAMPLING:
-            return None if value in found.neutral else _sampled_with(name, value)
+            return None if leaves_whole(name, value, found.neutral) else _sampled_with(name, value)
         case Kind.LOSS:
             return _of_the_loss(name, value, found, row)
         case Kind.MASK:
@@ -217,9 +253,33 @@ def _of_other_columns(name: str, value: object, row: Rollout) -> str | None:
         return _of_a_mask(name, [int(item != IGNORED_LABEL) for item in value], row)
     if name in _VAGUE_WEIGHTS and len(value) == lengths[0]:
         return _of_weights(name, value, row)
-    if _looks_like_a_mask(name) and len(value) in lengths and all(item in (0, 1) for item in value):
-        return _of_a_mask(name, value, row)
+    if _looks_like_a_mask(name) and len(value) in lengths and all(among(item, (0, 1)) for item in value):
+        return _of_an_unknown_mask(name, value, row)
     return None
+
+
+def _of_an_unknown_mask(name: str, value: Sequence[Any], row: Rollout) -> str | None:
+    """Of a mask that only its name tells of; one of the loss, or of who wrote which token, where no word says otherwise."""
+    words = set(name.split("_"))
+    over_response = value[-len(row.response_ids) :]
+    if "loss" in words:
+        return _of_a_mask(name, value, row)
+    if words & _PADDING_WORDS:
+        # Whether 1 is padding or what is none: where both stand, some is.
+        if len(set(value)) == 1:
+            return None
+        return (
+            f"has {name} with both 0 and 1: some of the ids are padding; leave it out of prompt_ids and response_ids, or give "
+            "attention_mask (0 at padding) instead"
+        )
+    if words & _OVERLONG_WORDS:
+        if all(over_response):
+            return None
+        return (
+            f"has {name} with 0 at {over_response.count(0)} of {len(over_response)} response tokens: overlong responses are "
+            "left out of the trainer's loss; leave such rows out"
+        )
+    return None if words & _OTHER_WORDS else _of_a_mask(name, value, row)
 
 
 def _looks_like_a_mask(name: str) -> bool:
@@ -235,14 +295,24 @@ def _sampled_with(name: str, value: object) -> str:
 
 def _of_the_loss(name: str, value: object, found: Assumption, row: Rollout) -> str | None:
     # verl's kl_penalty names an estimator, which does nothing without a coefficient.
-    if value in found.neutral or (name == "kl_penalty" and isinstance(value, str)):
+    if among(value, found.neutral) or (name == "kl_penalty" and isinstance(value, str)):
         return None
+    if isinstance(value, Mapping):
+        inner = {key: item for key, item in value.items() if _is_of_the_loss(key)}
+        said = (_of_the_loss(key, item, ASSUMPTIONS[key], row) for key, item in inner.items())
+        # A mapping that names no coefficient cannot be read.
+        if not value or (inner and not any(said)):
+            return None
     if name == "mask_truncated_completions" and row.cut is False:
         return None
     return (
         f"says {name} = {reprlib.repr(value)}: {found.why}, and the probe computes the policy gradient alone; train without "
         "it, or drop the column to probe that gradient without it"
     )
+
+
+def _is_of_the_loss(name: object) -> bool:
+    return isinstance(name, str) and name in ASSUMPTIONS and ASSUMPTIONS[name].kind is Kind.LOSS
 
 
 def _of_a_mask(name: str, value: object, row: Rollout) -> str | None:
@@ -303,7 +373,7 @@ def _of_advantages(value: object, row: Rollout) -> str | None:
 
 def _of_nested(name: str, value: Mapping[Any, Any], temperature: float) -> str | None:
     for inner, item in value.items():
-        if item is not None and item not in SAMPLING.get(inner, (item,)):
+        if inner in SAMPLING and not leaves_whole(inner, item, (None, *SAMPLING[inner])):
             return _sampled_with(f"{name}.{inner}", item)
     said = value.get("temperature")
     if said is not None and said != temperature:
@@ -312,6 +382,16 @@ def _of_nested(name: str, value: Mapping[Any, Any], temperature: float) -> str |
             "column temperature with the sampler's own"
         )
     return None
+
+
+def _settings(value: object) -> Mapping[Any, Any] | None:
+    """Settings by name, also of JSON text; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, Mapping) else None
 
 
 def _is_one(value: object) -> bool:

@@ -1,9 +1,11 @@
 """Ids that nobody sampled: runs of the pad id at a prompt's or a response's edge, and ids after an end token.
 
 What is certain is refused: two or more pad ids at an edge; one at a prompt's start, unless every prompt begins with that id as
-its first token; anything after the end token. A pad id that also ends a response stands once at its end. One pad id at the end
-of a response that no end token closed may have been sampled, however unlikely, and is only warned of; so may two in a rare row
-(:data:`RARE`), unless the sampler's log-probs say that they were not (:data:`IMPROBABLE`).
+its first token; one at a prompt's end, unless every prompt ends with it (a template) or it begins or ends texts; pads after an
+end token by anyone's word, and anything after one of the model's. A pad that also ends a response stands once at its end. One
+pad id at the end of a response that no end token closed may have been sampled, however unlikely, and is only warned of; so may
+two in a rare row (:data:`RARE`), unless the sampler's log-probs say that they were not (:data:`IMPROBABLE`). Other ids after an
+end token that the tokenizer alone knows are warned of: the sampler may not have stopped there.
 """
 
 from __future__ import annotations
@@ -11,10 +13,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from entropy_probe.errors import InputError
 from entropy_probe.rollouts.masks import vouched
 from entropy_probe.rollouts.records import PromptGroup, Rollout, RolloutBatch
+
+
+class _Edge(StrEnum):
+    """A prompt's edge, as the verb that says that it is there."""
+
+    START = "begins"
+    END = "ends"
+
+    def inwards(self, ids: Sequence[int]) -> Sequence[int]:
+        """The ids from this edge on."""
+        return ids if self is _Edge.START else ids[::-1]
+
 
 RARE = 0.05
 """Share of the rows up to which responses that end with two pad ids count as sampled: padding is in most rows that it is in."""
@@ -41,6 +56,23 @@ class SpecialIds:
     unknown: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class DoubtfulRows:
+    """How many rows hold ids that may or may not have been sampled.
+
+    Attributes:
+        starts: whose prompt begins with one pad id, the unknown token too.
+        ends: whose prompt ends with one.
+        responses: whose response ends with a pad id or two.
+        going_on: whose response goes on after an end token that the tokenizer alone knows.
+    """
+
+    starts: int
+    ends: int
+    responses: int
+    going_on: int
+
+
 def refuse_unsampled(batch: RolloutBatch, special: SpecialIds, what: str) -> None:
     """Refuse a batch of which rows hold ids that nobody sampled.
 
@@ -57,56 +89,64 @@ def refuse_unsampled(batch: RolloutBatch, special: SpecialIds, what: str) -> Non
     _refuse_going_on(batch, special, what)
 
 
-def doubtful_rows(batch: RolloutBatch, special: SpecialIds) -> tuple[int, int]:
-    """Rows with one pad id at an edge that may or may not be padding: (at the prompt's start, at the response's end)."""
-    prompts = sum(
-        len(group.responses)
-        for group in batch.groups
-        if group.prompt_ids[0] in special.pad
-        and group.prompt_ids[0] in special.unknown
-        and group.prompt_ids[0] not in (*special.begin, *special.stop)
-        and not _vouched(group)
+def doubtful_rows(batch: RolloutBatch, special: SpecialIds) -> DoubtfulRows:
+    """Rows of a batch that was not refused, which hold ids that may or may not have been sampled."""
+    unknown = set(special.pad) & set(special.unknown) - {*special.begin, *special.stop}
+    seen = [group for group in batch.groups if not _vouched(group)]
+    last = {group.prompt_ids[-1] for group in batch.groups}
+    by_tokenizer = frozenset(special.stop) - frozenset(special.end)
+    return DoubtfulRows(
+        starts=sum(len(group.responses) for group in seen if group.prompt_ids[0] in unknown),
+        ends=sum(len(group.responses) for group in seen if group.prompt_ids[-1] in unknown and len(last) > 1),
+        responses=sum(_may_be_padded(row, special) for row in batch.responses),
+        going_on=sum(
+            row.eos_ids is None and not by_tokenizer.isdisjoint(row.response_ids[:-1]) for row in batch.responses
+        ),
     )
-    responses = 0
-    for row in batch.responses:
-        count = _pads_at_the_end(row, special)
-        if count and row.response_ids[-1] not in _stops(row, special) and not _sampler_says(row, count):
-            responses += 1
-    return prompts, responses
+
+
+def _may_be_padded(row: Rollout, special: SpecialIds) -> bool:
+    count = _pads_at_the_end(row, special)
+    return count > 0 and row.response_ids[-1] not in _stops(row, special) and not _sampler_says(row, count)
 
 
 def _refuse_padded_prompts(batch: RolloutBatch, special: SpecialIds, what: str) -> None:
     if not special.pad:
         return
-    firsts = {group.prompt_ids[0] for group in batch.groups}
-    found = [group for group in batch.groups if not _vouched(group) and _prompt_is_padded(group, special, firsts)]
-    if not found:
-        return
-    first = found[0]
-    ids = first.prompt_ids
-    pad = ids[0] if ids[0] in special.pad else ids[-1]
+    firsts, lasts = ({group.prompt_ids[place] for group in batch.groups} for place in (0, -1))
+    for edge in _Edge:
+        others = firsts if edge is _Edge.START else lasts
+        found = [g for g in batch.groups if not _vouched(g) and _is_padded_at(edge, g.prompt_ids, special, others)]
+        if found:
+            raise _padded_prompts(found, edge, len(batch.responses), what)
+
+
+def _padded_prompts(found: Sequence[PromptGroup], edge: _Edge, of: int, what: str) -> InputError:
+    ids = edge.inwards(found[0].prompt_ids)
     rows = sum(len(group.responses) for group in found)
-    ahead, behind = _run(ids, pad), _run(ids[::-1], pad)
-    where = f"begins with {ahead}" if ahead else f"ends with {behind}"
-    mask = " (at the start prompt_attention_mask may name it: 0 at padding, and 1 throughout where the model really saw it)"
-    raise InputError(
-        f"{what} hold prompts with the pad id {pad} at an edge, in {rows} of {len(batch.responses)} rows (that of prompt_id "
-        f"{first.prompt_id!r} {where}, of {len(ids)} ids), which would be scored as part of the prompt; leave padding out of "
-        f"prompt_ids{mask}"
+    if edge is _Edge.START:
+        advice = "or give prompt_attention_mask (0 at padding, 1 where the model saw the id)"
+    else:
+        advice = "or give prompt_attention_mask with 1 throughout where the model saw it"
+    return InputError(
+        f"{what} hold prompts with the pad id {ids[0]} at an edge, in {rows} of {of} rows (that of prompt_id "
+        f"{found[0].prompt_id!r} {edge} with {_run(ids, ids[0])}, of {len(ids)} ids); leave padding out of prompt_ids, {advice}"
     )
 
 
-def _prompt_is_padded(group: PromptGroup, special: SpecialIds, firsts: set[int]) -> bool:
-    ids = group.prompt_ids
-    if ids[-1] in special.pad and _run(ids[::-1], ids[-1]) > 1:
-        return True
+def _is_padded_at(edge: _Edge, prompt: Sequence[int], special: SpecialIds, others: set[int]) -> bool:
+    """Whether a prompt has padding for certain at an edge; ``others`` are the ids that the batch's prompts have there."""
+    ids = edge.inwards(prompt)
     if ids[0] not in special.pad:
         return False
     if _run(ids, ids[0]) > 1:
         return True
-    if ids[0] in (*special.begin, *special.stop):
-        return len(firsts) > 1  # what begins a prompt begins all
-    return ids[0] not in special.unknown
+    marks = ids[0] in (*special.begin, *special.stop)
+    if edge is _Edge.START:
+        # What begins a prompt begins all.
+        return len(others) > 1 if marks else ids[0] not in special.unknown
+    # A turn of a chat may end with an end token in some prompts, and all may end as their template does.
+    return not marks and ids[0] not in special.unknown and len(others) > 1
 
 
 def _refuse_padded_responses(batch: RolloutBatch, special: SpecialIds, what: str) -> None:
@@ -117,20 +157,18 @@ def _refuse_padded_responses(batch: RolloutBatch, special: SpecialIds, what: str
     if found and not _may_all_be_sampled([row for row, _ in found], len(batch.responses), special):
         row, count = found[0]
         pad = row.response_ids[-1]
-        both = " (which is an end token too, and stands once)" if pad in _stops(row, special) else ""
+        both = " (an end token, which stands once)" if pad in _stops(row, special) else ""
         raise InputError(
-            f"{what} hold responses that end with padding, the pad id {pad}{both}, in {len(found)} of {len(batch.responses)} "
-            f"rows ({count} of {len(row.response_ids)} ids of a response to prompt_id {row.prompt_id!r}), which nobody sampled "
-            "and which would be scored; cut response_ids and logprobs after what was sampled, or give an attention_mask over "
-            "prompt_ids and response_ids, 0 at padding"
+            f"{what} hold responses that end with padding, pad id {pad}{both}, in {len(found)} of {len(batch.responses)} "
+            f"rows ({count} of {len(row.response_ids)} ids at prompt_id {row.prompt_id!r}); cut response_ids and logprobs "
+            "after what was sampled, or give an attention_mask (0 at padding)"
         )
     masked = [row for row in batch.responses if _mask_took_the_end(row, special)]
     if masked:
         raise InputError(
             f"{what} have an attention mask that is 0 at every id {masked[0].padding_id} at a response's end, in {len(masked)} "
-            f"of {len(batch.responses)} rows (first: prompt_id {masked[0].prompt_id!r}); that id is pad and end token at once, "
-            "and the first was sampled: give 1 there; where the responses did end without it, give response_ids without it "
-            "and no mask"
+            f"of {len(batch.responses)} rows (first: prompt_id {masked[0].prompt_id!r}), an end token too; give 1 at the "
+            "first, which was sampled, or response_ids without it and no mask"
         )
 
 
@@ -140,10 +178,17 @@ def _padding_of_response(row: Rollout, special: SpecialIds, longest: int) -> int
     length = _pads_at_the_end(row, special)
     if length and ids[-1] in _stops(row, special):
         return length - 1
+    if _pads_follow_an_end(row, special):
+        return length
     if _sampler_says(row, length):
         return 0
     unsampled = row.cut is False or (row.logprobs is not None and row.logprobs[-1] == 0.0)
     return length if length > 1 or (length and (unsampled or (len(ids) == 1 and longest > 1))) else 0
+
+
+def _pads_follow_an_end(row: Rollout, special: SpecialIds) -> bool:
+    length = _pads_at_the_end(row, special)
+    return 0 < length < len(row.response_ids) and row.response_ids[-length - 1] in _stops(row, special)
 
 
 def _may_all_be_sampled(rows: Sequence[Rollout], of: int, special: SpecialIds) -> bool:
@@ -156,6 +201,8 @@ def _may_all_be_sampled(rows: Sequence[Rollout], of: int, special: SpecialIds) -
 def _may_be_sampled(row: Rollout, special: SpecialIds) -> bool:
     ids = row.response_ids
     if _pads_at_the_end(row, special) != 2 or len(ids) == 2 or ids[-1] in _stops(row, special) or row.cut is False:
+        return False
+    if _pads_follow_an_end(row, special):
         return False
     return row.logprobs is None or (0.0 not in row.logprobs[-2:] and sum(row.logprobs[-2:]) > IMPROBABLE)
 
@@ -184,13 +231,11 @@ def _refuse_going_on(batch: RolloutBatch, special: SpecialIds, what: str) -> Non
     if not found:
         return
     row, place = found[0]
-    whose = "the model" if row.eos_ids is None else "the rows' own eos_ids"
+    whose = "the model" if row.eos_ids is None else "eos_ids"
     raise InputError(
         f"{what} hold responses that go on after an end token of {whose}, in {len(found)} of {len(batch.responses)} rows "
-        f"(first: prompt_id {row.prompt_id!r}, id {row.response_ids[place]} at place {place} of {len(row.response_ids)}), and "
-        "nobody sampled what follows; cut response_ids and logprobs after the first end token (text of a tool or environment "
-        "cannot be scored), or, where the policy itself was sampled past it, say at which ids the sampler stops in a column "
-        "eos_ids ([] for none)"
+        f"(first: prompt_id {row.prompt_id!r}, id {row.response_ids[place]} at place {place} of {len(row.response_ids)}); cut "
+        "response_ids and logprobs after it, or, if the sampler went on, give eos_ids: what ends a response ([]: nothing)"
     )
 
 

@@ -19,13 +19,21 @@ from entropy_probe.errors import InputError
 LOGPROB_ROUNDING = 1e-3
 """Nats above 0 that a log-prob may have by rounding in a sampler's arithmetic."""
 
+PLAIN = {int, float, str, bool, type(None)}
+"""Types whose values hold no others."""
+
 
 def plain(value: object) -> object:
-    """A scalar, array or tensor of NumPy or torch in Python's own types; anything else as it is."""
+    """A scalar, array or tensor of NumPy or torch in Python's own types, in mappings and lists too; anything else as it is."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray | Tensor):
-        return value.tolist()
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    # Most lists pass by their items' types alone: a loop over every token of a large file is slow.
+    if type(value) in (list, tuple) and set(map(type, value)) - PLAIN:  # type: ignore[call-overload]
+        return type(value)(map(plain, value))  # type: ignore[call-overload, call-arg]
     return value
 
 

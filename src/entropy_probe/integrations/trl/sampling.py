@@ -25,38 +25,20 @@ from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl.own_code import replacement
 from entropy_probe.integrations.trl.private_names import GENERATE, GENERATE_BATCH, OVERRIDE, PREPARE, VLLM_SETTINGS
 from entropy_probe.integrations.trl.trainer import end_tokens, refuse
+from entropy_probe.rollouts.columns import SAMPLING, among, leaves_whole
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "begin_suppress_tokens": ([],),
+    **SAMPLING,
     # "quantized" rounds the keys and values that the sampler looks at.
     "cache_implementation": (
         *("dynamic", "dynamic_full", "hybrid", "hybrid_chunked", "offloaded", "offloaded_hybrid"),
         *("offloaded_hybrid_chunked", "offloaded_static", "sliding_window", "static"),
     ),
-    "diversity_penalty": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "guidance_scale": (1,),
     "is_assistant": (False,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "min_p": (0,),
-    "no_repeat_ngram_size": (0,),
-    "num_beam_groups": (1,),
-    "num_beams": (1,),
     "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "remove_invalid_values": (False,),
-    "repetition_penalty": (1,),
-    "suppress_tokens": ([],),
-    "token_healing": (False,),
-    "top_p": (1,),
-    "typical_p": (1,),
     "use_mtp": (False,),
 }
-"""Values of a GenerationConfig, besides None, under which every token keeps its probability."""
+"""Values of a GenerationConfig, besides None, under which every token keeps its probability and its response."""
 HARMLESS = {
     *(
         "_commit_hash",
@@ -73,21 +55,15 @@ HARMLESS = {
 }
 """Fields of a GenerationConfig whose value changes no probability where the others are neutral; it reads no seed."""
 
+SERVERS_OWN = ("min_p", "repetition_penalty", "top_p")
+"""Arguments of vLLM's of which None is the server's own default."""
 VLLM_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    # None would be the server's own default.
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "top_p": (1,),
-    "best_of": (None, 1),
-    "frequency_penalty": (None, 0),
+    **SAMPLING,
+    **{name: tuple(value for value in SAMPLING[name] if value is not None) for name in SERVERS_OWN},
+    # What ends a response bends no probability; the rows could not tell it.
     "ignore_eos": (None, False),
-    "min_tokens": (None, 0),
-    "presence_penalty": (None, 0),
-    "bad_words": (None, []),
-    "logit_bias": (None, {}),
     "stop": (None, [], ""),
     "stop_token_ids": (None, []),
-    "use_beam_search": (None, False),
 }
 """Values of vLLM's SamplingParams under which every token keeps its probability; of what is not named: None."""
 VLLM_HARMLESS = {
@@ -208,9 +184,9 @@ def _bent_fields(trainer: Any, model: Any, fields: Mapping[str, Any]) -> Iterato
             if not set(_ids(value)) <= set(ends):
                 yield Bent(name, value, ends)
         elif name in NEUTRAL:
-            if value is not None and not _among(value, NEUTRAL[name]):
-                yield Bent(name, value, NEUTRAL[name][0])
-        elif name not in HARMLESS and value is not None and not (name in plain and _among(value, (plain[name],))):
+            if value is not None and not leaves_whole(name, value, NEUTRAL[name]):
+                yield Bent(name, value, _first(NEUTRAL[name]))
+        elif name not in HARMLESS and value is not None and not (name in plain and among(value, (plain[name],))):
             yield Bent(name, value, plain.get(name), known=name in plain)
 
 
@@ -265,19 +241,18 @@ def _bent_for_vllm(trainer: Any, model: Any, passed: Mapping[str, Any]) -> Itera
         elif name == "max_tokens":
             if value != trainer.max_completion_length:
                 yield Bent(name, value, trainer.max_completion_length)
-        elif name not in VLLM_HARMLESS and not _among(value, VLLM_NEUTRAL.get(name, (None,))):
+        elif name not in VLLM_HARMLESS and not leaves_whole(name, value, VLLM_NEUTRAL.get(name, (None,))):
             # A seed is not harmless here: it draws the same random numbers for every prompt, and again each step.
-            yield Bent(name, value, VLLM_NEUTRAL.get(name, (None,))[0])
+            yield Bent(name, value, _first(VLLM_NEUTRAL.get(name, (None,))))
 
 
 def _keeps_all(top_k: Any, vocabulary: int, off: tuple[Any, ...]) -> bool:
     return top_k in off or (isinstance(top_k, int) and top_k >= vocabulary)
 
 
-def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Whether a plain value equals one of these; a tensor or an object equals none."""
-    plain = value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))
-    return plain and any((value is None) == (one is None) and value == one for one in allowed)
+def _first(neutral: tuple[Any, ...]) -> object:
+    """What to set: None leaves a field to the model's own config, where another value says it."""
+    return next((value for value in neutral if value is not None), None)
 
 
 def _ids(value: Any) -> list[int]:

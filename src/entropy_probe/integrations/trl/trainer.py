@@ -29,9 +29,7 @@ from entropy_probe.integrations.trl.private_names import (
     UNTIL,
     WRAPPED,
 )
-
-# At ratio 1 the gradient of each is a weight per response times the gradient of its log-prob.
-POLICY_GRADIENT_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS
 
 
 def refuse(reason: str) -> InputError:
@@ -181,8 +179,8 @@ def _listed(trainer: Any, replaced: Mapping[str, str]) -> str:
 def _refused_settings(trainer: Any, loss_type: str) -> Iterator[str]:
     """What the recorded rows could not tell about the loss, by the setting's name."""
     args = trainer.args
-    if loss_type not in POLICY_GRADIENT_LOSSES:
-        yield f"loss_type is {loss_type!r}; supported are {', '.join(POLICY_GRADIENT_LOSSES)}"
+    if loss_type not in LENGTH_WEIGHT_OF_LOSS:
+        yield f"loss_type is {loss_type!r}; supported are {', '.join(LENGTH_WEIGHT_OF_LOSS)}"
     if loss_type == "cispo" and trainer.epsilon_high < 1.0:
         yield (
             f"epsilon_high is {trainer.epsilon_high}, and TRL's cispo caps the ratio itself there, which scales every "
