@@ -59,6 +59,26 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         name: ({name: [1.0, 1.0, 0.5, 1.0]}, (f"{name} = 0.5 at response token 2", "weights its tokens"))
         for name in ("importance_sampling_ratio", "rollout_is_weights", "token_weights", "loss_weights", "weights", "ratio")
     },
+    **{
+        f"{name}, another spelling": ({name: 0.04}, (f"{name} = 0.04", "KL term"))
+        for name in ("kl_coefficient", "kl_penalty_weight", "beta_kl", "algorithm.kl_ctrl.kl_coef")
+    },
+    **{
+        f"{name}, another spelling": ({name: 0.01}, (f"{name} = 0.01", "entropy term"))
+        for name in ("entropy_coefficient", "ent_coeff", "entropy_bonus_coeff", "actor.entropy_coeff")
+    },
+    "another router's loss": ({"moe_aux_loss_coeff": 0.001}, ("moe_aux_loss_coeff = 0.001",)),
+    "within the loss's settings": ({"loss_config": {"beta": 0.04}}, ("loss_config.beta = 0.04", "KL term")),
+    "within a configuration": ({"config": {"lr": 1.0, "kl_coef": 0.1}}, ("config.kl_coef = 0.1", "KL term")),
+    "arguments of a sampler": ({"sampling_args": {"top_p": 0.9}}, ("sampling_args.top_p = 0.9",)),
+    **{
+        f"{name}, of tokens": ({name: [1.0, 1.0, 0.5, 1.0]}, (f"{name} = 0.5 at response token 2",))
+        for name in ("loss_multiplier", "loss_scale", "token_level_weights", "rollout_is", "is_ratio", "advantage_weights")
+    },
+    "a multiplier of the row": ({"loss_multiplier": 0.0}, ("loss_multiplier = 0.0",)),
+    "mask": ({"mask": [1, 1, 0, 1]}, ("mask with 0 at 1 of 4",)),
+    "mask of the row": ({"mask": 0}, ("mask = 0", "not in the trainer's loss")),
+    "another mask of the row": ({"sample_loss_mask": 0}, ("sample_loss_mask = 0", "not in the trainer's loss")),
     "one weight for the row": ({"sample_weight": 2.0}, ("sample_weight = 2.0",)),
     "too few weights": ({"is_weights": [1.0]}, ("is_weights of 1 values", "4")),
     "advantages of tokens": ({"advantages": [0.5, 0.5, 0.5, 0.25]}, ("advantages", "which is not read")),
@@ -110,7 +130,8 @@ NEUTRAL: dict[str, Any] = {
     "sampling": '{"top_p": 1.0, "seed": null}', "generation_kwargs": "SamplingParams(top_p=1.0)",
     "padding_mask": [0, 0, 0, 0], "pad_mask": [1, 1, 1, 1], "eos_mask": [0, 0, 0, 1], "is_truncated_mask": [0, 0, 0, 0],
     "truncated_mask": [False] * 4, "overlong_mask": [1, 1, 1, 1], "prompt_token_mask": [1, 1, 1, 0, 0, 0, 0],
-    "answer": "42", "entropy": 1.7, "kl": 0.02,
+    "metadata": {"beta": 0.5, "top_p": 0.9}, "config": {"lr": 1.0, "kl_coef": 0.0}, "compression_ratio": 0.5, "this_ratio": 2.0,
+    "loss_scale": [1.0, 1.0, 1.0, 1.0], "mask": [1, 1, 1, 1], "answer": "42", "entropy": 1.7, "kl": 0.02,
 }  # fmt: skip
 
 

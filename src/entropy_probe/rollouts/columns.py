@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ The one place where these stand: the TRL recorder's tables are made of them.
 BIASES = ("logit_bias", "sequence_bias")
 """Settings that add to logits: neutral too where all that they add is 0."""
 
-NESTED = ("sampling_params", "sampling", "generation_config", "generation_kwargs")
+NESTED = ("sampling_params", "sampling_args", "sampling", "generation_config", "generation_kwargs")
 """Columns that hold such settings by name: a mapping, or the JSON text of one. Other text is not looked into."""
 
 _KL_NAMES = (
@@ -177,12 +178,37 @@ ASSUMPTIONS: dict[str, Assumption] = {
     **{name: Assumption(Kind.MASK) for name in _MASK_NAMES},
     **{name: Assumption(Kind.WEIGHTS) for name in _WEIGHT_NAMES},
 }
-"""By column: what it may say. Columns that are not here say nothing that the probe knows of."""
+"""By column: what it may say. Columns that neither stand here nor are like :data:`LIKE` say nothing that the probe knows of."""
+
+_COEFFICIENT = r"(_\w+)?_(coef|coeff|coefficient|weight|beta|lambda|alpha)s?$"
+LIKE: tuple[tuple[re.Pattern[str], Assumption], ...] = (
+    (re.compile(rf"(^|_)kl{_COEFFICIENT}|(^|_)beta_kl$"), Assumption(Kind.LOSS, OFF, KL)),
+    (re.compile(rf"(^|_)ent(ropy)?{_COEFFICIENT}"), Assumption(Kind.LOSS, OFF, ENTROPY)),
+    (re.compile(rf"(^|_)(aux|router|moe_aux){_COEFFICIENT}"), Assumption(Kind.LOSS, OFF, FURTHER)),
+    (
+        re.compile(
+            r"(^|_)(t?is|mis|importance|advantage|token(_level)?|loss|sequence)_(weight|ratio|multiplier|scale)s?$"
+        ),
+        Assumption(Kind.WEIGHTS),
+    ),
+    (re.compile(r"^rollout_is$"), Assumption(Kind.WEIGHTS)),
+    (re.compile(r"^masks?$"), Assumption(Kind.MASK)),
+)
+"""Other spellings: what a name means that is in no list. The first pattern that is found counts."""
+
+_OF_A_CONFIG = {"config", "cfg", "args", "settings", "algorithm", "actor", "loss", "trainer", "hyperparameters"}
+"""Words in the names of columns that hold the trainer's settings by name."""
+
+
+def assumption_of(name: str) -> Assumption | None:
+    """What a column may say, by its name, of a dotted one by the last part; None where nothing is known of it."""
+    last = name.rpartition(".")[2]
+    return ASSUMPTIONS.get(last) or next((found for pattern, found in LIKE if pattern.search(last)), None)
 
 
 def is_of_tokens(name: str) -> bool:
     """Whether a column has a value a response token, or may have: it is cut where padding is."""
-    found = ASSUMPTIONS.get(name)
+    found = assumption_of(name)
     known = found is not None and found.kind in (Kind.MASK, Kind.WEIGHTS)
     return known or name in _VAGUE_WEIGHTS or name == "labels" or _looks_like_a_mask(name)
 
@@ -228,7 +254,7 @@ def refuse_contradictions(row: Rollout, temperature: float) -> None:
 
 def _contradiction(name: str, value: object, row: Rollout) -> str | None:
     """What a column says against the probe, to stand after the row's prompt; None where it says nothing."""
-    found = ASSUMPTIONS.get(name)
+    found = assumption_of(name)
     if found is None:
         return _of_other_columns(name, value, row)
     match found.kind:
@@ -246,6 +272,16 @@ def _of_other_columns(name: str, value: object, row: Rollout) -> str | None:
     """Of columns whose name alone does not tell what they are."""
     if name == "advantages":
         return _of_advantages(value, row)
+    words = set(name.replace(".", "_").split("_"))
+    if isinstance(value, Mapping) and words & _OF_A_CONFIG:
+        said = (_contradiction(f"{name}.{key}", item, row) for key, item in value.items() if _is_of_the_loss(key))
+        return next(filter(None, said), None)
+    if (
+        _looks_like_a_mask(name)
+        and among(value, (0,))
+        and not words & (_PADDING_WORDS | _OVERLONG_WORDS | _OTHER_WORDS)
+    ):
+        return _of_a_mask(name, value, row)
     if not isinstance(value, list | tuple):
         return None
     lengths = (len(row.response_ids), row.length)
@@ -299,7 +335,7 @@ def _of_the_loss(name: str, value: object, found: Assumption, row: Rollout) -> s
         return None
     if isinstance(value, Mapping):
         inner = {key: item for key, item in value.items() if _is_of_the_loss(key)}
-        said = (_of_the_loss(key, item, ASSUMPTIONS[key], row) for key, item in inner.items())
+        said = (_contradiction(key, item, row) for key, item in inner.items())
         # A mapping that names no coefficient cannot be read.
         if not value or (inner and not any(said)):
             return None
@@ -312,7 +348,8 @@ def _of_the_loss(name: str, value: object, found: Assumption, row: Rollout) -> s
 
 
 def _is_of_the_loss(name: object) -> bool:
-    return isinstance(name, str) and name in ASSUMPTIONS and ASSUMPTIONS[name].kind is Kind.LOSS
+    found = assumption_of(name) if isinstance(name, str) else None
+    return found is not None and found.kind is Kind.LOSS
 
 
 def _of_a_mask(name: str, value: object, row: Rollout) -> str | None:
