@@ -64,6 +64,7 @@ def test_embeddings_that_were_frozen_are_found_by_shapes_and_said(tmp_path: Path
     asked = probe_checkpoint(path, tmp_path / "rollouts.jsonl", freeze=("embed_tokens",)).report
     assert told in found.checkpoint.mapping
     assert asked.checkpoint.mapping.endswith("frozen as asked: model.embed_tokens.weight")
+    assert (found.config.freeze, asked.config.freeze) == ([], ["embed_tokens"])
     assert found.first_order == asked.first_order
     assert found.checkpoint.frozen_parameters == asked.checkpoint.frozen_parameters > 0
     assert told in " ".join(run_command("inspect", path).out.split())
@@ -103,7 +104,9 @@ def test_replay_takes_what_is_frozen_as_the_run_had_it(tmp_path: Path) -> None:
     outcome = run_command("replay", before, after, "--rollouts", rollouts, "--freeze", r"layers\.0\.", *options)
     assert outcome.code == 0, outcome.err
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert json.loads((tmp_path / "replay.json").read_text())["parameters"] == trained
+    report = json.loads((tmp_path / "replay.json").read_text())
+    assert report["parameters"] == trained
+    assert report["config"]["freeze"] == [r"layers\.0\."]
 
 
 @pytest.mark.parametrize(
