@@ -101,7 +101,8 @@ def test_a_stored_learning_rate_of_zero_is_said_aloud(tmp_path: Path) -> None:
     assert "learning rate is 0.0" in " ".join(printed.split())
     assert report["first_order"]["delta_h1"] == 0.0
     assert report["first_order"]["u_cross"] != 0.0
-    assert "learning rate is 0.0" in " ".join(run_command("inspect", checkpoint).out.split())
+    told = " ".join(run_command("inspect", checkpoint).out.split())
+    assert "learning rate is 0.0 (end of a schedule?); run takes the rate that the rows recorded" in told
 
 
 def test_a_given_learning_rate_replaces_the_stored_one(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def assert_same(found: UnitGradients, expected: UnitGradients, relative: float =
     for name, y in expected.ascent.items():
         assert float((found.ascent[name] - y).norm()) <= relative * max(float(y.norm()), 1e-3 * whole), name
     assert found.untouched == expected.untouched
+    assert found.cut == expected.cut
     assert torch.allclose(found.scores, expected.scores, rtol=1e-12, atol=1e-12)
 
 

@@ -64,6 +64,7 @@ def test_embeddings_that_were_frozen_are_found_by_shapes_and_said(tmp_path: Path
     asked = probe_checkpoint(path, tmp_path / "rollouts.jsonl", freeze=("embed_tokens",)).report
     assert told in found.checkpoint.mapping
     assert asked.checkpoint.mapping.endswith("frozen as asked: model.embed_tokens.weight")
+    assert (found.config.freeze, asked.config.freeze) == ([], ["embed_tokens"])
     assert found.first_order == asked.first_order
     assert found.checkpoint.frozen_parameters == asked.checkpoint.frozen_parameters > 0
     assert told in " ".join(run_command("inspect", path).out.split())
@@ -103,7 +104,9 @@ def test_replay_takes_what_is_frozen_as_the_run_had_it(tmp_path: Path) -> None:
     outcome = run_command("replay", before, after, "--rollouts", rollouts, "--freeze", r"layers\.0\.", *options)
     assert outcome.code == 0, outcome.err
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert json.loads((tmp_path / "replay.json").read_text())["parameters"] == trained
+    report = json.loads((tmp_path / "replay.json").read_text())
+    assert report["parameters"] == trained
+    assert report["config"]["freeze"] == [r"layers\.0\."]
 
 
 @pytest.mark.parametrize(
@@ -154,22 +157,12 @@ def decay_and_apart(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": split[0], "weight_decay": 0.1}, none, {"params": split[1], "lr": 1e-4}]
 
 
-def layer_by_layer(model: nn.Module) -> list[dict[str, Any]]:
-    names = [(name.partition("layers.")[2][:1] or name, p) for name, p in model.named_parameters()]
-    return [
-        {"params": [p for _, p in group], "lr": 1e-3 / (number + 1)}
-        for number, (_, group) in enumerate(itertools.groupby(names, key=lambda item: item[0]))
-    ]
-
-
 BUILDERS: dict[str, tuple[Callable[[nn.Module], list[dict[str, Any]]], str]] = {
     "embeddings": (
         lambda model: apart(model, "embed_tokens", "lm_head"),
         "group 1: model.embed_tokens.weight, lm_head.weight",
     ),
     "decay-and-embeddings": (decay_and_apart, "group 2: model.embed_tokens.weight, lm_head.weight"),
-    "layers": (layer_by_layer, "one after another in the order of named_parameters, first to last"),
-    "layers-from-the-top": (lambda model: layer_by_layer(model)[::-1], "last to first"),
 }
 
 
@@ -190,7 +183,49 @@ def test_groups_at_rates_of_their_own_are_told_by_shapes(builder: str, tmp_path:
     optimizer = stepped(model, build(model))
     mapping = mapped(optimizer, model, tmp_path)
     assert said in mapping.rule
-    assert bool(mapping.rivals) == builder.startswith("layers"), "layers of equal shapes could be swapped"
+    assert mapping.rivals == ()
+
+
+def of_layers(model: nn.Module, layers: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """A group for each list of layers, at a rate of its own, in the order of ``named_parameters``."""
+    return [
+        {
+            "params": [p for name, p in model.named_parameters() if int(name.split(".")[0]) in chosen],
+            "lr": 1e-3 / (n + 1),
+        }
+        for n, chosen in enumerate(layers)
+    ]
+
+
+@pytest.mark.parametrize("layers", [[[3], [0, 1, 2]], [[0, 2, 3], [1]], [[0], [1], [2], [3]], [[3], [2], [1], [0]]])
+def test_layers_of_equal_shapes_at_rates_of_their_own_are_not_guessed(layers: list[list[int]], tmp_path: Path) -> None:
+    """Whatever the order of groups, nothing in the file tells which layer is which."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)) for _ in range(4)))
+    torch.save(stepped(model, of_layers(model, layers)).state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(
+        InputError, match=r"0\.0\.weight in group \d or in group \d.*nothing in the file.*param_names"
+    ) as told:
+        load_adam_state(tmp_path / "optimizer.pt", model)
+    assert "freeze" not in str(told.value), "all parameters are trained: freezing tells nothing"
+
+
+def test_many_groups_of_equal_shapes_are_refused_by_the_names_that_share_a_shape(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(20)))
+    torch.save(stepped(model, of_layers(model, [[n] for n in range(20)])).state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(
+        InputError, match=r"0\.weight, 1\.weight.* 17 more have one shape, \(3, 3\).*groups 0, 1, 2 and 17"
+    ):
+        load_adam_state(tmp_path / "optimizer.pt", model)
+
+
+@pytest.mark.parametrize("layers", [[[0], [1], [2]], [[2], [1], [0]], [[1], [0, 2]]])
+def test_layers_at_rates_of_their_own_are_mapped_where_exactly_one_way_fits(
+    layers: list[list[int]], tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 6))
+    mapping = mapped(stepped(model, of_layers(model, layers)), model, tmp_path)
+    assert "the only groups that fit by shapes" in mapping.rule
+    assert mapping.rivals == ()
 
 
 def test_lora_plus_and_unsloths_embeddings_have_their_rules(tmp_path: Path) -> None:
@@ -207,10 +242,11 @@ def test_lora_plus_and_unsloths_embeddings_have_their_rules(tmp_path: Path) -> N
         LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
     )
     unsloth = torch.optim.AdamW(apart(saved, "modules_to_save"), lr=1e-3)
-    for model, optimizer, rule in (
-        (adapted, plus, "LoRA+"),
-        (embedded, plus_embedded, "LoRA+"),
-        (saved, unsloth, "Unsloth"),
+    for model, optimizer, rule, alone in (
+        (adapted, plus, "LoRA+", True),
+        # The B of the embeddings and those of the layers are of one shape, in two groups.
+        (embedded, plus_embedded, "LoRA+", False),
+        (saved, unsloth, "Unsloth", True),
     ):
         for p in model.parameters():
             if p.requires_grad:
@@ -218,7 +254,27 @@ def test_lora_plus_and_unsloths_embeddings_have_their_rules(tmp_path: Path) -> N
         optimizer.step()
         mapping = mapped(optimizer, model, tmp_path)
         assert rule in mapping.rule
-        assert mapping.rivals == ()
+        assert (mapping.rivals == ()) is alone
+
+
+def test_a_rule_that_shapes_alone_would_leave_open_names_what_else_fits(tmp_path: Path) -> None:
+    """LoRA+ over embeddings: their B and those of the layers are of one shape, in two groups; also with a head frozen."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    def adapted() -> nn.Module:
+        config = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+        return get_peft_model(tiny_model("llama-untied"), config)
+
+    for trained in (adapted(), frozen(adapted(), "lm_head")):
+        optimizer = create_loraplus_optimizer(trained, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+        torch.save(stepped(trained, optimizer.param_groups).state_dict(), tmp_path / "optimizer.pt")
+        _, mapping = load_adam_state(tmp_path / "optimizer.pt", adapted())
+        assert "LoRA+" in mapping.rule
+        assert ("not trained" in mapping.rule) == bool(mapping.frozen)
+        (rival,) = mapping.rivals
+        assert "embed_tokens.lora_embedding_B.default in group 1 or in group 2" in rival
+    assert mapping.frozen
 
 
 def test_names_in_the_file_say_what_was_frozen(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,42 @@ def test_weights_of_packed_numbers_without_a_setting_are_refused(dtype: torch.dt
     weights[name] = weights[name].to(dtype)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"quantised weights \({name} is of type .*no quantization_config"):
+        load_model(path)
+
+
+STORED_KEYS = {
+    "model.layers.0.mlp.up_proj.weight_packed": (torch.int32, "compressed-tensors"),
+    "model.layers.0.mlp.up_proj.weight_scale": (torch.bfloat16, "compressed-tensors"),
+    "model.layers.0.mlp.up_proj.qweight": (torch.int32, "GPTQ or AWQ"),
+    "model.layers.0.mlp.up_proj.qzeros": (torch.int32, "GPTQ or AWQ"),
+    "model.layers.0.mlp.experts.gate_up_proj_blocks": (torch.uint8, "MXFP4"),
+    "model.layers.0.mlp.experts.gate_up_proj_scales": (torch.uint8, "MXFP4"),
+    "model.layers.0.mlp.up_proj.weight.absmax": (torch.float32, "bitsandbytes"),
+    "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4": (torch.uint8, "bitsandbytes"),
+    "model.layers.0.mlp.up_proj.SCB": (torch.float32, "bitsandbytes"),
+    "model.layers.0.mlp.up_proj.weight_scale_inv": (torch.float32, "FP8 in blocks"),
+    "model.layers.0.mlp.experts.gate_up_proj": (torch.float8_e4m3fn, "is of type F8_E4M3"),
+}
+
+
+@pytest.mark.parametrize("key", STORED_KEYS)
+def test_what_only_quantised_weights_have_is_refused_by_its_name_without_a_setting(key: str, tmp_path: Path) -> None:
+    dtype, told = STORED_KEYS[key]
+    path = make_checkpoint(tmp_path / "checkpoint")
+    weights = load_file(path / "model.safetensors")
+    weights.pop("model.layers.0.mlp.up_proj.weight")
+    weights[key] = torch.zeros(4, dtype=torch.uint8).to(dtype)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"quantised weights \({re.escape(key)}.*{told}.*no quantization_config"):
+        load_model(path)
+
+
+def test_scales_of_floats_are_no_sign_of_packed_weights(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "checkpoint")
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.0.mlp.layer_scales"] = torch.ones(4)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"unexpected keys: model\.layers\.0\.mlp\.layer_scales"):
         load_model(path)
 
 

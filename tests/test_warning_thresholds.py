@@ -128,10 +128,15 @@ def test_a_second_moment_of_zero_counts_where_there_is_a_gradient() -> None:
     assert diagnostics.elements_without_v({"a": y}, Preconditioners(state)) == {"a": 1}
     (found,) = diagnostics.zero_v_warnings(ZeroVSection("leave-out", 1, 0.5), {"a": 1})
     assert found.seen.startswith("1 elements (a)")
-    (rival,) = diagnostics.parameter_warnings((), ("another rule",))
+    (rival,) = diagnostics.parameter_warnings((), (), ("another rule",))
     assert (rival.code, "another rule" in rival.seen) == ("ambiguous_mapping", True)
-    (untouched,) = diagnostics.parameter_warnings(list("abcde"), ())
+    (untouched,) = diagnostics.parameter_warnings(list("abcde"), (), ())
     assert untouched.seen.endswith("a, b, c and 2 more")
+    told = diagnostics.parameter_warnings(list("abc"), ("b",), ())
+    assert [(w.seen.split()[0], w.seen[-4:], "Adam's moments" in w.seen) for w in told] == [
+        ("1", "m: b", True),
+        ("2", "a, c", False),
+    ]
 
 
 def realized(

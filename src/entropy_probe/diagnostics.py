@@ -380,9 +380,20 @@ def zero_v_warnings(found: ZeroVSection, by_name: Mapping[str, int]) -> list[Evi
     ]
 
 
-def parameter_warnings(untouched: Sequence[str], rivals: Sequence[str]) -> list[Evidence]:
-    """Parameters out of reach, and a mapping that shapes alone could not settle."""
+def parameter_warnings(untouched: Sequence[str], trained: Sequence[str], rivals: Sequence[str]) -> list[Evidence]:
+    """Parameters out of reach, which Adam's moments show that training reached or not, and a mapping that shapes alone could
+    not settle."""
     found = []
+    if trained:
+        found.append(
+            Evidence(
+                "untouched_parameters",
+                f"{len(trained)} trainable parameters are reached by no response, though Adam's moments show that training "
+                f"reached them: {_some(trained)}",
+                "No token of this batch was sent to these experts, and they count as zero; a larger batch may reach them",
+            )
+        )
+    untouched = [name for name in untouched if name not in trained]
     if untouched:
         found.append(
             Evidence(

@@ -26,12 +26,18 @@ from entropy_probe.assemble import (
     describe_ranks,
     describe_zero_v,
 )
-from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, sharding_of, tokenizer_ids
+from entropy_probe.checkpoints import (
+    load_checkpoint,
+    load_sharded_checkpoint,
+    patterns_of,
+    sharding_of,
+    tokenizer_ids,
+)
 from entropy_probe.choices import member
 from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.devices import AUTO, check_device, choose_device
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import Preparation, marked
+from entropy_probe.gradients import Preparation, marked, trained_before
 from entropy_probe.inputs import read_evaluation
 from entropy_probe.policy import Measured, check_fits, input_limits, special_ids
 from entropy_probe.progress import Clock, Progress, Silent
@@ -142,6 +148,7 @@ def probe_checkpoint(
         trainer,
         special,
         loaded.folder.notes,
+        freeze=tuple(patterns_of(freeze)),
         sent_before=sent_before,
     )
     return _probe(subject, settings, clock, progress or Silent(), None)
@@ -304,6 +311,7 @@ def _probe_as_marked(
             positive = without_negatives(task, rules)
     what_ifs = asked_what_ifs(settings, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
     fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
+    trained = trained_before(gradients.untouched, adam, policy.sharding)
     without_v = diagnostics.elements_without_v(gradients.ascent, task.preconditioners, policy.sharding)
     zero_v = describe_zero_v(settings.zero_v, without_v, gradients.delta_h1_of_zero_v)
 
@@ -319,7 +327,7 @@ def _probe_as_marked(
         *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
         *diagnostics.recorder_warnings(batch),
         *diagnostics.padding_warnings(batch, subject.special),
-        *diagnostics.parameter_warnings(gradients.untouched, subject.rivals),
+        *diagnostics.parameter_warnings(gradients.untouched, trained, subject.rivals),
         *diagnostics.zero_v_warnings(zero_v, without_v),
         *diagnostics.coverage_warnings(gradients.coverage),
         *diagnostics.rounding_warnings(realized.rows, settings.weight_rounding),
@@ -388,6 +396,7 @@ def _config(task: Task) -> ConfigSection:
         resample=settings.resample,
         resample_batch=settings.resample_batch,
         rollouts=subject.rollouts,
+        freeze=list(subject.freeze),
         advantage=task.advantage_rule,
         length_weight=trainer.length_weight,
         max_completion_length=settings.max_completion_length,

@@ -85,6 +85,7 @@ class Subject:
     trainer: TrainersStep
     special: SpecialIds
     notes: tuple[Evidence, ...] = ()
+    freeze: tuple[str, ...] = ()
     sent_before: int = 0
 
 

@@ -331,3 +331,8 @@ def _empty(stored: TensorStorageMetadata, mesh: DeviceMesh) -> Tensor:
     local = torch.empty((min(first + each, shape[0]) - first, *shape[1:]), dtype=dtype)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def keeps_weights_distributed(path: Path) -> bool:
+    """Whether accelerate's folder of shards is all the weights that a checkpoint has."""
+    return (path / MODEL_FOLDER).is_dir() and not any(path.glob("*.safetensors"))

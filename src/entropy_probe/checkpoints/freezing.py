@@ -10,6 +10,11 @@ from torch import nn
 from entropy_probe.errors import InputError, some_of
 
 
+def patterns_of(freeze: Sequence[str]) -> list[str]:
+    """The patterns; a single one may be given without a list around it."""
+    return [freeze] if isinstance(freeze, str) else list(freeze)
+
+
 def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     """Switch gradients off for every parameter in whose name one of the regular expressions is found; their names.
 
@@ -18,7 +23,7 @@ def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...
     Raises:
         InputError: a pattern is no regular expression or is found in no trainable parameter's name, or none is left to train.
     """
-    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    patterns = patterns_of(patterns)
     trainable = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     frozen: dict[str, None] = {}
     for pattern in patterns:

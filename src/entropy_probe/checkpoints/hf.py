@@ -5,7 +5,6 @@ Weights are read from safetensors only (one file or shards), without network acc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,18 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, ZeroV, validate_preconditioner
 from entropy_probe.checkpoints.adam_state import load_adam_state
-from entropy_probe.checkpoints.adapter_fit import does_not_fit, why_not_loaded
-from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER, DistributedFolder
+from entropy_probe.checkpoints.adapters import (
+    base_folder,
+    load_adapter,
+    refuse_adapter_inside,
+    refuse_adapter_without_config,
+)
+from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER, keeps_weights_distributed
 from entropy_probe.checkpoints.foreign import refuse_foreign
 from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
 from entropy_probe.checkpoints.index_names import OptimizerMapping
@@ -28,12 +31,10 @@ from entropy_probe.checkpoints.quantisation import quantised_base_note, refuse_q
 from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
-from entropy_probe.files import read_json
 from entropy_probe.policy import input_limits
 from entropy_probe.report import Evidence
 
 BY_ROWS = "accelerate's shards are read by run and sample under torchrun, sharded by FSDP2 (sharding fsdp2)"
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def load_model(
         raise InputError(f"{path} has its weights in {MODEL_FOLDER}/; {BY_ROWS}")
     model = _load_full(sources, dtype)
     if sources.adapter:
-        model = _load_adapter(path, model, dtype, trainable)
+        model = _in_type(load_adapter(path, model, trainable), dtype)
     for name, p in model.named_parameters():
         refuse_damaged(path, name, p)
     return folder_of(sources, model.to(device))
@@ -203,11 +204,11 @@ def sources_of(path: Path, base: Path | None) -> Sources:
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; expected a checkpoint folder such as checkpoint-100")
     if (path / "adapter_config.json").is_file():
-        return Sources(path, _base_folder(path, base), adapter=True)
-    _refuse_adapter_without_config(path)
+        return Sources(path, base_folder(path, base), adapter=True)
+    refuse_adapter_without_config(path)
     described = (path / "config.json").is_file()
     if not described and not keeps_weights_distributed(path):
-        _refuse_adapter_inside(path)
+        refuse_adapter_inside(path)
         refuse_foreign(path)
     if described:
         if base is not None:
@@ -220,12 +221,7 @@ def sources_of(path: Path, base: Path | None) -> Sources:
             f"{path} has no config.json; expected a Hugging Face checkpoint folder, or beside it as base the folder of the "
             "model that training started from (accelerate's shards come without a configuration)"
         )
-    return Sources(path, _base_folder(path, base), adapter=False)
-
-
-def keeps_weights_distributed(path: Path) -> bool:
-    """Whether accelerate's folder of shards is all the weights that a checkpoint has."""
-    return (path / MODEL_FOLDER).is_dir() and not any(path.glob("*.safetensors"))
+    return Sources(path, base_folder(path, base), adapter=False)
 
 
 def folder_of(sources: Sources, model: Any) -> ModelFolder:
@@ -304,31 +300,6 @@ def expert_kernels(dtype: torch.dtype) -> dict[str, str]:
     return {} if old or dtype is not torch.float64 else {"experts_implementation": "eager"}
 
 
-def _refuse_adapter_without_config(path: Path) -> None:
-    """The Trainer leaves adapter_config.json out of what accelerate writes in shards."""
-    adapter: str | None = None
-    if (path / "adapter_model.safetensors").is_file() and not (path / "config.json").is_file():
-        adapter = "adapter_model.safetensors"
-    elif keeps_weights_distributed(path):
-        keys = DistributedFolder.open(path / MODEL_FOLDER).tensors()
-        adapter = next((key for key in keys if "lora_" in key or "base_model.model." in key), None)
-    if adapter is not None:
-        raise InputError(
-            f"{path} holds an adapter's weights ({adapter}) and no adapter_config.json; write it there from the model that was "
-            'trained: model.peft_config["default"].save_pretrained(folder)'
-        )
-
-
-def _refuse_adapter_inside(path: Path) -> None:
-    """PEFT keeps an adapter that is not called "default" in a folder of its name."""
-    inside = sorted(file.parent.name for file in path.glob("*/adapter_config.json"))
-    if inside and (path / "optimizer.pt").is_file():
-        raise InputError(
-            f"{path} keeps its adapter in {some_of(inside)}/, as PEFT does with adapters that have a name; copy "
-            f"adapter_config.json and adapter_model.safetensors from {inside[0]}/ beside optimizer.pt"
-        )
-
-
 def _load_full(sources: Sources, dtype: torch.dtype) -> Any:
     path = sources.model
     refuse_without_config(sources.configuration)
@@ -379,48 +350,3 @@ def _in_type(model: Any, dtype: torch.dtype) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
-
-
-def _base_folder(path: Path, base: Path | None) -> Path:
-    if base is not None:
-        if not base.is_dir():
-            raise InputError(f"base {base} is not a folder; expected the base model's folder")
-        return base
-    named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    if isinstance(named, str) and named:
-        for candidate in (Path(os.path.normpath(path / named)), Path(named)):
-            if candidate.is_dir():
-                return candidate
-    raise InputError(
-        f"{path} is an adapter over {named!r}, which is not a folder here; give the base model's folder as base"
-    )
-
-
-def _load_adapter(path: Path, model: Any, dtype: torch.dtype, trainable: bool) -> Any:
-    weights = path / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise InputError(f"{path} has no adapter_model.safetensors; pickled adapters are not loaded")
-    try:
-        from peft import PeftModel, get_peft_model_state_dict
-    except ImportError as error:
-        raise InputError(f"{path} is a PEFT adapter; install it with: pip install 'entropy-probe[lora]'") from error
-    try:
-        with safe_open(weights, framework="pt") as file:
-            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        adapted = PeftModel.from_pretrained(
-            model, path, is_trainable=trainable, autocast_adapter_dtype=False, local_files_only=True
-        )
-    except (*LOAD_ERRORS, TypeError) as error:
-        if out_of_memory(error):
-            raise
-        raise InputError(why_not_loaded(path, error, input_limits(model)[0])) from error
-    expected = {
-        key: tuple(value.shape)
-        for key, value in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
-    }
-    for key, shape in expected.items():
-        if key not in stored:
-            raise InputError(f"{path}: adapter weight {key} is missing; the file is truncated or of another base")
-        if stored[key] != shape:
-            raise InputError(does_not_fit(path, key, stored[key], shape, input_limits(model)[0]))
-    return _in_type(adapted, dtype)

@@ -6,7 +6,6 @@ said in the mapping's rule.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,11 @@ WAY_OUT = (
     "say with freeze which parameters training left alone (a regular expression that is searched in their names, such as "
     "embed_tokens or layers\\.[0-3]\\.), or save the optimizer with param_names in its groups"
 )
+NAMES_WAY_OUT = (
+    "nothing in the file tells them apart; save the optimizer with param_names in its groups (PyTorch writes them where the "
+    "optimizer was given names with the parameters), or probe the model and its optimizer in the training process"
+)
+"""Where every parameter is trained, so that freezing tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class OptimizerMapping:
 
     Attributes:
         rule: in words.
-        rivals: the other accepted rules that would have mapped some index elsewhere.
+        rivals: what else fits and would have mapped some index elsewhere: other rules, or other groups by shapes alone.
         frozen: parameters that require gradients and that the file does not train.
     """
 
@@ -65,15 +69,12 @@ def map_names(
             accepted.append((rule_name, named))
         elif why_not not in refusals and number < len(RULES):
             refusals.append(why_not)
+    places = [[_stored_shape(state, index) for index in group["params"]] for group in groups]
+    plain = {name: tuple(shape) for name, shape in shapes.items()}
     if accepted:
         rule_name, named = accepted[0]
         rivals = tuple(name for name, other in accepted[1:] if other != named)
-        return named, OptimizerMapping(rule_name, rivals)
-    one_by_one = _one_after_another(state, groups, shapes)
-    if one_by_one is not None:
-        return one_by_one
-    places = [[_stored_shape(state, index) for index in group["params"]] for group in groups]
-    plain = {name: tuple(shape) for name, shape in shapes.items()}
+        return named, OptimizerMapping(rule_name, (*rivals, *_rivals_by_shapes(plain, places)))
     found = _by_rule_and_shapes(plain, places, rules, path) or _by_shapes(plain, places, path)
     if found is not None:
         return found
@@ -108,26 +109,6 @@ def _by_stored_names(
     return named, OptimizerMapping(rule + _not_trained(rest), (), rest)
 
 
-def _one_after_another(
-    state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], shapes: Mapping[str, torch.Size]
-) -> tuple[NamedGroups, OptimizerMapping] | None:
-    """Groups that together follow ``named_parameters``, as of layers at rates of their own; or that follow it backwards."""
-    sizes = [len(group["params"]) for group in groups]
-    if sum(sizes) != len(shapes):
-        return None
-    for how, order in (("first to last", 1), ("last to first", -1)):
-        names, named = iter(shapes), NamedGroups()
-        for size in sizes[::order]:
-            named.append(list(itertools.islice(names, size)))
-        named = named[::order]
-        if _misfit(state, groups, named, shapes) is None:
-            stored = [tuple(_stored_shape(state, index) for index in group["params"]) for group in groups]
-            alike = len(set(filter(None, stored))) < len(list(filter(None, stored)))
-            rivals = ("the same groups in another order",) if alike else ()
-            return named, OptimizerMapping(f"groups one after another in the order of named_parameters, {how}", rivals)
-    return None
-
-
 def _by_rule_and_shapes(
     shapes: Mapping[str, Shape], places: Places, rules: Sequence[tuple[str, NamedGroups]], path: Path
 ) -> tuple[NamedGroups, OptimizerMapping] | None:
@@ -144,24 +125,33 @@ def _by_rule_and_shapes(
             continue
         for ways in of_groups:
             if ways is None or len(ways) > 1:
-                raise InputError(_ambiguous(path, ways, f"groups as of {rule_name}"))
+                raise InputError(_ambiguous(path, ways, f"groups as of {rule_name}", shapes, places))
         single = [ways[0] for ways in of_groups if ways]
         left = {name for way in single for name in way.left_out}
         way = Assignment(tuple(way.groups[0] for way in single), tuple(name for name in shapes if name in left))
         found.setdefault(way, rule_name)
     if len(found) > 1:
-        raise InputError(_ambiguous(path, list(found), "groups as of several rules"))
+        raise InputError(_ambiguous(path, list(found), "groups as of several rules", shapes, places))
     for way, rule_name in found.items():
         rule = f"{rule_name}{_not_trained(way.left_out)}"
-        return [list(names) for names in way.groups], OptimizerMapping(rule, (), way.left_out)
+        rivals = _rivals_by_shapes(shapes, places)
+        return [list(names) for names in way.groups], OptimizerMapping(rule, rivals, way.left_out)
     return None
+
+
+def _rivals_by_shapes(shapes: Mapping[str, Shape], places: Places) -> tuple[str, ...]:
+    """Other contents of groups that fit as well as a rule's, in words."""
+    ways = assignments(shapes, places)
+    if ways is not None and len(ways) <= 1:
+        return ()
+    return (f"groups of any kind, by shapes ({_open_places(ways, shapes, places)})",)
 
 
 def _by_shapes(shapes: Mapping[str, Shape], places: Places, path: Path) -> tuple[NamedGroups, OptimizerMapping] | None:
     """Groups of any kind, such as some parameters at a learning rate of their own."""
     ways = assignments(shapes, places)
     if ways is None or len(ways) > 1:
-        raise InputError(_ambiguous(path, ways, "groups of any kind"))
+        raise InputError(_ambiguous(path, ways, "groups of any kind", shapes, places))
     for way in ways:
         listed = "; ".join(f"group {number}: {some_of(names)}" for number, names in enumerate(way.groups))
         rule = f"the only groups that fit by shapes, in the order of named_parameters ({listed}){_not_trained(way.left_out)}"
@@ -175,21 +165,35 @@ def _not_trained(names: Sequence[str]) -> str:
     return f", and {some_of(names)} {'is' if len(names) == 1 else 'are'} not trained: the file leaves no place for more"
 
 
-def _ambiguous(path: Path, ways: Sequence[Assignment] | None, kind: str) -> str:
-    places = "too many parameters of equal shapes could stand at one place"
-    if ways is not None:
-        one, other = (
-            {name: f"in group {number}" for number, names in enumerate(way.groups) for name in names}
-            for way in ways[:2]
-        )
-        differing = [
-            f"{name} {one.get(name, 'not trained')} or {other.get(name, 'not trained')}"
-            for name in dict.fromkeys((*one, *other))
-            if one.get(name) != other.get(name)
-        ]
-        order = "other places within the groups" if not differing else some_of(differing)
-        places = f"it may have {order}"
-    return f"{path} fits this model in more than one way by shapes ({kind}): {places}; {WAY_OUT}"
+def _ambiguous(
+    path: Path, ways: Sequence[Assignment] | None, kind: str, shapes: Mapping[str, Shape], places: Places
+) -> str:
+    way_out = NAMES_WAY_OUT if sum(map(len, places)) == len(shapes) else WAY_OUT
+    return f"{path} fits this model in more than one way by shapes ({kind}): {_open_places(ways, shapes, places)}; {way_out}"
+
+
+def _open_places(ways: Sequence[Assignment] | None, shapes: Mapping[str, Shape], places: Places) -> str:
+    """What two ways differ in; where there were too many to look for two, a shape that several places have."""
+    if ways is None:
+        return _shared_shape(shapes, places)
+    one, other = (
+        {name: f"in group {number}" for number, names in enumerate(way.groups) for name in names} for way in ways[:2]
+    )
+    differing = [
+        f"{name} {one.get(name, 'not trained')} or {other.get(name, 'not trained')}"
+        for name in dict.fromkeys((*one, *other))
+        if one.get(name) != other.get(name)
+    ]
+    return f"it may have {some_of(differing) if differing else 'other places within the groups'}"
+
+
+def _shared_shape(shapes: Mapping[str, Shape], places: Places) -> str:
+    for shape in dict.fromkeys(shapes.values()):
+        names = [name for name, other in shapes.items() if other == shape]
+        numbers = [str(number) for number, stored in enumerate(places) if shape in stored]
+        if len(names) > 1 and len(numbers) > 1:
+            return f"{some_of(names)} have one shape, {shape}, and each may be in any of the groups {some_of(numbers)}"
+    return "too many parameters of equal shapes could stand at one place"
 
 
 def _stored_shape(state: Mapping[Any, Any], index: object) -> Shape | None:

@@ -27,6 +27,27 @@ BITS_KEYS = ("bits", "w_bit", "num_bits", "nbits", "weight_bits")
 FORMAT_KEYS = ("format", "quant_algo", "quant_type", "weights", "activation_scheme")
 PACKED_TYPES = {"U8", "I8", "I16", "I32", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"}
 """safetensors' names of types that no float model's weight has."""
+FLOAT8 = ("F8", "F4")
+"""How the names begin of types that no tensor of a float model has, whatever it is called."""
+
+PACKED_KEY = re.compile(
+    r"(?:^|\.)(?:"
+    r"(?P<compressed>weight_packed|weight_scale|weight_zero_point|weight_global_scale)"
+    r"|(?P<gptq>qweight|qzeros|g_idx)"
+    r"|(?P<mxfp4>\w+_blocks|\w+_scales)"
+    r"|(?P<bitsandbytes>weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)|SCB|weight_format)"
+    r"|(?P<fp8>weight_scale_inv)"
+    r")$"
+)
+"""Keys beside or in place of a weight, by what writes them."""
+
+WRITERS = {
+    "compressed": "compressed-tensors",
+    "gptq": "GPTQ or AWQ",
+    "mxfp4": "MXFP4",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8 in blocks",
+}
 
 QUANTISED_NAME = re.compile(
     r"(?<![a-z0-9])("
@@ -136,12 +157,17 @@ def _first_in(settings: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def _packed(file: Path) -> str | None:
-    """The first weight whose stored type is no float model's; damaged files are told where weights are read."""
+    """The first tensor that only quantised weights have, by its key or stored type; damaged files are told where weights are
+    read."""
     try:
         with safe_open(file, framework="pt") as opened:
             for key in sorted(opened.keys()):
                 kind = opened.get_slice(key).get_dtype()
-                if kind in PACKED_TYPES and key.endswith("weight"):
+                found = PACKED_KEY.search(key)
+                # A float model may well have scales of its own: of MXFP4 they are bytes.
+                if found is not None and found.lastgroup is not None and (found.lastgroup != "mxfp4" or kind == "U8"):
+                    return f"{key}, as {WRITERS[found.lastgroup]} writes it"
+                if kind in PACKED_TYPES and (key.endswith("weight") or kind.startswith(FLOAT8)):
                     return f"{key} is of type {kind}"
     except (OSError, SafetensorError):
         return None

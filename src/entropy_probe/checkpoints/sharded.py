@@ -31,6 +31,7 @@ from entropy_probe.checkpoints.distributed_folders import (
     OPTIMIZER_FOLDER,
     DistributedOptimizer,
     DistributedWeights,
+    keeps_weights_distributed,
 )
 from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
 from entropy_probe.checkpoints.hf import (
@@ -38,7 +39,6 @@ from entropy_probe.checkpoints.hf import (
     ModelFolder,
     Sources,
     folder_of,
-    keeps_weights_distributed,
     refuse_damaged,
     refuse_without_config,
     refuse_without_optimizer,

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from entropy_probe.checkpoints.adapter_fit import does_not_fit
-from entropy_probe.checkpoints.hf import LOAD_ERRORS, Sources, expert_kernels
+from entropy_probe.checkpoints.adapters import LOAD_ERRORS
+from entropy_probe.checkpoints.hf import Sources, expert_kernels
 from entropy_probe.checkpoints.weight_files import StoredWeights
 from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
 from entropy_probe.policy import input_limits

@@ -31,7 +31,10 @@ def print_inspection(path: Path, base: Path | None, freeze: Sequence[str], conso
     for note in folder.notes:
         console.print(f"warning: {note.seen}. {note.advice}")
     if 0.0 in inspection.learning_rates:
-        console.print("the stored learning rate is 0.0 (end of a schedule?); run needs --learning-rate")
+        console.print(
+            "the stored learning rate is 0.0 (end of a schedule?); run takes the rate that the rows recorded, and needs "
+            "--learning-rate where they recorded none"
+        )
     console.print(_parameters(inspection))
     console.print(
         f"{len(inspection.parameters)} trainable parameters, {inspection.frozen} frozen, "

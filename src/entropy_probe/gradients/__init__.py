@@ -19,7 +19,7 @@ from entropy_probe.gradients.plan import VECTOR_SHARE, Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
 from entropy_probe.gradients.reference import loss_gradient
 from entropy_probe.gradients.treatments import Rules
-from entropy_probe.gradients.unreached import refuse_cut
+from entropy_probe.gradients.unreached import refuse_cut, trained_before, unexplained, watched
 
 __all__ = [
     "VECTOR_SHARE",
@@ -39,6 +39,9 @@ __all__ = [
     "refuse_cut",
     "response_dots",
     "response_parts",
+    "trained_before",
+    "unexplained",
     "unit_gradients",
+    "watched",
     "weighted_gradient",
 ]

@@ -42,6 +42,7 @@ from entropy_probe.gradients.products import (
 )
 from entropy_probe.gradients.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.treatments import Rules, prove_rules
+from entropy_probe.gradients.unreached import unexplained
 from entropy_probe.policy import Measured, Policy
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
@@ -160,7 +161,7 @@ def unit_gradients(
         dots=dots.dots,
         ascent=ascent,
         untouched=untouched,
-        cut=tuple(name for name in untouched if name in ran),
+        cut=unexplained(policy.model, untouched, ran),
         scores=passes.found.scores,
         token_entropies=passes.found.token_entropies,
         third_directions=directions,

@@ -68,7 +68,7 @@ class UnitGradients:
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
         untouched: trainable parameters that no response reaches (autograd gives None for them).
-        cut: those of them whose modules ran all the same; where the backend looks.
+        cut: those of them that no routing to experts explains (:func:`~entropy_probe.gradients.unreached.unexplained`).
         third_directions: η P Ȳᵈ and η P X̄ᵈ over the prompts of each third d of the units, by name, what
             :mod:`entropy_probe.noise` contracts responses with; None where they were not asked for, or vectors were streamed.
         coverage: how parameters got their gradients.

@@ -17,6 +17,7 @@ from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.checkpointing import checkpointing
 from entropy_probe.gradients.interface import Storage, UnitGradients
+from entropy_probe.gradients.unreached import unexplained, watched
 from entropy_probe.policy import Measured, Policy, check_finite, pad_right
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import Rollout, RolloutBatch
@@ -106,23 +107,26 @@ def unit_gradients(
     def track(description: str) -> Iterable[slice]:
         return progress.track(spans, description, len(spans))
 
-    if storage is Storage.STORED:
-        dots = _stored(lambda: (vectors(s, first_pass=True) for s in track("unit gradients")), segments, sizes)
-    elif storage is Storage.STREAMED:
-        dots = _streamed(
-            lambda: (vectors(s, first_pass=True) for s in track("unit gradients, first pass")),
-            lambda: (vectors(s, first_pass=False) for s in track("unit gradients, second pass")),
-            segments,
-            sizes,
-        )
-    else:
-        assert_never(storage)
+    with watched(policy) as ran:
+        if storage is Storage.STORED:
+            dots = _stored(lambda: (vectors(s, first_pass=True) for s in track("unit gradients")), segments, sizes)
+        elif storage is Storage.STREAMED:
+            dots = _streamed(
+                lambda: (vectors(s, first_pass=True) for s in track("unit gradients, first pass")),
+                lambda: (vectors(s, first_pass=False) for s in track("unit gradients, second pass")),
+                segments,
+                sizes,
+            )
+        else:
+            assert_never(storage)
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
+    untouched = tuple(name for name in parameters if name not in reached)
     return UnitGradients(
         dots=dots,
         ascent={name: total / prompts for name, total in ascent_sum.items()},
-        untouched=tuple(name for name in parameters if name not in reached),
+        untouched=untouched,
+        cut=unexplained(policy.model, untouched, ran),
         scores=scores,
         token_entropies=measured.entropies,
         zero_v=zero_v.dots(),

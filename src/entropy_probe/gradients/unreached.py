@@ -1,21 +1,24 @@
-"""Parameters whose modules run and which no gradient reaches: something cuts the graph between them and the log-probs.
+"""Parameters that no gradient reaches: something cuts the graph between them and the log-probs, or the forward leaves them out.
 
-An expert that no token is routed to does not run, and its gradient is rightly nothing. A module that runs and gets none stands
-below a ``detach``, a ``no_grad`` or a kernel without a backward. Where Adam's moments say that training did reach it, the step
-computed here would not be the trainer's, and silently so.
+An expert that no token is routed to does not run, and its gradient is rightly nothing. Any other stands below a ``detach``, a
+``no_grad`` or a kernel without a backward, or in a layer that is skipped. Where Adam's moments say that training did reach it,
+the step computed here would not be the trainer's, and silently so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
 from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.collectives import Sharding
 from entropy_probe.errors import InputError
+from entropy_probe.gradients.modules import parameter_owners
+from entropy_probe.policy import Policy
 
 CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 """Modules that hold parameters and are never called: the module around them is."""
@@ -50,27 +53,75 @@ def _noting(names: set[str], ran: set[str]) -> Callable[..., None]:
     return hook
 
 
-def refuse_cut(cut: Sequence[str], adam: AdamState, sharding: Sharding) -> None:
-    """Refuse parameters that ran, that no gradient reached, and that training did reach.
+@contextmanager
+def watched(policy: Policy) -> Iterator[set[str]]:
+    """Within the block, the names of trainable parameters whose modules are called gather in the set that it yields."""
+    ran: set[str] = set()
+    with noting(callers(policy.model, parameter_owners(policy.model, policy.trainable())), ran):
+        yield ran
+
+
+def unexplained(model: nn.Module, untouched: Sequence[str], ran: Collection[str]) -> tuple[str, ...]:
+    """Of parameters that no response reaches, those for which routing is no reason.
+
+    Routing is the reason where a component of the parameter's name holds "expert", its module did not run, and a router (a
+    module called "gate", or with "router" in its name) stands beside the experts or above. That the router itself ran is not
+    asked: it may be frozen, and a trained one in a layer that is left out is named for itself.
 
     Args:
-        cut: names of parameters that ran and that no response reaches; the same on all ranks.
+        model: whose modules tell where routers are.
+        untouched: names of trainable parameters that no response reaches.
+        ran: names of parameters whose modules a forward has called, on any rank.
+    """
+    paths = [path.replace(_CHECKPOINT_PREFIX, "") for path, _ in model.named_modules()]
+    around = {
+        path.rpartition(".")[0]
+        for path in paths
+        for last in [path.rpartition(".")[2]]
+        if last == "gate" or "router" in last
+    }
+    return tuple(name for name in untouched if name in ran or not _routed(name, around))
+
+
+def _routed(name: str, around_routers: Collection[str]) -> bool:
+    """Whether the experts that a parameter is of stand in a module, or inside of one, that holds a router."""
+    parts = name.split(".")
+    expert = next((number for number, part in enumerate(parts) if "expert" in part), None)
+    return expert is not None and any(".".join(parts[:end]) in around_routers for end in range(expert + 1))
+
+
+def trained_before(names: Sequence[str], adam: AdamState, sharding: Sharding) -> tuple[str, ...]:
+    """Those whose second moments are not all zero: a gradient came in training.
+
+    Args:
+        names: of parameters; the same on all ranks.
+        adam: the state; of shards this rank's rows.
+        sharding: who holds what.
+    """
+    known = [name for name in names if name in adam.moments]
+    if not known:
+        return ()
+    flags = np.array([float(bool((adam.moments[name].exp_avg_sq != 0).any())) for name in known])
+    every = sharding.ranks.sum_numbers(flags) if sharding.sharded else flags
+    return tuple(name for name, flag in zip(known, every, strict=True) if flag)
+
+
+def refuse_cut(cut: Sequence[str], adam: AdamState, sharding: Sharding) -> None:
+    """Refuse parameters that no gradient reached, for no reason of routing, and that training did reach.
+
+    Args:
+        cut: see :func:`unexplained`; the same on all ranks.
         adam: whose second moments tell that a gradient came in training; of shards this rank's rows.
         sharding: who holds what.
 
     Raises:
         InputError: the first of them is named.
     """
-    known = [name for name in cut if name in adam.moments]
-    if not known:
-        return
-    flags = np.array([float(bool((adam.moments[name].exp_avg_sq != 0).any())) for name in known])
-    every = sharding.ranks.sum_numbers(flags) if sharding.sharded else flags
-    trained = [name for name, flag in zip(known, every, strict=True) if flag]
+    trained = trained_before(cut, adam, sharding)
     if trained:
         more = f" (and {len(trained) - 1} more parameters)" if len(trained) > 1 else ""
         raise InputError(
-            f"parameter {trained[0]}{more} was trained, as Adam's moments tell, and its module runs in the forward, but no "
-            "response's gradient reaches it: something cuts the graph (detach, no_grad, or quantised layers without a backward "
-            "in evaluation mode); mend the forward, or switch requires_grad off for what is not to be trained"
+            f"parameter {trained[0]}{more} was trained, as Adam's moments tell, but no response's gradient reaches it: "
+            "something cuts the graph (detach, no_grad, or quantised layers without a backward in evaluation mode), or the "
+            "forward leaves it out; mend the forward, or switch requires_grad off for what is not to be trained"
         )

@@ -22,13 +22,14 @@ from entropy_probe.checkpoints import (
     freeze_names,
     load_checkpoint,
     load_model,
+    patterns_of,
     read_trainer_state,
     tokenizer_ids,
 )
 from entropy_probe.devices import AUTO, choose_device
 from entropy_probe.diagnostics import padding_warnings
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import loss_gradient, prepare
+from entropy_probe.gradients import loss_gradient, prepare, refuse_cut, unexplained, watched
 from entropy_probe.inputs import free_memory, resolve_advantages, resolve_length_weights
 from entropy_probe.policy import Policy, check_finite, check_fits, special_ids
 from entropy_probe.progress import Clock, Progress, Silent
@@ -110,7 +111,12 @@ def replay(
         measured = policy.measure(batch.responses, progress)
         check_finite(measured.scores, batch.responses)
         coefficients = advantages * weights / len(batch.groups)
-        ascent = loss_gradient(policy, batch.responses, coefficients, progress=progress, description="batch gradient")
+        with watched(policy) as ran:
+            ascent = loss_gradient(
+                policy, batch.responses, coefficients, progress=progress, description="batch gradient"
+            )
+        untouched = [name for name in theta if name not in ascent]
+        refuse_cut(unexplained(policy.model, untouched, ran), adam, policy.sharding)
         step = adamw_step(theta, adam, ascent, max_grad_norm=trainer.max_grad_norm)
         update = against(theta, step, theta_after, adam)
         recovered = None if adam_after is None else recovered_gradient(adam, adam_after, theta)
@@ -158,6 +164,7 @@ def replay(
             after=str(after),
             base=None if loaded.folder.base is None else str(loaded.folder.base),
             rollouts=str(rollouts),
+            freeze=patterns_of(freeze),
             step=states[1].global_step,
             advantage=rule,
             length_weight=trainer.length_weight,

@@ -101,6 +101,7 @@ class ReplayConfig:
     after: str
     base: str | None
     rollouts: str
+    freeze: list[str]
     step: int | None
     advantage: str
     length_weight: str

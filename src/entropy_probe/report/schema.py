@@ -351,7 +351,7 @@ class ConfigSection:
     """What was asked for, as it was resolved; the same settings give the same numbers.
 
     A None is a default: by memory, from the rollouts, or from the checkpoint. ``max_grad_norm`` is 0 where it is known that
-    nothing is clipped, None where it is not known.
+    nothing is clipped, None where it is not known. ``freeze`` are the patterns of parameters that training left alone.
     """
 
     mode: str
@@ -367,6 +367,7 @@ class ConfigSection:
     resample: bool
     resample_batch: int | None
     rollouts: str | None
+    freeze: list[str]
     advantage: str
     length_weight: str
     max_completion_length: int | None
