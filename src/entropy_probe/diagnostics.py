@@ -389,7 +389,7 @@ def parameter_warnings(untouched: Sequence[str], trained: Sequence[str], rivals:
             Evidence(
                 "untouched_parameters",
                 f"{len(trained)} trainable parameters are reached by no response, though Adam's moments show that training "
-                f"reached them: {_some(trained)}",
+                f"reached them: {some_of(trained)}",
                 "No token of this batch was sent to these experts, and they count as zero; a larger batch may reach them",
             )
         )
