@@ -14,11 +14,13 @@ pytest.importorskip("trl")
 import trl
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import MixtralConfig, OPTConfig, PhimoeConfig
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gmpo import GMPOTrainer
 from trl.extras.profiling import profiling_decorator
 
 from entropy_probe.diagnostics import recorder_warnings
+from entropy_probe.dropout import active_dropout
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.integrations.trl.trainer import check_batch
@@ -138,6 +140,16 @@ def test_logging_rewards_and_data_of_ones_own_are_recorded_and_dropout_is_said(t
     RolloutRecorder(trainer, tmp_path / "again")
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [(OPTConfig, "layerdrop"), (MixtralConfig, "router_jitter_noise"), (PhimoeConfig, "input_jitter_noise")],
+)
+def test_noise_of_training_mode_that_is_no_module_counts_as_dropout(config: Any, name: str) -> None:
+    model = torch.nn.Module()
+    model.config = config(**{name: 0.3})
+    assert active_dropout(model) == 0.3
+
+
 def test_another_kind_of_trainer_is_refused(tmp_path: Path) -> None:
     trainer = RLOOTrainer(
         model=tiny_model(),
@@ -157,6 +169,7 @@ def test_another_kind_of_trainer_is_refused(tmp_path: Path) -> None:
         ("loss_type", "vespo"),
         ("loss_type", "luspo"),
         ("args.delta", 0.5),
+        ("args.neftune_noise_alpha", 5.0),
         ("_entropy_bonus_enabled", True),
         ("top_entropy_quantile", 0.2),
         ("off_policy_mask_threshold", 0.5),

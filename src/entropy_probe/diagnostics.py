@@ -282,7 +282,8 @@ def recorder_warnings(batch: RolloutBatch) -> list[Evidence]:
             Evidence(
                 "trained_with_dropout",
                 f"the trainer's model ran with dropout of up to {dropout:g}; the policy here has none",
-                "Train with disable_dropout=True, and dropout 0 in the config, to have rows that this very policy drew",
+                "Train with disable_dropout=True, and dropout, layerdrop and jitter noise 0 in the config, to have rows that "
+                "this very policy drew",
             )
         )
     return found

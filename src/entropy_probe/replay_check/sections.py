@@ -233,7 +233,8 @@ def warnings(
                 "dropout",
                 f"the model has dropout of up to {dropout:g}, which a trainer leaves on unless "
                 "told otherwise; its masks cannot be replayed",
-                "Train with disable_dropout=True, and attention_dropout 0 in the config, to have a step that can be replayed",
+                "Train with disable_dropout=True, and attention_dropout, layerdrop and jitter noise 0 in the config, to have "
+                "a step that can be replayed",
             )
         )
     if not steps_known:

@@ -26,7 +26,7 @@ SETTINGS = (
     *("num_iterations", "off_policy_mask_threshold", "reward_weights", "rollout_func", "scale_rewards", "temperature"),
     *("tools", "top_entropy_quantile", "top_k", "use_transformers_continuous_batching", "use_vllm"),
     *("vllm_importance_sampling_correction", "args.delta", "args.gradient_accumulation_steps", "args.max_grad_norm"),
-    *("args.steps_per_generation",),
+    *("args.neftune_noise_alpha", "args.steps_per_generation"),
 )
 """What every known trainer has; ``args.`` for its configuration."""
 SINCE = {"eos_token_ids": (1, 15)}

@@ -203,6 +203,11 @@ def _refused_settings(trainer: Any, loss_type: str) -> Iterator[str]:
         yield "off_policy_mask_threshold drops responses from the loss"
     if trainer.aux_loss_enabled:
         yield "router_aux_loss_coef adds a router loss; set it to 0"
+    if args.neftune_noise_alpha:
+        yield (
+            f"neftune_noise_alpha is {args.neftune_noise_alpha}: the loss is of embeddings with noise that no row tells; "
+            "set it to None"
+        )
     if trl_release() <= UNTIL["use_liger_kernel"] and trainer.use_liger_kernel:
         yield "use_liger_kernel computes the loss of this TRL in Liger, with divisors of its own; set it to False"
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
