@@ -41,6 +41,7 @@ def test_memory_that_ran_out_is_known_in_all_its_forms() -> None:
     for error in (
         RuntimeError("MPS backend out of memory (1 GB)"), RuntimeError("CUDA error: out of memory\nCompile"),
         MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), from_allocator(),
+        RuntimeError("unable to mmap 96 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
         OSError(errno.ENOMEM, "Cannot allocate memory"), pyarrow.lib.ArrowMemoryError("malloc of size 1 failed"),
     ):  # fmt: skip
         assert out_of_memory(error), error

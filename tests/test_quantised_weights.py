@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from entropy_probe import InputError
-from entropy_probe.checkpoints import load_checkpoint, load_model
+from entropy_probe.checkpoints import load_checkpoint, load_model, quantisation
 from entropy_probe.checkpoints.quantisation import quantisation_of, quantised_base_note
 from entropy_probe.rollouts import write_rollouts
 from support import (
@@ -149,6 +149,27 @@ def test_scales_of_floats_are_no_sign_of_packed_weights(tmp_path: Path) -> None:
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"unexpected keys: model\.layers\.0\.mlp\.layer_scales"):
         load_model(path)
+
+
+def test_a_header_that_cannot_be_read_is_memory_that_ran_out_or_left_to_where_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_checkpoint(tmp_path / "checkpoint")
+    says = ""
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError(says)
+
+    monkeypatch.setattr(quantisation, "safe_open", fail)
+    says = "unable to mmap 96 bytes from file <model.safetensors>: Cannot allocate memory (12)"
+    outcome = run_command("inspect", path)
+    assert (outcome.code, len(outcome.lines)) == (1, 1)
+    assert "memory ran out" in outcome.err
+    says = "unable to mmap 96 bytes from file <model.safetensors>: Invalid argument (22)"
+    (path / "model.safetensors").write_bytes(b"damaged")
+    outcome = run_command("inspect", path)
+    assert (outcome.code, len(outcome.lines)) == (2, 1)
+    assert "cannot be loaded" in outcome.err
 
 
 NAMES = {

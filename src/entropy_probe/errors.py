@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 
 NO_MEMORY = (
+    # Of a file that could not be mapped.
+    "Cannot allocate memory",
     "DefaultCPUAllocator:",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",

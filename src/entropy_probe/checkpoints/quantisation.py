@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from entropy_probe.errors import InputError
+from entropy_probe.errors import InputError, out_of_memory
 from entropy_probe.files import read_json
 from entropy_probe.report import Evidence
 
@@ -169,6 +169,8 @@ def _packed(file: Path) -> str | None:
                     return f"{key}, as {WRITERS[found.lastgroup]} writes it"
                 if kind in PACKED_TYPES and (key.endswith("weight") or kind.startswith(FLOAT8)):
                     return f"{key} is of type {kind}"
-    except (OSError, SafetensorError):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
         return None
     return None
