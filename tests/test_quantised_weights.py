@@ -72,6 +72,15 @@ def test_a_configuration_without_a_method_is_of_no_quantised_model(tmp_path: Pat
         assert quantisation_of(tmp_path) is None
 
 
+@pytest.mark.parametrize("value", ["fp8", False, ["gptq"]])
+def test_a_quantization_config_that_is_no_object_is_told_in_one_line(value: object, tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "checkpoint")
+    configure(path, quantization_config=value)
+    outcome = run_command("inspect", path)
+    assert (outcome.code, len(outcome.lines)) == (2, 1)
+    assert f"config.json: quantization_config is {value!r}; expected an object" in outcome.err
+
+
 def test_every_command_refuses_a_quantised_base_before_a_weight_is_read(tmp_path: Path) -> None:
     base = tiny_model("llama-untied")
     base.save_pretrained(tmp_path / "base")
@@ -181,6 +190,16 @@ NAMES = {
     "org/model-nf4": "a 4-bit base",
     "org/model-FP8-dynamic": "an 8-bit base",
     "org/print8-model": None,
+    "google/gemma-3-4b-it-qat-q4_0-unquantized": None,
+    "org/model-dequantized-fp8-to-bf16": None,
+    "org/Model-NF4-Dequantised": None,
+    "/data/quantized-study/llama/": None,
+    "C:\\quantized\\llama": None,
+    "gguf-org/llama": None,
+    "/data/study/llama-4bit/": "a 4-bit base",
+    "/cache/hub/models--org--llama-bnb-4bit/snapshots/0fa1": "a 4-bit base",
+    "org/llama-4bit--final": "a 4-bit base",
+    "/": None,
     "org/Llama-3-8B-bf16": None,
     "org/awqward-habits": None,
     None: None,

@@ -58,6 +58,9 @@ QUANTISED_NAME = re.compile(
 )
 """Words by which the names of quantised models say so."""
 
+NO_LONGER_QUANTISED = re.compile(r"unquanti[sz]ed|dequanti[sz]ed", re.IGNORECASE)
+"""Beside it, those words tell of what the model was, or was trained for."""
+
 BITS = re.compile(r"(?<![0-9])([2-8])(?=[-_]?bit)|(?:int|nf|fp|bnb[-_]?|w)([2-8])", re.IGNORECASE)
 
 
@@ -88,7 +91,7 @@ def quantisation_of(folder: Path) -> str | None:
     """The method and bits that a folder's configuration names, or None; also of a text model inside another one.
 
     Raises:
-        InputError: config.json is no JSON object.
+        InputError: config.json, or the quantization_config in it, is no JSON object.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -99,6 +102,11 @@ def quantisation_of(folder: Path) -> str | None:
             settings = part.get(key)
             if isinstance(settings, Mapping) and settings:
                 return _described(settings)
+            if key == "quantization_config" and not isinstance(settings, Mapping | None):
+                raise InputError(
+                    f"{file}: quantization_config is {settings!r}; expected an object such as "
+                    '{"quant_method": "gptq", "bits": 4}, or none for weights that are not quantised'
+                )
     return None
 
 
@@ -112,7 +120,7 @@ def quantised_base_note(adapter: Path, base: Path) -> Evidence | None:
         return None
     methods = [quantisation_of(folder) for folder in folders]
     configured = next((method for method in methods if method is not None), None)
-    words = [configured] if configured is not None else [found.group(1) for found in QUANTISED_NAME.finditer(named)]
+    words = [configured] if configured is not None else _words_of_name(named)
     if not words:
         return None
     bits = next((b for found in BITS.finditer(" ".join(words)) if (b := found.group(1) or found.group(2))), None)
@@ -124,6 +132,15 @@ def quantised_base_note(adapter: Path, base: Path) -> Evidence | None:
         "Give that very base, dequantised; otherwise log-probs, gradients and entropies are not those of the policy that was "
         "trained",
     )
+
+
+def _words_of_name(named: str) -> list[str]:
+    """The words of a model's name, without its organisation or folders, that say that it is quantised."""
+    parts = [part for part in re.split(r"[/\\]", named) if part]
+    # The hub's cache keeps a model in models--organisation--name/snapshots/revision.
+    cached = next((part.split("--", 2)[-1] for part in parts if part.startswith("models--")), None)
+    name = cached or (parts[-1] if parts else "")
+    return [] if NO_LONGER_QUANTISED.search(name) else [found.group(1) for found in QUANTISED_NAME.finditer(name)]
 
 
 def _described(settings: Mapping[str, Any]) -> str:
