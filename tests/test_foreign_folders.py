@@ -38,6 +38,11 @@ FOLDERS: dict[str, tuple[Sequence[str], str, str]] = {
                  "checkpoints/step_2/trainer", "(DCP)"),
     "megatron": (["iter_0000002/common.pt", "iter_0000002/.metadata", "iter_0000002/__0_0.distcp"], "", "Megatron"),
     "megatron-old": (["mp_rank_00/model_optim_rng.pt"], "", "Megatron"),
+    "lightning": (["hparams.yaml", "checkpoints/epoch=1-step=2.ckpt"], "checkpoints", "PyTorch Lightning"),
+    "lightning-zero": (["step=2.ckpt/checkpoint/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+                       "step=2.ckpt/checkpoint", "DeepSpeed ZeRO"),
+    "torchtune": (["recipe_state/recipe_state.pt", "epoch_0/config.json"], "", "torchtune"),
+    "torchtune-old": (["recipe_state.pt", "hf_model_0001_0.pt"], "", "torchtune"),
     "full": (["optimizer.bin", "pytorch_model_fsdp.bin"], "", "FULL_STATE_DICT"),
     "save-state": (["optimizer.bin", "model.safetensors", "random_states_0.pkl"], "", "accelerate's save_state"),
 }  # fmt: skip
@@ -77,6 +82,18 @@ def test_a_runs_folder_points_at_its_checkpoints(tmp_path: Path) -> None:
         outcome = run_command("inspect", given)
         assert (outcome.code, len(outcome.lines)) == (2, 1)
         assert f"holds {inside}checkpoint-2, {inside}checkpoint-3; give one of them" in outcome.err
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
+    folder = tmp_path / "given"
+    folder.mkdir()
+    rollouts = tmp_path / "rollouts.jsonl"
+    write_rollouts(random_rollouts(2, 2), rollouts)
+    sampling = ["--prompts", rollouts, "--reward", "math:sqrt", "--responses", "2", "--out", tmp_path / "out.jsonl"]
+    for command in (["inspect", folder], ["run", folder, "--rollouts", rollouts], ["sample", folder, *sampling]):
+        outcome = run_command(*command)
+        assert (outcome.code, len(outcome.lines)) == (2, 1)
+        assert f"{folder} is empty; expected a checkpoint folder" in outcome.err
 
 
 def test_weights_without_an_optimizer_are_no_foreign_folder(tmp_path: Path) -> None:

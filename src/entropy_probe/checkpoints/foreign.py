@@ -49,7 +49,13 @@ class Recognised:
 
 def _files(*patterns: str) -> Callable[[Path], list[str]]:
     """Detect by any file of these patterns; all are listed."""
-    return lambda path: [str(found.relative_to(path)) for pattern in patterns for found in sorted(path.glob(pattern))]
+
+    def detects(path: Path) -> list[str]:
+        # No folders: Lightning calls the folder of DeepSpeed's or FSDP's files .ckpt, too.
+        found = [file for pattern in patterns for file in sorted(path.glob(pattern)) if file.is_file()]
+        return [str(file.relative_to(path)) for file in found]
+
+    return detects
 
 
 def _all_of(*patterns: str) -> Callable[[Path], list[str]]:
@@ -110,6 +116,16 @@ LAYOUTS: tuple[Layout, ...] = (
         f"otherwise {CONVERT}",
     ),
     Layout(
+        "PyTorch Lightning checkpoint",
+        _files("*.ckpt"),
+        f"its state_dict holds the weights and its optimizer_states Adam's state; {CONVERT}",
+    ),
+    Layout(
+        "torchtune folder",
+        _files("recipe_state.pt", "recipe_state/*"),
+        f"its recipe_state.pt holds Adam's state, beside the weights or in a folder of its own; {CONVERT}",
+    ),
+    Layout(
         "checkpoint of FSDP's FULL_STATE_DICT",
         _beside(("pytorch_model_fsdp*.bin", "trainer_state.json"), ("optimizer*.bin",)),
         "save with SHARDED_STATE_DICT",
@@ -131,8 +147,10 @@ def refuse_foreign(path: Path) -> None:
     """Name what a folder is whose weights or Adam state are not where they are read from.
 
     Raises:
-        InputError: it is another framework's, holds such folders, or holds checkpoints that are read.
+        InputError: it is empty, another framework's, holds such folders, or holds checkpoints that are read.
     """
+    if _is_empty(path):
+        raise InputError(f"{path} is empty; expected a checkpoint folder such as checkpoint-100")
     layers = [[folder for folder in layer if _is_native(folder)] for layer in _layers(path)]
     inner = [str(folder.relative_to(path)) for folder in next(filter(None, layers), []) if folder != path]
     if inner:
@@ -160,6 +178,13 @@ def _of(folder: Path) -> Recognised | None:
 def _is_native(folder: Path) -> bool:
     described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "trainer_state.json"))
     return described and ((folder / "optimizer.pt").is_file() or (folder / "optimizer_0").is_dir())
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return next(path.iterdir(), None) is None
+    except OSError:
+        return False
 
 
 def _layers(path: Path) -> Iterator[list[Path]]:
