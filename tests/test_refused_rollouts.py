@@ -60,7 +60,7 @@ ROLLOUTS: dict[str, tuple[Callable[[Place], object], tuple[str, ...]]] = {
     "nan-reward": (_row(3, reward=float("nan")), ("line 4", "reward", "nan")),
     "huge-reward": (_row(3, reward=10**400), ("line 4", "reward")),
     "text-reward": (_row(3, reward="1.0"), ("line 4", "reward", "str")),
-    "boolean-reward": (_row(3, reward=True), ("line 4", "reward", "bool")),
+    "boolean-advantage": (_row(3, advantage=True), ("line 4", "advantage", "bool")),
     "infinite-advantage": (_row(3, advantage=float("inf")), ("line 4", "advantage", "inf")),
     "advantages-in-some-rows": (_row(3, advantage=0.5), ("7 of 8", "advantage")),
     "one-response-a-prompt": (

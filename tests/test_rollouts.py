@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -138,6 +139,53 @@ def test_the_temperature_is_the_rows_else_the_one_asked_for_else_1() -> None:
         group_rollouts(declared, 0.9)
     with pytest.raises(InputError, match="disagree about temperature"):
         group_rollouts([*declared[:-1], replace(declared[-1], temperature=None)])
+
+
+def test_a_temperature_that_float32_rounded_is_the_same_one() -> None:
+    declared = random_rollouts(3, 2, temperature=0.7)
+    rounded = float(np.float32(0.7))
+    assert rounded != 0.7
+    assert group_rollouts(declared, rounded).temperature == 0.7
+    assert group_rollouts([*declared[:-1], replace(declared[-1], temperature=rounded)]).temperature == 0.7
+    with pytest.raises(InputError, match=r"declare temperature 0.7, but 0.7001 was asked for"):
+        group_rollouts(declared, 0.7001)
+    with pytest.raises(InputError, match="disagree about temperature"):
+        group_rollouts([*declared[:-1], replace(declared[-1], temperature=0.7001)])
+
+
+@pytest.mark.parametrize("given", ["0.7", True, [0.7], 0.0, math.nan])
+def test_a_temperature_that_is_no_number_above_0_is_refused_as_such(given: Any) -> None:
+    with pytest.raises(InputError, match=r"^temperature is "):
+        group_rollouts(random_rollouts(3, 2, temperature=0.7), given)
+
+
+def test_a_batch_is_written_as_its_responses_and_read_with_its_temperature(tmp_path: Path) -> None:
+    declared = group_rollouts(random_rollouts(3, 2, temperature=0.6))
+    write_rollouts(declared, tmp_path / "declared.jsonl")
+    assert read_batch(tmp_path / "declared.jsonl") == declared
+    untold = group_rollouts(random_rollouts(3, 2))
+    write_rollouts(untold, tmp_path / "untold.jsonl")
+    assert read_batch(tmp_path / "untold.jsonl") == untold
+    write_rollouts(group_rollouts(random_rollouts(3, 2), 0.9), tmp_path / "told.jsonl")
+    assert read_batch(tmp_path / "told.jsonl") == group_rollouts(random_rollouts(3, 2, temperature=0.9))
+
+
+def test_a_path_may_be_text_and_what_is_none_is_refused(tmp_path: Path) -> None:
+    path, rows = str(tmp_path / "rows.jsonl"), random_rollouts(2, 2)
+    write_rollouts(rows, path)
+    assert read_rollouts(path) == rows
+    assert read_batch(path) == group_rollouts(rows)
+    for wrong in (None, 3, b"rows.jsonl", ""):
+        for use in (read_rollouts, read_batch, lambda given: write_rollouts(rows, given)):
+            with pytest.raises(InputError, match="expected a path"):
+                use(wrong)  # type: ignore[arg-type]
+
+
+def test_a_byte_order_mark_before_json_lines_is_skipped(tmp_path: Path) -> None:
+    rows = random_rollouts(2, 2)
+    write_rollouts(rows, tmp_path / "plain.jsonl")
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "plain.jsonl").read_bytes())
+    assert read_rollouts(tmp_path / "marked.jsonl") == rows
 
 
 def test_a_whole_distribution_may_be_declared_in_so_many_words() -> None:

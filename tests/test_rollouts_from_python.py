@@ -50,7 +50,8 @@ def test_an_integer_of_numpy_names_the_same_prompt_as_pythons() -> None:
 WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "nan reward": ({"reward": float("nan")}, ("'a'", "reward is nan")),
     "infinite reward of a tensor": ({"reward": torch.tensor(float("inf"))}, ("reward is inf",)),
-    "boolean reward": ({"reward": np.bool_(True)}, ("reward is a bool",)),
+    "boolean advantage": ({"advantage": np.bool_(True)}, ("advantage is a bool",)),
+    "nan for logprobs": ({"logprobs": float("nan")}, ("logprobs is a float",)),
     "no reward": ({"reward": None}, ("reward is a NoneType",)),
     "nan advantage": ({"advantage": float("nan")}, ("advantage is nan",)),
     "nan logprob": ({"logprobs": (-1.0, float("nan"), -1.0)}, ("logprobs is nan",)),
@@ -67,8 +68,9 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "one id": ({"response_ids": 5}, ("response_ids is a int",)),
     "text for ids": ({"prompt_ids": "3 4"}, ("prompt_ids is a str",)),
     "greedy": ({"temperature": 0.0}, ("temperature is 0.0", "above 0")),
-    "nan temperature": ({"temperature": float("nan")}, ("temperature is nan",)),
-    "float top_k": ({"top_k": 50.0}, ("top_k is 50.0", "integer")),
+    "infinite temperature": ({"temperature": float("inf")}, ("temperature is inf",)),
+    "float top_k": ({"top_k": 50.5}, ("top_k is 50.5", "integer")),
+    "infinite top_k": ({"top_k": float("inf")}, ("top_k is inf", "integer")),
     "text top_p": ({"top_p": "1"}, ("top_p is a str",)),
     "cut as a number": ({"cut": 1}, ("cut is 1",)),
     "negative end token": ({"eos_ids": (-1,)}, ("eos_ids holds -1",)),
@@ -91,6 +93,26 @@ def test_what_is_refused_in_a_file_is_refused_in_python_in_one_line(name: str) -
 
 def test_logprobs_above_0_by_rounding_are_taken() -> None:
     assert Rollout(**(PLAIN | {"logprobs": (1e-6, -1.0, 0.0)})).logprobs == (1e-6, -1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"reward": True}, {"reward": 1.0}),
+        ({"reward": np.bool_(False)}, {"reward": 0.0}),
+        ({"top_k": 0.0, "step": np.float64(7.0)}, {"top_k": 0, "step": 7}),
+        ({"max_completion_length": 50.0}, {"max_completion_length": 50}),
+        (dict.fromkeys(("step", "temperature", "cut", "prompt", "eos_ids"), float("nan")), {}),
+        ({"micro_batch": np.float32("nan")}, {}),
+    ],
+)
+def test_truth_values_are_rewards_and_a_tables_floats_and_holes_are_integers_and_nothing(
+    given: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    found = Rollout(**(PLAIN | given))
+    assert found == Rollout(**(PLAIN | expected))
+    for name, value in expected.items():
+        assert type(getattr(found, name)) is type(value)
 
 
 def test_rows_may_be_dicts_among_records() -> None:
@@ -131,6 +153,8 @@ def test_a_dict_that_breaks_the_schema_is_named_by_its_number(
 def test_what_is_no_row_is_refused() -> None:
     with pytest.raises(InputError, match="row 0 is a str"):
         group_rollouts("rollouts.jsonl")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="the rollouts are a int; expected rows"):
+        group_rollouts(3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="row 1 is a tuple"):
         group_rollouts([*random_rollouts(1, 1), (3, 4)])  # type: ignore[list-item]
 

@@ -12,12 +12,25 @@ import pytest
 import torch
 
 import support
-from entropy_probe import AdamState, InputError, RolloutBatch, Settings, group_rollouts, probe, state_of_optimizer
+from entropy_probe import (
+    AdamState,
+    InputError,
+    RolloutBatch,
+    Settings,
+    group_rollouts,
+    probe,
+    probe_checkpoint,
+    replay,
+    state_of_optimizer,
+    write_rollouts,
+)
+from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.files import replacing
 from entropy_probe.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.policy import Policy
 from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight, length_weights
 from entropy_probe.units import Mode
+from spoiled import Place
 from support import random_rollouts
 
 
@@ -134,3 +147,77 @@ def test_the_temperature_of_the_rows_is_the_policys() -> None:
     assert report.entropy.per_response == pytest.approx(-float(scores.mean()), rel=1e-9)
     assert report.realized[1].entropy_before == pytest.approx(-float(scores.mean()), rel=1e-9)
     assert abs(float(Policy(model).scores(batch.responses).mean()) - float(scores.mean())) > 0.1
+
+
+def test_paths_of_a_probe_and_of_a_replay_may_be_text(place: Place) -> None:
+    checkpoint, rollouts = str(place.checkpoint), str(place.rollouts)
+    assert load_checkpoint(checkpoint).folder.kind == "full"
+    found = probe_checkpoint(checkpoint, rollouts, None, evaluation_rollouts=rollouts_of_others(place))
+    expected = probe_checkpoint(place.checkpoint, place.rollouts, evaluation_rollouts=Path(rollouts_of_others(place)))
+    assert found.report.first_order == expected.report.first_order
+    assert found.report.config == expected.report.config
+    with pytest.raises(InputError, match="was given twice"):
+        replay(checkpoint, checkpoint, rollouts)
+
+
+def rollouts_of_others(place: Place) -> str:
+    write_rollouts(random_rollouts(4, 1, seed=9), place.root / "others.jsonl")
+    return str(place.root / "others.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"checkpoint": None}, "checkpoint is None; expected a path"),
+        ({"rollouts": 3}, "rollouts is 3; expected a path"),
+        ({"evaluation_rollouts": 3}, "evaluation_rollouts is 3; expected a path"),
+        ({"base": 3}, "base is 3; expected a path"),
+        ({"settings": {"seed": 1}}, r"settings is .*expected Settings\("),
+        ({"device": None}, "device None: .* expected auto, cpu or cuda"),
+    ],
+)
+def test_a_probe_of_a_checkpoint_refuses_arguments_of_another_type(
+    given: dict[str, Any], message: str, place: Place
+) -> None:
+    taken: dict[str, Any] = {"checkpoint": place.checkpoint, "rollouts": place.rollouts}
+    with pytest.raises(InputError, match=message):
+        probe_checkpoint(**(taken | given))
+
+
+@pytest.mark.parametrize("name", ["before", "after", "rollouts", "base", "settings", "device"])
+def test_a_replay_refuses_arguments_of_another_type(name: str, place: Place) -> None:
+    taken: dict[str, Any] = {"before": place.checkpoint, "after": place.checkpoint, "rollouts": place.rollouts}
+    with pytest.raises(InputError, match=f"^{name}.* 1.5[;:].* expected "):
+        replay(**(taken | {name: 1.5}))
+
+
+def test_a_live_probe_groups_rows_and_takes_none_for_the_default_settings() -> None:
+    model = support.tiny_model(dtype=torch.float64)
+    adam = state_of_optimizer(support.trained_optimizer(model), model)
+    rows, others = random_rollouts(4, 2), random_rollouts(3, 1, seed=9)
+    found = probe(model, adam, rows, None, evaluation=others).report
+    expected = probe(model, adam, group_rollouts(rows), evaluation=group_rollouts(others, least_responses=1)).report
+    assert found.first_order == expected.first_order
+    assert found.two_batches == expected.two_batches is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch": 3}, "the rollouts are a int"),
+        ({"evaluation": [{}]}, "the evaluation rollouts: row 0 has no prompt_id"),
+        ({"settings": {"seed": 1}}, r"settings is .*expected Settings\("),
+    ],
+)
+def test_a_live_probe_refuses_arguments_of_another_type(given: dict[str, Any], message: str) -> None:
+    model = support.tiny_model()
+    optimizer = support.trained_optimizer(model)
+    taken: dict[str, Any] = {
+        "model": model,
+        "adam": state_of_optimizer(optimizer, model),
+        "batch": random_rollouts(2, 2),
+    }
+    with pytest.raises(InputError, match=message):
+        probe(**(taken | given))
+    with pytest.raises(InputError, match=r"give state_of_optimizer\(optimizer, model\)"):
+        probe(**(taken | {"adam": optimizer}))

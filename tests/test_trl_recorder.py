@@ -358,6 +358,12 @@ def test_every_records_the_steps_after_each_checkpoint(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00003.jsonl"]
 
 
+@pytest.mark.parametrize("every", ["2", 1.5, True, 0])
+def test_every_is_a_whole_number_above_0(every: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"every is .*; expected a whole number, 1 or above"):
+        RolloutRecorder(make_trainer(tmp_path), tmp_path / "rollouts", every=every)
+
+
 def test_a_step_with_an_unscorable_row_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def sometimes(completions: Sequence[str], trainer_state: Any, **_: Any) -> list[float | None]:
         lost = trainer_state.global_step == 1

@@ -7,9 +7,11 @@ number is never read from text, nor from a truth value.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from enum import Enum, StrEnum
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 from entropy_probe.errors import InputError
@@ -18,6 +20,7 @@ Check = Callable[[str, object], Any]
 """(name of the field, what it was given) to what it holds; raises InputError."""
 
 E = TypeVar("E", bound=StrEnum)
+T = TypeVar("T")
 
 LONGEST = 40
 
@@ -89,6 +92,34 @@ def truth(what: str, value: object) -> bool:
     """
     if not isinstance(value, bool):
         raise InputError(f"{what} is {shown(value)}; expected True or False")
+    return value
+
+
+def path_of(what: str, value: object) -> Path:
+    """A path, from text or from any other library's path.
+
+    Raises:
+        InputError: neither, or empty text.
+    """
+    found = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(found, str) or not found:
+        raise InputError(f"{what} is {shown(value)}; expected a path, as text or as a pathlib.Path")
+    return Path(found)
+
+
+def settings_of(value: object, default: T) -> T:
+    """Settings of the default's own type; None takes the default.
+
+    Raises:
+        InputError: another type.
+    """
+    if value is None:
+        return default
+    kind = type(default)
+    if not isinstance(value, kind):
+        raise InputError(
+            f"settings is {shown(value)}; expected {kind.__name__}(...) with what differs from the defaults, or None"
+        )
     return value
 
 

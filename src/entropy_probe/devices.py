@@ -23,7 +23,7 @@ def choose_device(asked: str | torch.device = AUTO, shared: torch.device | None 
         return shared if shared is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(asked)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device {asked!r}: torch knows none of that name; expected auto, cpu or cuda") from error
     check_device(device)
     if device.type == "cuda" and not torch.cuda.is_available():

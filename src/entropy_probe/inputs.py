@@ -18,7 +18,7 @@ from entropy_probe.gradients import VECTOR_SHARE, Plan, Storage
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.intervals import IntervalMethod
 from entropy_probe.memory import Room, memory_there
-from entropy_probe.rollouts import RolloutBatch, read_batch
+from entropy_probe.rollouts import RolloutBatch, read_batch, same_temperature
 from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight, advantages_from_rewards, length_weights
 from entropy_probe.settings import Settings
 from entropy_probe.units import Units
@@ -61,7 +61,7 @@ def check_evaluation(evaluation: RolloutBatch, batch: RolloutBatch, settings: Se
             "every evaluation response is also among the update's: the two batches must be drawn independently, or the "
             "diagonal that U_cross leaves out comes back; sample them again, or split one file"
         )
-    if evaluation.temperature != batch.temperature:
+    if not same_temperature(evaluation.temperature, batch.temperature):
         raise InputError(
             f"the evaluation rollouts were sampled at temperature {evaluation.temperature:g}, the update's at "
             f"{batch.temperature:g}; expected one policy"

@@ -6,12 +6,12 @@ the realised step. The stages are in :mod:`~entropy_probe.stages`. Source: docs/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ from entropy_probe.checkpoints import (
     sharding_of,
     tokenizer_ids,
 )
-from entropy_probe.choices import member
+from entropy_probe.choices import member, path_of, settings_of
 from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.devices import AUTO, check_device, choose_device
 from entropy_probe.errors import InputError
@@ -43,7 +43,7 @@ from entropy_probe.policy import Measured, check_fits, input_limits, special_ids
 from entropy_probe.progress import Clock, Progress, Silent
 from entropy_probe.recorded import Source, TrainersStep, trainers_step
 from entropy_probe.report import ConfigSection, Report
-from entropy_probe.rollouts import RolloutBatch, read_batch, refuse_unsampled
+from entropy_probe.rollouts import Rollout, RolloutBatch, as_batch, read_batch, refuse_unsampled
 from entropy_probe.same_inputs import (
     check_same_inputs,
     digest_of_adam,
@@ -71,6 +71,9 @@ from entropy_probe.wrappers import named_parameters, unwrap
 
 DEFAULTS = Settings()
 
+Rows = RolloutBatch | Iterable[Rollout | Mapping[str, Any]]
+"""Rollouts as a live probe takes them: grouped, or their rows, as records or as mappings."""
+
 
 @dataclass(frozen=True)
 class ProbeResult:
@@ -83,12 +86,12 @@ class ProbeResult:
 
 
 def probe_checkpoint(
-    checkpoint: Path,
-    rollouts: Path,
-    settings: Settings = DEFAULTS,
+    checkpoint: str | Path,
+    rollouts: str | Path,
+    settings: Settings | None = DEFAULTS,
     *,
-    evaluation_rollouts: Path | None = None,
-    base: Path | None = None,
+    evaluation_rollouts: str | Path | None = None,
+    base: str | Path | None = None,
     freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = AUTO,
@@ -107,6 +110,11 @@ def probe_checkpoint(
     Raises:
         InputError: anything that is wrong with either, in one line.
     """
+    checkpoint, rollouts = path_of("checkpoint", checkpoint), path_of("rollouts", rollouts)
+    if evaluation_rollouts is not None:
+        evaluation_rollouts = path_of("evaluation_rollouts", evaluation_rollouts)
+    base = None if base is None else path_of("base", base)
+    settings = settings_of(settings, DEFAULTS)
     clock = Clock()
     sent_before = len(ranks.sent)
     device = choose_device(device, ranks.device if ranks.count > 1 else None)
@@ -157,10 +165,10 @@ def probe_checkpoint(
 def probe(
     model: nn.Module,
     adam: AdamState,
-    batch: RolloutBatch,
-    settings: Settings = DEFAULTS,
+    batch: Rows,
+    settings: Settings | None = DEFAULTS,
     *,
-    evaluation: RolloutBatch | None = None,
+    evaluation: Rows | None = None,
     preparation: Preparation | None = None,
     ranks: Ranks = ALONE,
     progress: Progress | None = None,
@@ -170,11 +178,12 @@ def probe(
     Args:
         model: a causal language model (``model(input_ids=, attention_mask=, use_cache=).logits``), DDP-wrapped or not.
         adam: its optimizer's state (:func:`entropy_probe.adam_preconditioner.state_of_optimizer`).
-        batch: rollouts (:func:`entropy_probe.rollouts.group_rollouts`).
-        settings: see :class:`Settings`; ``dtype`` is the model's own. Where they say nothing, loss, clip and mixed precision
-            are as the rows recorded them, but the learning rate is the optimizer's own, which its next step will take.
+        batch: rollouts (:func:`entropy_probe.rollouts.group_rollouts`), or their rows, which it groups.
+        settings: see :class:`Settings`; None takes the defaults. ``dtype`` is the model's own. Where they say nothing, loss,
+            clip and mixed precision are as the rows recorded them, but the learning rate is the optimizer's own, which its
+            next step will take.
         evaluation: other rollouts of the same policy, from which X is taken against this batch's update; one response a prompt
-            will do for Rao-Blackwell (``group_rollouts(rows, least_responses=1)``).
+            will do for Rao-Blackwell (``group_rollouts(rows, least_responses=1)``, as rows are grouped here).
         preparation: of an earlier probe of this very model (``result.preparation``); None finds it anew.
         ranks: who share the work (``Ranks.of_group()``), every one of whom must call with the same batch; by default this
             process does all of it, so that one rank of a job may probe by itself. What one rank alone refuses in the rollouts,
@@ -188,6 +197,7 @@ def probe(
         raise InputError(
             "torch.inference_mode() is active, where no gradient can be taken; call the probe outside of it"
         )
+    settings, batch, evaluation = ranks.alike(partial(_as_taken, settings, adam, batch, evaluation))
     sent_before = len(ranks.sent)
     _check_same_arguments(ranks, batch, evaluation, settings, preparation)
     model = unwrap(model)
@@ -219,6 +229,23 @@ def probe(
         sent_before=sent_before,
     )
     return _probe(subject, settings, Clock(), progress or Silent(), preparation)
+
+
+def _as_taken(
+    settings: Settings | None, adam: AdamState, batch: Rows, evaluation: Rows | None
+) -> tuple[Settings, RolloutBatch, RolloutBatch | None]:
+    """The caller's settings and rollouts in the types that the probe computes with."""
+    if not isinstance(adam, AdamState):
+        raise InputError(
+            f"adam is a {type(adam).__name__}; expected an optimizer's state: give state_of_optimizer(optimizer, model)"
+        )
+    settings, batch = settings_of(settings, DEFAULTS), as_batch(batch)
+    if evaluation is None:
+        return settings, batch, None
+    try:
+        return settings, batch, as_batch(evaluation, least_responses=1)
+    except InputError as error:
+        raise InputError(f"the evaluation rollouts: {error}") from error
 
 
 def _trainers_step(batch: RolloutBatch, settings: Settings) -> TrainersStep:

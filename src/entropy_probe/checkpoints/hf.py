@@ -29,6 +29,7 @@ from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
 from entropy_probe.checkpoints.index_names import OptimizerMapping
 from entropy_probe.checkpoints.quantisation import quantised_base_note, refuse_quantised
 from entropy_probe.checkpoints.trainer_state import read_trainer_state
+from entropy_probe.choices import path_of
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
 from entropy_probe.policy import input_limits
@@ -109,9 +110,9 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: Path,
+    path: str | Path,
     *,
-    base: Path | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -127,6 +128,7 @@ def load_checkpoint(
     Raises:
         InputError: anything missing, damaged or of another kind, in one line.
     """
+    path = path_of("the checkpoint", path)
     # The small file first: a missing optimizer should not cost the loading of a large model.
     optimizer = optimizer_file(path)
     folder = load_model(path, base=base, dtype=dtype, device=device)
@@ -169,9 +171,9 @@ def validated(
 
 
 def load_model(
-    path: Path,
+    path: str | Path,
     *,
-    base: Path | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     trainable: bool = True,
@@ -182,7 +184,8 @@ def load_model(
         InputError: no such folder, no safetensors, damaged or incomplete weights, an adapter without its base, or no
             configuration.
     """
-    sources = sources_of(path, base)
+    path = path_of("the checkpoint", path)
+    sources = sources_of(path, None if base is None else path_of("base", base))
     refuse_quantised(sources.configuration, sources.model)
     if keeps_weights_distributed(path):
         raise InputError(f"{path} has its weights in {MODEL_FOLDER}/; {BY_ROWS}")

@@ -26,6 +26,7 @@ from entropy_probe.checkpoints import (
     read_trainer_state,
     tokenizer_ids,
 )
+from entropy_probe.choices import path_of, settings_of
 from entropy_probe.devices import AUTO, choose_device
 from entropy_probe.diagnostics import padding_warnings
 from entropy_probe.errors import InputError
@@ -47,12 +48,12 @@ DEFAULTS = ReplaySettings()
 
 
 def replay(
-    before: Path,
-    after: Path,
-    rollouts: Path,
-    settings: ReplaySettings = DEFAULTS,
+    before: str | Path,
+    after: str | Path,
+    rollouts: str | Path,
+    settings: ReplaySettings | None = DEFAULTS,
     *,
-    base: Path | None = None,
+    base: str | Path | None = None,
     freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = AUTO,
@@ -66,6 +67,10 @@ def replay(
     Raises:
         InputError: the two are not one step apart or not of one model, the rows are another step's, or a file will not do.
     """
+    before, after = path_of("before", before), path_of("after", after)
+    rollouts = path_of("rollouts", rollouts)
+    base = None if base is None else path_of("base", base)
+    settings = settings_of(settings, DEFAULTS)
     clock, progress, device = Clock(), progress or Silent(), choose_device(device)
     with clock.stage("load"):
         states = read_trainer_state(before), read_trainer_state(after)

@@ -6,7 +6,7 @@ contradict what the probe computes are refused (:mod:`~entropy_probe.rollouts.co
 """
 
 from entropy_probe.rollouts.files import read_batch, read_rollouts, read_rows, write_rollouts
-from entropy_probe.rollouts.grouping import group_rollouts
+from entropy_probe.rollouts.grouping import as_batch, group_rollouts, same_temperature
 from entropy_probe.rollouts.padding import SpecialIds, doubtful_rows, refuse_unsampled
 from entropy_probe.rollouts.records import PromptGroup, PromptId, Rollout, RolloutBatch, count_cut
 from entropy_probe.rollouts.rows import rollout_from_row, row_from_rollout
@@ -17,6 +17,7 @@ __all__ = [
     "Rollout",
     "RolloutBatch",
     "SpecialIds",
+    "as_batch",
     "count_cut",
     "doubtful_rows",
     "group_rollouts",
@@ -26,5 +27,6 @@ __all__ = [
     "refuse_unsampled",
     "rollout_from_row",
     "row_from_rollout",
+    "same_temperature",
     "write_rollouts",
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from entropy_probe.choices import path_of
 from entropy_probe.errors import InputError, one_line, out_of_memory
 from entropy_probe.files import replacing
 from entropy_probe.rollouts.grouping import group_rollouts
@@ -17,7 +19,7 @@ from entropy_probe.rollouts.records import Rollout, RolloutBatch
 from entropy_probe.rollouts.rows import as_rollouts, rollout_from_row, row_from_rollout
 
 
-def read_batch(path: Path, temperature: float | None = None, *, least_responses: int = 2) -> RolloutBatch:
+def read_batch(path: str | Path, temperature: float | None = None, *, least_responses: int = 2) -> RolloutBatch:
     """Read, check and group a rollouts file.
 
     Raises:
@@ -26,7 +28,7 @@ def read_batch(path: Path, temperature: float | None = None, *, least_responses:
     return group_rollouts(read_rollouts(path), temperature, least_responses=least_responses)
 
 
-def read_rollouts(path: Path) -> list[Rollout]:
+def read_rollouts(path: str | Path) -> list[Rollout]:
     """Read rows from ``.jsonl``/``.json``/``.ndjson`` (JSON Lines) or ``.parquet``.
 
     Raises:
@@ -38,12 +40,13 @@ def read_rollouts(path: Path) -> list[Rollout]:
     return rollouts
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``(where, row)`` for each row of a JSON Lines or Parquet file; ``where`` names the place for messages.
 
     Raises:
         InputError: the file is missing or not what its name says.
     """
+    path = path_of("the rollouts file", path)
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file; expected a .jsonl or .parquet file")
     if path.suffix == ".parquet":
@@ -63,7 +66,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -83,13 +86,19 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path} is not UTF-8 text; expected JSON Lines") from error
 
 
-def write_rollouts(rollouts: Iterable[Rollout | Mapping[str, Any]], path: Path) -> None:
+def write_rollouts(rollouts: RolloutBatch | Iterable[Rollout | Mapping[str, Any]], path: str | Path) -> None:
     """Write rows, records or mappings, as JSON Lines or Parquet, by the file's name; an interrupted write leaves no file.
+
+    Of a batch these are its responses. Where they declare no temperature and the batch's is not 1, which a reader would
+    take, each is written with the batch's.
 
     Raises:
         InputError: a row breaks the schema, the name ends in neither ``.jsonl`` nor ``.parquet``, the folder cannot be written,
             or the format cannot hold a value.
     """
+    path = path_of("the path of the rollouts file", path)
+    if isinstance(rollouts, RolloutBatch):
+        rollouts = _with_temperature(rollouts)
     rows = [row_from_rollout(rollout) for rollout in as_rollouts(rollouts)]
     if path.suffix not in {".jsonl", ".parquet"}:
         raise InputError(f"{path} ends in {path.suffix!r}; rollouts are written as .jsonl or .parquet")
@@ -108,6 +117,12 @@ def write_rollouts(rollouts: Iterable[Rollout | Mapping[str, Any]], path: Path) 
             pyarrow.parquet.write_table(table, temporary)
         else:
             temporary.write_text(text, encoding="utf-8")
+
+
+def _with_temperature(batch: RolloutBatch) -> Sequence[Rollout]:
+    if batch.temperature == 1 or any(row.temperature is not None for row in batch.responses):
+        return batch.responses
+    return [replace(row, temperature=batch.temperature) for row in batch.responses]
 
 
 def _same_columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

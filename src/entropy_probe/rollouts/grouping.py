@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from entropy_probe.errors import InputError
+from entropy_probe.rollouts import values
 from entropy_probe.rollouts.columns import refuse_contradictions
 from entropy_probe.rollouts.records import PromptGroup, PromptId, Rollout, RolloutBatch
 from entropy_probe.rollouts.rows import as_rollouts
+
+TEMPERATURE_ROUNDING = 1e-6
+"""Relative difference below which two temperatures are one: float32 rounds by 6e-8."""
 
 
 def group_rollouts(
@@ -27,6 +31,8 @@ def group_rollouts(
             response, two prompts under one id, rows that disagree about the temperature or about a window column, or a row
             that says that it was sampled or trained on otherwise than the probe takes it.
     """
+    if temperature is not None:
+        temperature = values.temperature(temperature, "temperature")
     by_prompt: dict[PromptId, list[Rollout]] = {}
     for rollout in as_rollouts(rollouts):
         by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
@@ -45,23 +51,38 @@ def group_rollouts(
         raise InputError("the rollouts hold one prompt; the cross-prompt estimator needs at least two")
     rows = [row for group in by_prompt.values() for row in group]
     _refuse_mixed(rows)
-    declared = {row.temperature for row in rows if row.temperature is not None}
-    if temperature is not None and declared - {temperature}:
-        raise InputError(f"the rows declare temperature {sorted(declared)}, but {temperature} was asked for; drop one")
+    declared = rows[0].temperature
+    if declared is not None and temperature is not None and not same_temperature(declared, temperature):
+        raise InputError(f"the rows declare temperature {declared}, but {temperature} was asked for; drop one")
     groups = tuple(PromptGroup(key, group[0].prompt_ids, tuple(group)) for key, group in by_prompt.items())
-    tau = temperature if temperature is not None else next(iter(declared), 1.0)
-    if not (math.isfinite(tau) and tau > 0):
-        raise InputError(f"temperature is {tau}; entropy needs a finite temperature above 0")
+    tau = next((known for known in (declared, temperature) if known is not None), 1.0)
     for row in rows:
-        refuse_contradictions(row, float(tau))
-    return RolloutBatch(groups, float(tau))
+        refuse_contradictions(row, tau)
+    return RolloutBatch(groups, tau)
+
+
+def as_batch(given: RolloutBatch | Iterable[Rollout | Mapping[str, Any]], *, least_responses: int = 2) -> RolloutBatch:
+    """A batch as it is, and rows grouped.
+
+    Raises:
+        InputError: see :func:`group_rollouts`.
+    """
+    return given if isinstance(given, RolloutBatch) else group_rollouts(given, least_responses=least_responses)
+
+
+def same_temperature(one: float, other: float) -> bool:
+    """Whether two numbers are one temperature, of which float32 may have rounded either."""
+    return math.isclose(one, other, rel_tol=TEMPERATURE_ROUNDING)
 
 
 def _refuse_mixed(rows: Sequence[Rollout]) -> None:
     for name in ("temperature", "window_tokens", "max_completion_length", "loss_type", "step", "eos_ids"):
-        values = {getattr(row, name) for row in rows}
-        if len(values) > 1:
-            shown = ", ".join(sorted(map(str, values)))
+        found = {getattr(row, name) for row in rows}
+        known = [value for value in found if value is not None]
+        if name == "temperature" and len(known) == len(found) and same_temperature(min(known), max(known)):
+            continue
+        if len(found) > 1:
+            shown = ", ".join(sorted(map(str, found)))
             raise InputError(f"the rows disagree about {name} ({shown}); one probe takes one batch with one value")
     for name in ("advantage", "micro_batch"):
         missing = sum(getattr(row, name) is None for row in rows)

@@ -68,8 +68,7 @@ class Rollout:
                 self._set(name, check(getattr(self, name), name))
             for name, check in values.OPTIONAL.items():
                 value = getattr(self, name)
-                if value is not None:
-                    self._set(name, check(value, name))
+                self._set(name, None if values.missing(value, name) else check(value, name))
             self._set("extra", values.columns(self.extra, "extra"))
             if self.logprobs is not None and len(self.logprobs) != len(self.response_ids):
                 raise InputError(

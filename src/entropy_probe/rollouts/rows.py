@@ -32,8 +32,10 @@ def as_rollouts(rows: Iterable[Rollout | Mapping[str, Any]]) -> Iterator[Rollout
     """Records as they are, and mappings with the columns of a file's row as records.
 
     Raises:
-        InputError: a row is neither or breaks the schema; it is named by its number, from 0.
+        InputError: these are no rows, or a row is neither or breaks the schema; it is named by its number, from 0.
     """
+    if not isinstance(rows, Iterable):
+        raise InputError(f"the rollouts are a {type(rows).__name__}; expected rows, each a Rollout or a mapping")
     for index, row in enumerate(rows):
         if isinstance(row, Rollout):
             yield row

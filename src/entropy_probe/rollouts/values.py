@@ -67,6 +67,16 @@ def number(value: object, name: str) -> float:
     return found
 
 
+def reward(value: object, name: str) -> float:
+    """A finite number; true counts as 1 and false as 0, as a verifier that says right or wrong writes them.
+
+    Raises:
+        InputError: it is something else.
+    """
+    value = plain(value)
+    return float(value) if isinstance(value, bool) else number(value, name)
+
+
 def positive(value: object, name: str) -> float:
     """A finite number above 0.
 
@@ -86,12 +96,14 @@ def temperature(value: object, name: str) -> float:
 
 
 def integer(value: object, name: str) -> int:
-    """An integer.
+    """An integer, or a float that is one: a table with holes holds its integers as floats.
 
     Raises:
         InputError: it is something else.
     """
     value = plain(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"{name} is {reprlib.repr(value)}; expected an integer")
     return int(value)
@@ -180,6 +192,15 @@ def log_probs(value: object, name: str) -> tuple[float, ...]:
     return found
 
 
+def missing(value: object, name: str) -> bool:
+    """Whether an optional column has no value: None, or a NaN, which a table has in its holes.
+
+    A NaN among the numbers that the estimators use (advantage, logprobs) is a fault and no hole.
+    """
+    value = plain(value)
+    return value is None or (isinstance(value, float) and math.isnan(value) and name not in {"advantage", "logprobs"})
+
+
 def columns(value: object, name: str) -> dict[str, Any]:
     """Other columns by name, NumPy's and torch's values as Python's.
 
@@ -195,7 +216,7 @@ REQUIRED: dict[str, Callable[[object, str], Any]] = {
     "prompt_id": prompt_id,
     "prompt_ids": token_ids,
     "response_ids": token_ids,
-    "reward": number,
+    "reward": reward,
 }
 """Columns that every row has, with what they may hold."""
 

@@ -35,8 +35,8 @@ import torch
 import trl
 from transformers import TrainerCallback
 
+from entropy_probe.choices import whole_number
 from entropy_probe.dropout import active_dropout
-from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl.private_names import WRAPPED
 from entropy_probe.integrations.trl.sampling import neutral_sampling
 from entropy_probe.integrations.trl.trainer import (
@@ -85,11 +85,9 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._stated_loss = loss_type
         self._own_loss = check_trainer(trainer, loss_type, RolloutRecorder)
         self._sampling = neutral_sampling(trainer)
-        if every < 1:
-            raise InputError(f"every is {every}; expected a whole number above 0")
         self.trainer = trainer
         self.folder = Path(folder)
-        self.every = every
+        self.every = whole_number("every", every, least=1)
         # TRL's own rule: each generation batch is used up within one optimizer step.
         generate_every = trainer.args.steps_per_generation * trainer.num_iterations
         self._on_policy = trainer.args.gradient_accumulation_steps % generate_every == 0
