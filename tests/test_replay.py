@@ -592,5 +592,5 @@ def test_rows_that_were_padded_afterwards_are_refused(dapo: Path, tmp_path: Path
         longest = max(len(row.response_ids) for row in rows) + 1
         return [replace(r, response_ids=(*r.response_ids, *[pad] * (longest - len(r.response_ids)))) for r in rows]
 
-    with pytest.raises(InputError, match=f"responses that end with padding, the pad id {pad}"):
+    with pytest.raises(InputError, match=f"responses that end with padding, pad id {pad}"):
         run(dapo, rollouts=edited(dapo, tmp_path, padded))
