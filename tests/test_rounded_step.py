@@ -19,6 +19,7 @@ from entropy_probe.gradients import loss_gradient
 from entropy_probe.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.pipeline import probe, probe_checkpoint
 from entropy_probe.policy import Policy
+from entropy_probe.report.sentences import signed
 from entropy_probe.rollouts import write_rollouts
 from entropy_probe.rounded_step import RoundedStep, RoundingRule, rounded_adamw
 from entropy_probe.scores import LengthWeight
@@ -230,6 +231,11 @@ def test_run_realises_the_step_that_the_optimizer_takes_in_bfloat16_and_says_wha
     assert "rounded to nearest as its weights are stored" in row["note"]
     assert "rounded" not in plain["note"]
     assert "adamw rounded to nearest (same), score" in outcome.out.replace("\n", " ")
+    # The first rounded row is by the report's own estimator: the headline ends with what it says.
+    first = next(row for row in report["realized"] if row["rounded"])
+    assert f"{total} bfloat16 weights move" in report["headline"]
+    ends = f"As it is stored the step changes entropy by {signed(first['delta_h'], first['se'])} nats per response (realised)."
+    assert report["headline"].endswith(ends)
 
 
 def codes(report: Any) -> set[str]:
@@ -266,6 +272,7 @@ def test_float32_weights_and_adapters_are_not_rounded_and_a_rounding_of_none_is_
         assert [row.rounded for row in report.realized] == [None] * 4
         assert "no_weights_rounded" in codes(report)
         assert "weights_stored_narrow" not in codes(report)
+        assert "As it is stored" not in report.headline
         assert codes(probe(model, adam, batch, Settings(noise=False)).report) & {"no_weights_rounded"} == set()
 
 

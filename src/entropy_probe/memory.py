@@ -103,7 +103,7 @@ def _unescaped(field: str) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """None where there is no such file to be read, as on other systems."""
+    """Empty where there is no such file to be read, as on other systems."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
