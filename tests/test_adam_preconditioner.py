@@ -21,9 +21,9 @@ from entropy_probe.adam_preconditioner import (
     preconditioner,
     validate_preconditioner,
 )
+from entropy_probe.arrays import FloatArray
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.collectives import Ranks, Sharding, row_spans
-from entropy_probe.u_statistics import FloatArray
 from support import (
     hf_groups,
     save_checkpoint,

@@ -28,7 +28,8 @@ from entropy_probe.cli.launch import Job, Launch, failure_of
 from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.report import plots
 from entropy_probe.rollouts import read_rollouts
-from entropy_probe.same_inputs import check_same_inputs, digest_of_batch
+from entropy_probe.rollouts.digest import digest_of_batch
+from entropy_probe.same_inputs import check_same_inputs
 from entropy_probe.settings import ShardingChoice
 from spoiled import Place
 from support import Outcome, fingerprint, random_batch, run_command, tiny_model, trained_optimizer

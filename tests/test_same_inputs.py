@@ -10,18 +10,13 @@ import pytest
 import torch
 
 from entropy_probe import InputError, Settings, group_rollouts, state_of_optimizer
+from entropy_probe.adam_digest import digest_of_adam
 from entropy_probe.adam_preconditioner import AdamState
+from entropy_probe.arrays import FloatArray
 from entropy_probe.collectives import Ranks
 from entropy_probe.rollouts import Rollout
-from entropy_probe.same_inputs import (
-    check_same_inputs,
-    checksum,
-    digest_of_adam,
-    digest_of_batch,
-    digest_of_settings,
-    digest_of_tensors,
-)
-from entropy_probe.u_statistics import FloatArray
+from entropy_probe.rollouts.digest import digest_of_batch
+from entropy_probe.same_inputs import check_same_inputs, checksum, digest_of_settings, digest_of_tensors
 from support import random_batch, random_rollouts, tiny_model, trained_optimizer
 
 CHANGES: dict[str, Any] = {

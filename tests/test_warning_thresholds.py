@@ -13,11 +13,12 @@ import torch
 import support
 from entropy_probe import Settings, diagnostics
 from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
+from entropy_probe.evidence import Evidence
 from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights, pareto_k_limit
 from entropy_probe.realized import EntropyMeasure, RealizedChange
 from entropy_probe.recorded import trainers_step
-from entropy_probe.report import Evidence, ZeroVSection
+from entropy_probe.report import ZeroVSection
 from entropy_probe.rollouts import Rollout, group_rollouts
 from entropy_probe.scores import EntropyTarget, LengthWeight
 from entropy_probe.step_parts import StepPrediction

@@ -15,8 +15,10 @@ from torch import nn
 
 from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, ZeroV
 from entropy_probe.adam_step import clip_factor, gradient_factors, spread_factors
+from entropy_probe.arrays import FloatArray
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.collectives import Kind, Payload, Sharding
+from entropy_probe.evidence import Evidence
 from entropy_probe.gradients import Coverage, Plan, Preparation
 from entropy_probe.importance_sampling import entropy_estimate
 from entropy_probe.intervals import needed_units
@@ -31,7 +33,6 @@ from entropy_probe.report.schema import (
     ConfigSection,
     EngineSection,
     EntropySection,
-    Evidence,
     FallSection,
     FirstOrder,
     FoldSection,
@@ -62,7 +63,7 @@ from entropy_probe.settings import ShardingChoice
 from entropy_probe.step_parts import Estimate, StepPrediction
 from entropy_probe.sweep import SweepCurve
 from entropy_probe.two_batches import TwoBatchStatistics, fold_statistics
-from entropy_probe.u_statistics import CrossStatistics, FloatArray
+from entropy_probe.u_statistics import CrossStatistics
 from entropy_probe.units import Mode, Units
 from entropy_probe.what_if import Fall, WhatIf
 

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from entropy_probe.arrays import FloatArray
 from entropy_probe.errors import InputError
-from entropy_probe.u_statistics import FloatArray
 
 BUCKET = 1 << 26
 """Bytes of small vectors that share one collective."""

@@ -12,11 +12,12 @@ from torch import Tensor
 from entropy_probe.adam_preconditioner import AdamState, Preconditioners, ZeroV
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import some_of
+from entropy_probe.evidence import Evidence
 from entropy_probe.gradients import Coverage
 from entropy_probe.importance_sampling import Weighting
 from entropy_probe.realized import RealizedChange
 from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS, Source, TrainersStep
-from entropy_probe.report import Evidence, ZeroVSection
+from entropy_probe.report import ZeroVSection
 from entropy_probe.rollouts import RolloutBatch, SpecialIds, doubtful_rows
 from entropy_probe.scores import LengthWeight, by_group
 from entropy_probe.step_parts import PARTS, StepPrediction

@@ -27,8 +27,8 @@ from arviz_stats.base import array_stats
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
+from entropy_probe.arrays import FloatArray
 from entropy_probe.choices import member
-from entropy_probe.u_statistics import FloatArray
 
 
 class Weighting(StrEnum):

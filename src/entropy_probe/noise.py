@@ -27,10 +27,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from entropy_probe.arrays import FloatArray
 from entropy_probe.importance_sampling import group_starts
 from entropy_probe.intervals import variance_at
-from entropy_probe.u_statistics import CrossStatistics, FloatArray
-from entropy_probe.units import Units
+from entropy_probe.u_statistics import CrossStatistics
 
 THIRDS = 3
 LEAST_UNITS = 2 * THIRDS
@@ -111,7 +111,11 @@ def noise_parts(
 
 
 def noise_of(
-    statistics: CrossStatistics, x: FloatArray, y: FloatArray, group_sizes: Sequence[int], units: Units
+    statistics: CrossStatistics,
+    x: FloatArray,
+    y: FloatArray,
+    group_sizes: Sequence[int],
+    unit_of_prompt: Sequence[int],
 ) -> NoiseParts | None:
     """:func:`noise_parts` of these statistics' V; None where V has no parts.
 
@@ -120,17 +124,17 @@ def noise_of(
         x: ξ, as of :func:`noise_parts`.
         y: ψ.
         group_sizes: G_n, two or more each.
-        units: as they were paired.
+        unit_of_prompt: which unit each prompt is in, [B].
     """
     if statistics.parts is None:
         return None
-    count = len(units.ranges)
+    count = max(unit_of_prompt) + 1
     zeta1, tau_squared = statistics.parts
     return noise_parts(
         x,
         y,
         group_sizes,
-        [unit for unit, prompts in enumerate(units.ranges) for _ in prompts],
+        unit_of_prompt,
         variance_at(count, zeta1, 0.0),
         variance_at(count, 0.0, tau_squared),
     )

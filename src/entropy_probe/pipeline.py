@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from entropy_probe import diagnostics
+from entropy_probe.adam_digest import digest_of_adam
 from entropy_probe.adam_preconditioner import AdamState, validate_preconditioner
 from entropy_probe.adam_step import clip_factor, gradient_norm, gradient_weights
+from entropy_probe.arrays import FloatArray
 from entropy_probe.assemble import (
     assemble_report,
     describe_checkpoint,
@@ -39,18 +41,14 @@ from entropy_probe.devices import AUTO, check_device, choose_device
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Preparation, marked, trained_before
 from entropy_probe.inputs import read_evaluation
+from entropy_probe.model_digest import digest_of_model
 from entropy_probe.policy import Measured, check_fits, input_limits, special_ids
 from entropy_probe.progress import Clock, Progress, Silent
 from entropy_probe.recorded import Source, TrainersStep, trainers_step
 from entropy_probe.report import ConfigSection, Report
 from entropy_probe.rollouts import Rollout, RolloutBatch, as_batch, read_batch, refuse_unsampled
-from entropy_probe.same_inputs import (
-    check_same_inputs,
-    digest_of_adam,
-    digest_of_batch,
-    digest_of_model,
-    digest_of_settings,
-)
+from entropy_probe.rollouts.digest import digest_of_batch
+from entropy_probe.same_inputs import check_same_inputs, digest_of_settings
 from entropy_probe.scores import LengthWeight
 from entropy_probe.settings import OFF, Settings, ShardingChoice, autocast_name, dtype_name, refuse_unused_constant
 from entropy_probe.stages import (
@@ -65,7 +63,7 @@ from entropy_probe.stages import (
     without_negatives,
 )
 from entropy_probe.step_parts import predict_parts
-from entropy_probe.u_statistics import FloatArray, cross_statistics
+from entropy_probe.u_statistics import cross_statistics
 from entropy_probe.what_if import learning_rate_for_fall
 from entropy_probe.wrappers import named_parameters, unwrap
 

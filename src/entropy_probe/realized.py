@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.adam_step import gradient_norm
+from entropy_probe.arrays import FloatArray
 from entropy_probe.collectives import Sharding
 from entropy_probe.errors import InputError
 from entropy_probe.importance_sampling import (
@@ -32,7 +33,6 @@ from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.rounded_step import Kept, mean_kept
 from entropy_probe.scores import EntropyTarget, EntropyUnit, response_entropies
-from entropy_probe.u_statistics import FloatArray
 from entropy_probe.virtual_step import virtual_step
 
 SAME, HELD_OUT = "same", "held-out"

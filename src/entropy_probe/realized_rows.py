@@ -15,6 +15,7 @@ from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.adam_step import adamw_deltas, clip_factor, gradient_norm, preconditioned_step
+from entropy_probe.arrays import FloatArray
 from entropy_probe.gradients import Rules, response_dots, weighted_gradient
 from entropy_probe.policy import Measured, Policy, check_finite
 from entropy_probe.progress import Progress
@@ -22,7 +23,6 @@ from entropy_probe.realized import HELD_OUT, EntropyMeasure, Predicted, Realized
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.rounded_step import NEAREST, RoundingRule, rounded_adamw
 from entropy_probe.scores import EntropyCoefficients
-from entropy_probe.u_statistics import FloatArray
 
 
 @dataclass(frozen=True)

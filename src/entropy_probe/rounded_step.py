@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.adam_step import adamw_delta
+from entropy_probe.arrays import FloatArray
 from entropy_probe.choices import member
 from entropy_probe.collectives import Sharding
 from entropy_probe.errors import InputError
@@ -23,7 +24,6 @@ from entropy_probe.stored_precision import (
     rounded_to_nearest,
     stepped_in_type,
 )
-from entropy_probe.u_statistics import FloatArray
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from entropy_probe.adam_preconditioner import AdamState
 from entropy_probe.collectives import Ranks
 from entropy_probe.errors import InputError
-from entropy_probe.rollouts import RolloutBatch, row_from_rollout
-from entropy_probe.wrappers import named_parameters
 
 CHUNK = 1 << 22
 """Elements whose bits stand as int64 at a time."""
@@ -37,7 +34,7 @@ def check_same_inputs(ranks: Ranks, parts: Mapping[str, bytes]) -> None:
     if ranks.count == 1:
         return
     # Names first, of one length on all ranks: an input that only some have would make the second gathering uneven.
-    if _differing(ranks, [_sha256(json.dumps(list(parts)).encode())])[0]:
+    if _differing(ranks, [sha256(json.dumps(list(parts)).encode())])[0]:
         raise InputError("some ranks were given inputs that others were not; give all ranks the same files and options")
     differing = dict(zip(parts, _differing(ranks, list(parts.values())), strict=True))
     found = ", ".join(
@@ -49,40 +46,14 @@ def check_same_inputs(ranks: Ranks, parts: Mapping[str, bytes]) -> None:
         raise InputError(f"{found}: all ranks must be given the same files and options")
 
 
-def digest_of_batch(batch: RolloutBatch | None) -> bytes:
-    """Of every column of every row, in order, and the temperature; of no batch too, since one rank may have been given none."""
-    if batch is None:
-        return _sha256(b"no rollouts")
-    rows = (json.dumps(row_from_rollout(row), sort_keys=True, default=repr) for row in batch.responses)
-    return _sha256(*(f"{row}\n".encode() for row in rows), repr((batch.temperature, batch.group_sizes)).encode())
-
-
 def digest_of_settings(*settings: object) -> bytes:
     """Of all that is chosen: numbers, names, types, and records of them."""
-    return _sha256(repr(settings).encode())
+    return sha256(repr(settings).encode())
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     """Of names, shapes, types and checksums of the bits: of weights."""
-    return _sha256(*(_line(name, tensor) for name, tensor in tensors.items()))
-
-
-def digest_of_model(model: nn.Module) -> bytes:
-    """Of weights and buffers that are whole."""
-    weights = {name: p.detach() for name, p in named_parameters(model)}
-    return digest_of_tensors(weights | {name: b for name, b in model.named_buffers() if b.numel()})
-
-
-def digest_of_adam(adam: AdamState) -> bytes:
-    """Of the groups, and of steps and moments by name."""
-
-    def lines() -> Iterable[bytes]:
-        for name, moments in adam.moments.items():
-            yield f"{name} {moments.step}\n".encode()
-            for tensor in (moments.exp_avg, moments.exp_avg_sq, moments.max_exp_avg_sq):
-                yield b"none\n" if tensor is None else _line(name, tensor)
-
-    return _sha256(repr(adam.groups).encode(), *lines())
+    return sha256(*(described(name, tensor) for name, tensor in tensors.items()))
 
 
 def checksum(tensor: Tensor) -> int:
@@ -101,11 +72,13 @@ def checksum(tensor: Tensor) -> int:
     return total % 2**64
 
 
-def _line(name: str, tensor: Tensor) -> bytes:
+def described(name: str, tensor: Tensor) -> bytes:
+    """A tensor in one line: name, shape, type and checksum."""
     return f"{name} {tuple(tensor.shape)} {tensor.dtype} {checksum(tensor)}\n".encode()
 
 
-def _sha256(*parts: bytes) -> bytes:
+def sha256(*parts: bytes) -> bytes:
+    """Of the parts, one after another."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part)

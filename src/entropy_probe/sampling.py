@@ -29,10 +29,11 @@ from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, Stopp
 
 from entropy_probe.collectives import Ranks, Sharding, deal
 from entropy_probe.errors import InputError, one_line, out_of_memory
+from entropy_probe.model_digest import digest_of_model
 from entropy_probe.policy import Policy, input_limits, special_ids
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import PromptId, Rollout, SpecialIds, read_rows
-from entropy_probe.same_inputs import check_same_inputs, digest_of_model, digest_of_settings
+from entropy_probe.same_inputs import check_same_inputs, digest_of_settings
 
 Reward = Callable[[str, str, dict[str, Any]], float]
 """``f(prompt, response, row) -> float``: texts without special tokens, and the prompt's row with all its columns."""

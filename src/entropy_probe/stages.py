@@ -17,6 +17,7 @@ from entropy_probe.adam_preconditioner import AdamState, Preconditioners
 from entropy_probe.adam_step import StepsOfOthers, clip_factor, gradient_norm
 from entropy_probe.collectives import Sharding
 from entropy_probe.errors import InputError
+from entropy_probe.evidence import Evidence
 from entropy_probe.gradients import (
     Plan,
     Preparation,
@@ -46,7 +47,7 @@ from entropy_probe.progress import Clock, Progress
 from entropy_probe.realized import HELD_OUT, SAME, EntropyMeasure, RealizedChange
 from entropy_probe.realized_rows import Realizer
 from entropy_probe.recorded import TrainersStep
-from entropy_probe.report import CheckpointSection, Evidence
+from entropy_probe.report import CheckpointSection
 from entropy_probe.resampling import GENERATED_TOGETHER, Resampling, plan_resampling, resample
 from entropy_probe.rollouts import RolloutBatch, SpecialIds
 from entropy_probe.rounded_step import RoundingRule
@@ -345,7 +346,7 @@ def noise_by_responses(
         rules=rules,
         progress=task.progress,
     )
-    return noise_of(statistics, of_x.numpy(), of_y.numpy(), batch.group_sizes, task.plan.units)
+    return noise_of(statistics, of_x.numpy(), of_y.numpy(), batch.group_sizes, task.plan.units.of_prompts)
 
 
 def without_negatives(task: Task, rules: Rules | None) -> CrossStatistics:

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from entropy_probe.arrays import FloatArray
 from entropy_probe.intervals import t_quantile
-from entropy_probe.u_statistics import FloatArray, shared_noise
+from entropy_probe.u_statistics import shared_noise
 
 PARTS = ("momentum", "gradient", "weight_decay")
 LEAST_UNITS = 3

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from entropy_probe.arrays import FloatArray
 from entropy_probe.intervals import row_mean_shape, satterthwaite, skew_extension, student_quantile
-from entropy_probe.u_statistics import FloatArray
 
 FEW_PROMPTS = 16
 """Prompts in the smaller batch below which coverage was measured to depend on the kernel."""

@@ -23,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entropy_probe import intervals
-
-FloatArray = NDArray[np.float64]
+from entropy_probe.arrays import FloatArray
 
 
 @dataclass(frozen=True)

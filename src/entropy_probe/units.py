@@ -34,11 +34,14 @@ class Units:
         """s_u, prompts in each unit."""
         return tuple(len(prompts) for prompts in self.ranges)
 
+    @property
+    def of_prompts(self) -> list[int]:
+        """The unit of every prompt."""
+        return [unit for unit, prompts in enumerate(self.ranges) for _ in prompts]
+
     def of_rows(self, group_sizes: Sequence[int]) -> list[int]:
         """The unit of every response, flat; ``group_sizes`` are the prompts' G_n."""
-        return [
-            unit for unit, prompts in enumerate(self.ranges) for prompt in prompts for _ in range(group_sizes[prompt])
-        ]
+        return [unit for unit, size in zip(self.of_prompts, group_sizes, strict=True) for _ in range(size)]
 
     def prompts(self, units: range) -> range:
         """The prompts of consecutive units."""

@@ -32,8 +32,8 @@ from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.choices import path_of
 from entropy_probe.collectives import WHOLE, Sharding
 from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
+from entropy_probe.evidence import Evidence
 from entropy_probe.policy import input_limits
-from entropy_probe.report import Evidence
 
 BY_ROWS = "accelerate's shards are read by run and sample under torchrun, sharded by FSDP2 (sharding fsdp2)"
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_probe.arrays import FloatArray
 from entropy_probe.collectives import deal
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.coefficients import (
@@ -47,7 +48,6 @@ from entropy_probe.policy import Measured, Policy
 from entropy_probe.progress import Progress, Silent
 from entropy_probe.rollouts import RolloutBatch
 from entropy_probe.scores import EntropyCoefficients, EntropyTarget
-from entropy_probe.u_statistics import FloatArray
 from entropy_probe.units import Units
 
 

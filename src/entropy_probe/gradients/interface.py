@@ -9,8 +9,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from entropy_probe.arrays import FloatArray
 from entropy_probe.gradients.treatments import Rules
-from entropy_probe.u_statistics import FloatArray, UnitDots
+from entropy_probe.u_statistics import UnitDots
 
 
 class Storage(StrEnum):

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from entropy_probe.adam_preconditioner import Preconditioners
+from entropy_probe.arrays import FloatArray
 from entropy_probe.collectives import ALONE, WHOLE, Ranks, Sharding
 from entropy_probe.gradients.contractions import Contractions
 from entropy_probe.gradients.exchange import Shards
 from entropy_probe.gradients.interface import Look
 from entropy_probe.gradients.unit_vectors import UnitVectors, uninitialised
 from entropy_probe.noise import THIRDS
-from entropy_probe.u_statistics import FloatArray, UnitDots
+from entropy_probe.u_statistics import UnitDots
 
 CHUNK = 1 << 19
 """Float64 elements, over all units, that a product is taken over at a time: 4 MiB."""

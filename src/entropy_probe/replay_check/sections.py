@@ -8,13 +8,13 @@ from entropy_probe import diagnostics
 from entropy_probe.adam_step import gradient_norm
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.dropout import active_dropout
+from entropy_probe.evidence import Evidence
 from entropy_probe.policy import Measured
 from entropy_probe.recorded import SAME_RATE, Source, recorded_count, recorded_rates
 from entropy_probe.replay_check.case import Replayed
 from entropy_probe.replay_check.row_causes import WHOLE_FILE, incomplete, surplus
 from entropy_probe.replay_check.settings import MIXED_TOLERANCE
 from entropy_probe.replay_check.suspicions import Findings
-from entropy_probe.report import Evidence
 from entropy_probe.report.replay_schema import (
     GradientSection,
     LoggedSection,

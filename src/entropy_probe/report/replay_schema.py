@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from entropy_probe.report.schema import Evidence, check_content
+from entropy_probe.evidence import Evidence
+from entropy_probe.report.schema import check_content
 
 REPLAY_SCHEMA = 1
 

@@ -11,18 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from entropy_probe.evidence import Evidence
 from entropy_probe.stored_precision import Rounding
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """A warning: a short code, what was seen with its figures, and what to do."""
-
-    code: str
-    seen: str
-    advice: str
 
 
 @dataclass(frozen=True)
