@@ -6,8 +6,8 @@ from enum import StrEnum
 
 import numpy as np
 
-from entropy_probe.intervals import FloatArray
-from entropy_probe.u_statistics import UnitDots, cross_statistics
+from entropy_probe.statistics.intervals import FloatArray
+from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
 
 
 class Bootstrap(StrEnum):

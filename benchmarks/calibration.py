@@ -50,15 +50,15 @@ from rollout_kernels import (
 
 import enumerable
 from entropy_probe.checkpoints import load_checkpoint
-from entropy_probe.demo import demo_files, demo_folder
+from entropy_probe.data.bundled_run import demo_files, demo_folder
+from entropy_probe.data.rollouts import read_batch
+from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import prepare, unit_gradients
-from entropy_probe.importance_sampling import Weighting
-from entropy_probe.intervals import DEFAULT_METHOD, IntervalMethod, interval
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import read_batch
-from entropy_probe.scores import EntropyTarget, Estimator
-from entropy_probe.two_batches import two_batch_statistics
-from entropy_probe.units import exact_units
+from entropy_probe.model.policy import Policy
+from entropy_probe.statistics.importance_sampling import Weighting
+from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, interval
+from entropy_probe.statistics.two_batches import two_batch_statistics
+from entropy_probe.targets.scores import EntropyTarget, Estimator
 
 FloatArray = NDArray[np.float64]
 UNITS = (8, 16, 32, 128)

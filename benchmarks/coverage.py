@@ -34,10 +34,10 @@ from bootstraps import Bootstrap, bootstrap_interval
 from rollout_kernels import checkpoint_case
 
 import enumerable
-from entropy_probe.demo import demo_files
-from entropy_probe.intervals import DEFAULT_METHOD, IntervalMethod, interval, known_shortfall, variance_parts
-from entropy_probe.scores import EntropyTarget, Estimator
-from entropy_probe.two_batches import two_batch_statistics
+from entropy_probe.data.bundled_run import demo_files
+from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, interval, known_shortfall, variance_parts
+from entropy_probe.statistics.two_batches import two_batch_statistics
+from entropy_probe.targets.scores import EntropyTarget, Estimator
 from enumerable import EnumerablePolicy
 
 FloatArray = NDArray[np.float64]

@@ -22,16 +22,16 @@ from entropy_probe import (
     read_batch,
     state_of_optimizer,
 )
-from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.checkpoints import load_checkpoint
-from entropy_probe.demo import demo_files
+from entropy_probe.data.bundled_run import demo_files
+from entropy_probe.data.rollouts import RolloutBatch
+from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
-from entropy_probe.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.scores import Estimator, LengthWeight, leave_one_out_mean, probe_loss, score_coefficients
-from entropy_probe.u_statistics import UnitDots, cross_statistics
-from entropy_probe.units import exact_units
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
+from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
+from entropy_probe.targets.scores import Estimator, LengthWeight, leave_one_out_mean, probe_loss, score_coefficients
 
 
 def norm(gradients: tuple[torch.Tensor, ...]) -> float:

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from coverage import LIMIT, policy_rewards
 
 import enumerable
-from entropy_probe.intervals import variance_at
-from entropy_probe.scores import (
+from entropy_probe.statistics.intervals import variance_at
+from entropy_probe.targets.scores import (
     AdvantageRule,
     EntropyTarget,
     Estimator,

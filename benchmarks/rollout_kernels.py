@@ -14,15 +14,16 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_probe import group_rollouts
-from entropy_probe.adam_preconditioner import Preconditioners, state_of_optimizer
 from entropy_probe.checkpoints import load_checkpoint
-from entropy_probe.demo import demo_files, demo_folder
+from entropy_probe.data.bundled_run import demo_files, demo_folder
+from entropy_probe.data.rollouts import RolloutBatch
+from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import Rules, prepare, unit_gradients
-from entropy_probe.intervals import variance_at, variance_parts
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.sampling import Prompt, SamplingSettings, end_tokens, load_tokenizer, sample_rollouts
-from entropy_probe.scores import (
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import Preconditioners, state_of_optimizer
+from entropy_probe.sampling.drawing import Prompt, SamplingSettings, end_tokens, load_tokenizer, sample_rollouts
+from entropy_probe.statistics.intervals import variance_at, variance_parts
+from entropy_probe.targets.scores import (
     AdvantageRule,
     EntropyTarget,
     LengthWeight,
@@ -31,7 +32,6 @@ from entropy_probe.scores import (
     leave_one_out_by_position,
     length_weights,
 )
-from entropy_probe.units import exact_units
 
 FloatArray = NDArray[np.float64]
 MEMORY = 8e9

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from entropy_probe.collectives import Kind
 from entropy_probe.gradients import Storage
-from entropy_probe.settings import ShardingChoice
+from entropy_probe.pipeline.settings import ShardingChoice
+from entropy_probe.ranks.collectives import Kind
 
 STEPS = 2
 """Steps that are realised: preconditioned and AdamW."""

@@ -16,10 +16,10 @@ from pathlib import Path
 import scaling_formulas as formulas
 from scaling_formulas import CHOICES, FLOAT32, Asked, Batch, Choice, Cost, Machine, Memory, Model
 
-from entropy_probe.collectives import Kind
 from entropy_probe.gradients import Storage
 from entropy_probe.gradients.plan import LEAST_BLOCKS, VECTOR_SHARE
-from entropy_probe.settings import ShardingChoice
+from entropy_probe.pipeline.settings import ShardingChoice
+from entropy_probe.ranks.collectives import Kind
 
 BATCH = Batch()
 NODE, CLUSTER = 8, 64

@@ -35,14 +35,14 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.data.units import Units, exact_units
 from entropy_probe.errors import InputError, one_line
-from entropy_probe.float64_mode import Float64Mode
 from entropy_probe.gradients import prepare, unit_gradients
-from entropy_probe.language_head import HeadMode
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
-from entropy_probe.scores import EntropyTarget
-from entropy_probe.units import Units, exact_units
+from entropy_probe.model.float64_mode import Float64Mode
+from entropy_probe.model.language_head import HeadMode
+from entropy_probe.model.policy import Policy
+from entropy_probe.targets.scores import EntropyTarget
 
 EXACT = 1e-9
 """Relative error up to which a family counts as exact."""

@@ -44,10 +44,10 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from entropy_probe.checkpoints.hf import load_model
+from entropy_probe.data.rollouts import Rollout, write_rollouts
 from entropy_probe.integrations.trl import RolloutRecorder
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import Rollout, write_rollouts
-from entropy_probe.sampling import SamplingSettings, end_tokens, read_prompts, sample_rollouts
+from entropy_probe.model.policy import Policy
+from entropy_probe.sampling.drawing import SamplingSettings, end_tokens, read_prompts, sample_rollouts
 
 SEED = 7
 TRAIN_PROMPTS = 1024

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from transformers.utils import logging
 
-from entropy_probe.rollouts import write_rollouts
+from entropy_probe.data.rollouts import write_rollouts
 from spoiled import Place
 from support import make_checkpoint, random_rollouts
 

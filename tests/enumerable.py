@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.rollouts import Rollout
+from entropy_probe.data.rollouts import Rollout
 
 END = 0
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.float64_mode import Float64Mode
-from entropy_probe.rollouts import Rollout, RolloutBatch
+from entropy_probe.data.rollouts import Rollout, RolloutBatch
+from entropy_probe.model.float64_mode import Float64Mode
+from entropy_probe.optimizers.adam_preconditioner import AdamState
 
 
 def score_alone(model: Any, row: Rollout, temperature: float) -> Tensor:

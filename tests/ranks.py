@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from entropy_probe.collectives import Ranks
+from entropy_probe.ranks.collectives import Ranks
 
 T = TypeVar("T")
 

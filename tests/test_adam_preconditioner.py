@@ -13,17 +13,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from entropy_probe import AdamState, InputError, adam_preconditioner, state_of_optimizer
-from entropy_probe.adam_preconditioner import (
+from entropy_probe import AdamState, InputError, state_of_optimizer
+from entropy_probe.checkpoints import load_checkpoint
+from entropy_probe.common.arrays import FloatArray
+from entropy_probe.optimizers import adam_preconditioner
+from entropy_probe.optimizers.adam_preconditioner import (
     AdamMoments,
     ZeroV,
     normal_chunk,
     preconditioner,
     validate_preconditioner,
 )
-from entropy_probe.arrays import FloatArray
-from entropy_probe.checkpoints import load_checkpoint
-from entropy_probe.collectives import Ranks, Sharding, row_spans
+from entropy_probe.ranks.collectives import Ranks, Sharding, row_spans
 from support import (
     hf_groups,
     save_checkpoint,

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from entropy_probe import AdamState, state_of_optimizer
-from entropy_probe.adam_preconditioner import AdamGroup, group_from_settings
-from entropy_probe.importance_sampling import entropy_change, entropy_estimate
+from entropy_probe.optimizers.adam_preconditioner import AdamGroup, group_from_settings
+from entropy_probe.statistics.importance_sampling import entropy_change, entropy_estimate
 from oracle import optimizer_step
 from test_adam_preconditioner import adam_state
 

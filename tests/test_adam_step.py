@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from entropy_probe import AdamState, state_of_optimizer
-from entropy_probe.adam_preconditioner import Preconditioners
-from entropy_probe.adam_step import adamw_step, clip_factor, preconditioned_step
+from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.optimizers.adam_step import adamw_step, clip_factor, preconditioned_step
 from oracle import optimizer_step, parts_with_v_at_t
 
 TOLERANCE = 1e-12

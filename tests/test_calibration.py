@@ -26,12 +26,13 @@ from rollout_kernels import (
 )
 
 import enumerable
+from entropy_probe.data.rollouts import group_rollouts
+from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
-from entropy_probe.importance_sampling import Weighting, entropy_change
-from entropy_probe.intervals import variance_at, variance_parts
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import group_rollouts
-from entropy_probe.scores import (
+from entropy_probe.model.policy import Policy
+from entropy_probe.statistics.importance_sampling import Weighting, entropy_change
+from entropy_probe.statistics.intervals import variance_at, variance_parts
+from entropy_probe.targets.scores import (
     AdvantageRule,
     EntropyTarget,
     Estimator,
@@ -39,7 +40,6 @@ from entropy_probe.scores import (
     advantages_from_rewards,
     length_weights,
 )
-from entropy_probe.units import exact_units
 
 SUBJECT = make_subject("policy", seed=3, contexts=2)
 

@@ -12,15 +12,15 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import support
-from entropy_probe.adam_preconditioner import validate_preconditioner
 from entropy_probe.checkpoints import load_checkpoint, load_model
 from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER
 from entropy_probe.checkpoints.inspection import list_files
+from entropy_probe.data.units import exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Storage, unit_gradients
-from entropy_probe.policy import Policy, end_token_ids
-from entropy_probe.u_statistics import cross_statistics
-from entropy_probe.units import exact_units
+from entropy_probe.model.policy import Policy, end_token_ids
+from entropy_probe.optimizers.adam_preconditioner import validate_preconditioner
+from entropy_probe.statistics.u_statistics import cross_statistics
 from support import lora_model, make_checkpoint, save_checkpoint, tiny_model, trained_optimizer
 
 

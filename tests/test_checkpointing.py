@@ -15,14 +15,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
+from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import engine, marked, reference, treatments
-from entropy_probe.gradients.capture import Capture
-from entropy_probe.gradients.checkpointing import checkpointed_layers
+from entropy_probe.gradients.capture.checkpointing import checkpointed_layers
+from entropy_probe.gradients.capture.uses import Capture
 from entropy_probe.gradients.preparation import measure_activations
-from entropy_probe.policy import Policy
+from entropy_probe.model.policy import Policy
 from entropy_probe.report import Report
-from entropy_probe.scores import EntropyTarget, Estimator
-from entropy_probe.units import exact_units
+from entropy_probe.targets.scores import EntropyTarget, Estimator
 from enumerable import EnumerablePolicy
 from test_engine import assert_same
 from test_language_head import gradients

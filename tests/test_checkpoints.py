@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from entropy_probe import group_rollouts, state_of_optimizer, write_rollouts
-from entropy_probe.adam_preconditioner import Preconditioners
 from entropy_probe.checkpoints import load_checkpoint, load_model
-from entropy_probe.policy import Policy
-from entropy_probe.scores import AdvantageRule, advantages_from_rewards
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.targets.scores import AdvantageRule, advantages_from_rewards
 from spoiled import Malicious
 from support import (
     VOCABULARY,

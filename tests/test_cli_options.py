@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from entropy_probe import InputError, ProbeResult, Settings, probe, state_of_optimizer
-from entropy_probe.demo import demo_files
-from entropy_probe.intervals import IntervalMethod
-from entropy_probe.linearity import SweepRange
-from entropy_probe.sampling import SamplingSettings
-from entropy_probe.scores import AdvantageRule, LengthWeight
-from entropy_probe.units import Mode
+from entropy_probe.data.bundled_run import demo_files
+from entropy_probe.data.units import Mode
+from entropy_probe.sampling.drawing import SamplingSettings
+from entropy_probe.statistics.intervals import IntervalMethod
+from entropy_probe.statistics.linearity import SweepRange
+from entropy_probe.targets.scores import AdvantageRule, LengthWeight
 from spoiled import Place, assert_refused
 from support import random_batch, run_command, tiny_model, trained_optimizer
 

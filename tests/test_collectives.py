@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_probe.collectives import ALONE, Kind, Payload, Ranks, deal, even_spans, row_spans
 from entropy_probe.errors import InputError
+from entropy_probe.ranks.collectives import ALONE, Kind, Payload, Ranks, deal, even_spans, row_spans
 from ranks import on_ranks
 
 SHAPES = {"table": torch.Size([7, 3]), "bias": torch.Size([2])}

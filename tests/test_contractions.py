@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import support
-from entropy_probe.collectives import Sharding
+from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import engine, response_dots, treatments
-from entropy_probe.gradients import outer_products as outer
-from entropy_probe.gradients.contractions import Contractions
-from entropy_probe.gradients.modules import Treatment
-from entropy_probe.gradients.sharded_vectors import ShardedVectors
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.scores import EntropyTarget
+from entropy_probe.gradients.capture.modules import Treatment
+from entropy_probe.gradients.vectors import outer_products as outer
+from entropy_probe.gradients.vectors.contractions import Contractions
+from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
+from entropy_probe.model.policy import Policy
+from entropy_probe.ranks.collectives import Sharding
+from entropy_probe.targets.scores import EntropyTarget
 
 RELATIVE = 1e-11
 
@@ -101,9 +101,9 @@ def test_a_direction_contracted_with_its_neighbours_sequence_is_seen(monkeypatch
 
 def test_a_pass_that_forgot_a_chunk_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """ΣX · P · ΣY is found in the first pass and Σ_u X_u · P · ΣY in the second: the residual compares the two."""
+    from entropy_probe.data.units import exact_units
     from entropy_probe.gradients import Storage
-    from entropy_probe.u_statistics import cross_statistics
-    from entropy_probe.units import exact_units
+    from entropy_probe.statistics.u_statistics import cross_statistics
 
     policy = Policy(support.tiny_model("llama-tied", dtype=torch.float64))
     batch = support.random_batch(4, 3)

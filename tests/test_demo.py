@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from entropy_probe import Settings
 from entropy_probe.checkpoints import load_checkpoint
-from entropy_probe.demo import demo_files, demo_folder
+from entropy_probe.data.bundled_run import demo_files, demo_folder
+from entropy_probe.data.rollouts import read_batch
 from entropy_probe.gradients import loss_gradient
-from entropy_probe.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.pipeline import probe_checkpoint
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import read_batch
-from entropy_probe.scores import LengthWeight
+from entropy_probe.model.policy import Policy
+from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
+from entropy_probe.pipeline.run import probe_checkpoint
+from entropy_probe.targets.scores import LengthWeight
 from oracle import optimizer_step
 
 DATA = demo_folder()

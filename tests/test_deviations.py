@@ -13,11 +13,11 @@ import enumerable
 import oracle
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
-from entropy_probe.adam_preconditioner import Preconditioners
-from entropy_probe.adam_step import preconditioned_step
-from entropy_probe.policy import Policy
-from entropy_probe.scores import Estimator, leave_one_out_mean, probe_loss, score_coefficients
-from entropy_probe.u_statistics import UnitDots, cross_statistics
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.optimizers.adam_step import preconditioned_step
+from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
+from entropy_probe.targets.scores import Estimator, leave_one_out_mean, probe_loss, score_coefficients
 from enumerable import EnumerablePolicy
 from oracle import optimizer_step
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import support
-from entropy_probe import InputError, devices, probe, probe_checkpoint, replay, state_of_optimizer
+from entropy_probe import InputError, probe, probe_checkpoint, replay, state_of_optimizer
 from entropy_probe.cli.options import Device
-from entropy_probe.devices import check_device, choose_device, supports_float64
+from entropy_probe.common import devices
+from entropy_probe.common.devices import check_device, choose_device, supports_float64
 from spoiled import Place
 
 

@@ -10,10 +10,10 @@ import torch
 
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
-from entropy_probe.diagnostics import on_policy_warnings, pairing_warnings
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import Rollout, group_rollouts
-from entropy_probe.scores import LengthWeight
+from entropy_probe.data.rollouts import Rollout, group_rollouts
+from entropy_probe.model.policy import Policy
+from entropy_probe.pipeline.diagnostics import on_policy_warnings, pairing_warnings
+from entropy_probe.targets.scores import LengthWeight
 
 
 def with_rates(*rates: float) -> Any:
@@ -109,10 +109,10 @@ def test_rollouts_of_another_step_or_another_loss_are_named() -> None:
 
 
 def test_a_heavy_tail_is_said_where_it_matters_and_not_of_a_tiny_step() -> None:
-    from entropy_probe.diagnostics import realized_warnings
-    from entropy_probe.importance_sampling import entropy_change
-    from entropy_probe.realized import EntropyMeasure, RealizedChange
-    from entropy_probe.scores import EntropyTarget
+    from entropy_probe.pipeline.diagnostics import realized_warnings
+    from entropy_probe.realized.realize import EntropyMeasure, RealizedChange
+    from entropy_probe.statistics.importance_sampling import entropy_change
+    from entropy_probe.targets.scores import EntropyTarget
 
     generator = torch.Generator().manual_seed(1)
     scores = -5 - torch.rand(400, generator=generator, dtype=torch.float64)

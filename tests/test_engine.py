@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import support
+from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.data.units import Units, block_units, exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Storage, UnitGradients, engine, prepare, reference, treatments
-from entropy_probe.gradients.modules import Treatment, first_treatment
-from entropy_probe.gradients.unit_vectors import UnitVectors
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts
-from entropy_probe.scores import EntropyTarget
-from entropy_probe.units import Units, block_units, exact_units
+from entropy_probe.gradients.capture.modules import Treatment, first_treatment
+from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
+from entropy_probe.model.policy import Policy
+from entropy_probe.targets.scores import EntropyTarget
 
 SCORE = EntropyTarget()
 

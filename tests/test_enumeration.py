@@ -13,20 +13,20 @@ from scipy import stats
 from torch import Tensor
 
 import enumerable
-from entropy_probe.adam_step import preconditioned_step
+from entropy_probe.data.rollouts import group_rollouts
+from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import group_rollouts
-from entropy_probe.scores import (
+from entropy_probe.model.policy import Policy
+from entropy_probe.model.virtual_step import virtual_step
+from entropy_probe.optimizers.adam_step import preconditioned_step
+from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
+from entropy_probe.targets.scores import (
     AdvantageRule,
     LengthWeight,
     advantages_from_rewards,
     length_weights,
     score_coefficients,
 )
-from entropy_probe.u_statistics import UnitDots, cross_statistics
-from entropy_probe.units import exact_units
-from entropy_probe.virtual_step import virtual_step
 from enumerable import EnumerablePolicy
 
 LIMIT = 3

@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 
 from entropy_probe import InputError
 from entropy_probe.checkpoints import load_checkpoint
+from entropy_probe.data.rollouts import write_rollouts
 from entropy_probe.errors import one_line, out_of_memory
-from entropy_probe.rollouts import write_rollouts
 from support import make_checkpoint, random_rollouts, run_command, save_checkpoint, tiny_model, trained_optimizer
 
 
@@ -59,7 +59,7 @@ def fails(error: BaseException) -> Callable[..., Any]:
 PLACES = (
     "entropy_probe.checkpoints.hf.AutoModelForCausalLM.from_pretrained",
     "entropy_probe.checkpoints.adam_state.torch.load",
-    "entropy_probe.policy.head_calls",
+    "entropy_probe.model.policy.head_calls",
     "entropy_probe.gradients.treatments._wrong",
 )
 

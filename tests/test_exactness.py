@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import oracle
 import support
 from entropy_probe import Settings, probe_checkpoint
-from entropy_probe.rollouts import read_batch, write_rollouts
-from entropy_probe.scores import Estimator
+from entropy_probe.data.rollouts import read_batch, write_rollouts
+from entropy_probe.targets.scores import Estimator
 
 ETA = 1e-3
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import support
-from entropy_probe.float64_mode import Float64Mode
-from entropy_probe.policy import Policy
+from entropy_probe.model.float64_mode import Float64Mode
+from entropy_probe.model.policy import Policy
 
 
 def test_every_request_for_float32_is_answered_in_float64() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from entropy_probe.checkpoints.foreign import recognise
-from entropy_probe.rollouts import write_rollouts
+from entropy_probe.data.rollouts import write_rollouts
 from support import (
     lora_model,
     make_checkpoint,

@@ -16,7 +16,7 @@ from torch import nn
 from entropy_probe import InputError, probe_checkpoint, state_of_optimizer
 from entropy_probe.checkpoints import OptimizerMapping, load_adam_state, load_checkpoint
 from entropy_probe.checkpoints.assignments import Assignment, Shape, assignments
-from entropy_probe.rollouts import write_rollouts
+from entropy_probe.data.rollouts import write_rollouts
 from support import (
     assert_same_moments,
     hf_groups,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from entropy_probe import Settings, probe_checkpoint, read_rollouts, write_rollouts
-from entropy_probe.linearity import SweepRange
+from entropy_probe.statistics.linearity import SweepRange
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 DEMO = Path(str(files("entropy_probe"))) / "demo_data"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from entropy_probe.importance_sampling import (
+from entropy_probe.statistics.importance_sampling import (
     Weighting,
     entropy_change,
     entropy_estimate,

@@ -13,7 +13,7 @@ from support import (
     run_command,
 )
 
-PROBE = importlib.import_module("entropy_probe.pipeline")
+PROBE = importlib.import_module("entropy_probe.pipeline.run")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from bootstraps import Bootstrap, bootstrap, bootstrap_interval
 
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
-from entropy_probe.intervals import (
+from entropy_probe.data.units import Mode
+from entropy_probe.report import Report
+from entropy_probe.statistics.intervals import (
     DEFAULT_METHOD,
     MOST_UNITS,
     IntervalMethod,
@@ -29,9 +31,7 @@ from entropy_probe.intervals import (
     variance_at,
     variance_parts,
 )
-from entropy_probe.report import Report
-from entropy_probe.u_statistics import CrossStatistics, UnitDots, cross_statistics
-from entropy_probe.units import Mode
+from entropy_probe.statistics.u_statistics import CrossStatistics, UnitDots, cross_statistics
 
 METHODS = [*IntervalMethod, *Bootstrap]
 

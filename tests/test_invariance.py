@@ -13,13 +13,13 @@ import torch
 import oracle
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
+from entropy_probe.data.rollouts import Rollout, group_rollouts
+from entropy_probe.data.units import Mode, block_units, exact_units
 from entropy_probe.gradients import Storage, unit_gradients
 from entropy_probe.gradients.plan import make_plan
-from entropy_probe.policy import Policy, pad_right
-from entropy_probe.rollouts import Rollout, group_rollouts
-from entropy_probe.scores import Estimator, score_coefficients
-from entropy_probe.u_statistics import cross_statistics
-from entropy_probe.units import Mode, block_units, exact_units
+from entropy_probe.model.policy import Policy, pad_right
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.targets.scores import Estimator, score_coefficients
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_unequal_group_sizes_equal_the_slow_truth(setting: tuple[Any, Any]) -> N
 
 
 def _preconditioners(model: Any, adam: Any) -> list[torch.Tensor]:
-    from entropy_probe.adam_preconditioner import Preconditioners
+    from entropy_probe.optimizers.adam_preconditioner import Preconditioners
 
     p = Preconditioners(adam)
     return [p[name] for name, _ in model.named_parameters()]
@@ -134,7 +134,7 @@ def test_streamed_and_stored_agree(setting: tuple[Any, Any], units: Any) -> None
     policy = Policy(model, microbatch_size=4)
     c = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
-    from entropy_probe.adam_preconditioner import Preconditioners
+    from entropy_probe.optimizers.adam_preconditioner import Preconditioners
 
     p = Preconditioners(adam)
     rates = dict.fromkeys(p, 1.0)
@@ -156,7 +156,7 @@ def test_gradients_reach_parameters_on_both_sides(setting: tuple[Any, Any]) -> N
     policy = Policy(model)
     c = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
-    from entropy_probe.adam_preconditioner import Preconditioners
+    from entropy_probe.optimizers.adam_preconditioner import Preconditioners
 
     p = Preconditioners(adam)
     found = unit_gradients(policy, batch, exact_units(4), c, a, p, dict.fromkeys(p, 1.0))

@@ -11,13 +11,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import support
-from entropy_probe import Settings, language_head, probe, state_of_optimizer
+from entropy_probe import Settings, probe, state_of_optimizer
+from entropy_probe.data.rollouts import Rollout, RolloutBatch
+from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import UnitGradients, engine, loss_gradient, reference
-from entropy_probe.language_head import HeadMode
-from entropy_probe.policy import Policy, choose_head
-from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.scores import EntropyTarget
-from entropy_probe.units import exact_units
+from entropy_probe.model import language_head
+from entropy_probe.model.language_head import HeadMode
+from entropy_probe.model.policy import Policy, choose_head
+from entropy_probe.targets.scores import EntropyTarget
 from enumerable import EnumerablePolicy
 from test_engine import assert_same, coefficients
 

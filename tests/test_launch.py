@@ -23,14 +23,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from entropy_probe import InputError, ProbeResult, cli, probe, state_of_optimizer
-from entropy_probe.cli import watch
-from entropy_probe.cli.launch import Job, Launch, failure_of
-from entropy_probe.collectives import ALONE, Ranks
+from entropy_probe.data.rollouts import read_rollouts
+from entropy_probe.data.rollouts.digest import digest_of_batch
+from entropy_probe.pipeline.settings import ShardingChoice
+from entropy_probe.ranks import watch
+from entropy_probe.ranks.collectives import ALONE, Ranks
+from entropy_probe.ranks.launch import Job, Launch, failure_of
+from entropy_probe.ranks.same_inputs import check_same_inputs
 from entropy_probe.report import plots
-from entropy_probe.rollouts import read_rollouts
-from entropy_probe.rollouts.digest import digest_of_batch
-from entropy_probe.same_inputs import check_same_inputs
-from entropy_probe.settings import ShardingChoice
 from spoiled import Place
 from support import Outcome, fingerprint, random_batch, run_command, tiny_model, trained_optimizer
 

@@ -1,70 +1,96 @@
-"""The five floors: imports run downward only."""
+"""The order of the rooms: a folder imports only folders that stand before it, and no files import each other in a circle."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
+
+import pytest
 
 import entropy_probe
 
 ROOT = Path(entropy_probe.__file__).parent
-FLOORS = {
-    # 1: pure, torch or NumPy, plain records and their files
-    "errors": 1, "files": 1, "progress": 1, "wrappers": 1, "rollouts": 1, "scores": 1, "u_statistics": 1, "units": 1,
-    "adam_preconditioner": 1, "importance_sampling": 1, "float64_mode": 1, "virtual_step": 1, "report": 1, "demo": 1,
-    "intervals": 1, "two_batches": 1, "noise": 1, "update_comparison": 1, "step_parts": 1, "what_if": 1, "linearity": 1,
-    "settings": 1, "collectives": 1, "same_inputs": 1, "stored_precision": 1, "choices": 1, "recorded": 1, "dropout": 1,
-    "memory": 1, "devices": 1,
-    # 2: a model's log-probs, the optimizer's step, checkpoints
-    "language_head": 2, "policy": 2, "adam_step": 2, "checkpoints": 2, "rounded_step": 2,
-    # 3: what needs a model
-    "gradients": 3, "realized": 3, "sampling": 3, "sweep": 3, "resampling": 3,
-    # 4: the method and what it says
-    "assemble": 4, "realized_rows": 4, "diagnostics": 4, "inputs": 4, "stages": 4, "pipeline": 4, "replay_check": 4,
-    # 5: edges
-    "cli": 5, "integrations": 5, "__main__": 5, "__init__": 5,
-}  # fmt: skip
-FORBIDDEN_ON_THE_GROUND = {"transformers", "peft", "trl", "typer"}
+ORDER = [
+    {"errors", "compat"},
+    {"common"},
+    {"ranks", "statistics"},
+    {"data"},
+    {"optimizers", "model"},
+    {"targets", "sampling", "checkpoints"},
+    {"gradients"},
+    {"realized"},
+    {"report"},
+    {"pipeline"},
+    {"replay_check"},
+    {"integrations", "cli"},
+    {"__main__", "__init__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
+FRAMEWORKS = {"torch", "transformers", "peft", "trl", "accelerate"}
+"""What pure mathematics does not know."""
 
 
 def room(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
+def module(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module(path): path for path in ROOT.rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
     """Modules that a file imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # A file of a package is meant, not the package's face.
+            found |= {name for name in names if name in FILES} or {node.module}
     return found
 
 
-def test_every_room_has_a_floor() -> None:
-    assert {room(path) for path in ROOT.rglob("*.py")} == set(FLOORS)
+def test_every_room_stands_somewhere_in_the_order() -> None:
+    assert {room(path) for path in ROOT.rglob("*.py")} == set(FLOOR)
 
 
-def test_imports_run_downward_only() -> None:
-    for path in ROOT.rglob("*.py"):
-        for module in imports(path):
-            parts = module.split(".")
-            if parts[0] == "entropy_probe" and len(parts) > 1 and parts[1] in FLOORS and parts[1] != room(path):
-                assert FLOORS[parts[1]] <= FLOORS[room(path)], f"{path.relative_to(ROOT)} imports {module}"
+@pytest.mark.parametrize("name", sorted(FLOOR))
+def test_a_room_imports_only_rooms_before_it(name: str) -> None:
+    for path in FILES.values():
+        if room(path) != name:
+            continue
+        for other in imported(path) & FILES.keys():
+            there = room(FILES[other])
+            assert there == name or FLOOR[there] < FLOOR[name], f"{path.relative_to(ROOT)} imports {other}"
 
 
-def test_the_ground_floor_knows_no_frameworks_and_no_room_imports_in_a_circle() -> None:
-    edges: dict[str, set[str]] = {name: set() for name in FLOORS}
-    for path in ROOT.rglob("*.py"):
-        found = imports(path)
-        if FLOORS[room(path)] == 1:
-            assert not {module.split(".")[0] for module in found} & FORBIDDEN_ON_THE_GROUND, path
-        edges[room(path)] |= {
-            parts[1] for parts in (m.split(".") for m in found) if parts[0] == "entropy_probe" and len(parts) > 1
-        } & set(FLOORS)
-    resolved: set[str] = set()
-    while len(resolved) < len(edges):
-        ready = {name for name, needs in edges.items() if name not in resolved and needs - {name} <= resolved}
-        assert ready, f"a circle among {sorted(set(edges) - resolved)}"
-        resolved |= ready
+def test_no_files_import_each_other_in_a_circle() -> None:
+    # A package's face imports its files; whoever imports one of them runs the face first, which is no circle of ideas.
+    needs = {
+        name: (imported(path) & FILES.keys()) - {name} for name, path in FILES.items() if path.name != "__init__.py"
+    }
+    graphlib.TopologicalSorter(needs).prepare()
+
+
+def test_no_folders_of_a_room_import_each_other_in_a_circle() -> None:
+    def folder(name: str) -> str:
+        return module(FILES[name].parent / "__init__.py") if FILES[name].name != "__init__.py" else name
+
+    needs: dict[str, set[str]] = {}
+    for name, path in FILES.items():
+        inside = folder(name)
+        if inside.count(".") < 2 or path.name == "__init__.py":
+            continue  # the files of a room itself stand between its folders
+        needs.setdefault(inside, set()).update({folder(other) for other in imported(path) & FILES.keys()} - {inside})
+    graphlib.TopologicalSorter(needs).prepare()
+
+
+def test_statistics_know_numpy_and_scipy_alone() -> None:
+    for path in (ROOT / "statistics").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imported(path)} & FRAMEWORKS, path

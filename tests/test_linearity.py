@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import linregress
 
 from entropy_probe import InputError
-from entropy_probe.linearity import (
+from entropy_probe.statistics.linearity import (
     SweepRange,
     curvature_at_zero,
     fit_power_law,

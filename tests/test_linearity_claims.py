@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from entropy_probe.demo import demo_folder
+from entropy_probe.data.bundled_run import demo_folder
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "linearity.py"
 CHECKPOINT = demo_folder() / "full" / "checkpoint-60"

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import spoiled
 from entropy_probe import InputError, LengthWeight, Settings, probe, state_of_optimizer
-from entropy_probe.linearity import SweepRange
+from entropy_probe.statistics.linearity import SweepRange
 from support import (
     VOCABULARY,
     random_batch,
@@ -140,12 +140,12 @@ def test_a_probe_that_fails_at_any_forward_leaves_everything_as_it_was(
 @pytest.mark.parametrize(
     "target",
     [
-        "entropy_probe.gradients.contractions:Contractions.add_outer",
-        "entropy_probe.pipeline.cross_statistics",
+        "entropy_probe.gradients.vectors.contractions:Contractions.add_outer",
+        "entropy_probe.pipeline.run.cross_statistics",
         "torch:Tensor.double",
-        "entropy_probe.realized.entropy_change",
-        "entropy_probe.realized_rows.adamw_deltas",
-        "entropy_probe.pipeline.assemble_report",
+        "entropy_probe.realized.realize.entropy_change",
+        "entropy_probe.realized.rows.adamw_deltas",
+        "entropy_probe.pipeline.run.assemble_report",
         "torch.autograd.grad",
     ],
 )

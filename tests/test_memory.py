@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch
 
-from entropy_probe import inputs
-from entropy_probe.collectives import Ranks
-from entropy_probe.memory import Room, memory_there
+from entropy_probe.common.memory import Room, memory_there
+from entropy_probe.pipeline import inputs
+from entropy_probe.ranks.collectives import Ranks
 from ranks import on_ranks
 
 MB = 1_000_000

@@ -10,15 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 import support
-from entropy_probe.adam_preconditioner import state_of_optimizer
+from entropy_probe.data.rollouts import group_rollouts
+from entropy_probe.data.units import Mode, block_units
 from entropy_probe.gradients import response_parts, unit_gradients
-from entropy_probe.noise import LEAST_UNITS, THIRDS, NoiseParts, noise_parts, within_covariance
-from entropy_probe.pipeline import probe
-from entropy_probe.policy import Measured, Policy
-from entropy_probe.rollouts import group_rollouts
-from entropy_probe.scores import EntropyTarget, Estimator
-from entropy_probe.settings import Settings
-from entropy_probe.units import Mode, block_units
+from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.optimizers.adam_preconditioner import state_of_optimizer
+from entropy_probe.pipeline.run import probe
+from entropy_probe.pipeline.settings import Settings
+from entropy_probe.statistics.noise import LEAST_UNITS, THIRDS, NoiseParts, noise_parts, within_covariance
+from entropy_probe.targets.scores import EntropyTarget, Estimator
 
 FloatArray = NDArray[np.float64]
 PROMPTS, RESPONSES, DIM = 24, 6, 5

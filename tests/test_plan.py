@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from entropy_probe.collectives import Ranks, Sharding
+from entropy_probe.data.units import Mode, Units
 from entropy_probe.gradients import Storage
 from entropy_probe.gradients.plan import VECTOR_SHARE
-from entropy_probe.inputs import units_on_a_rank
-from entropy_probe.units import Mode, Units
+from entropy_probe.pipeline.inputs import units_on_a_rank
+from entropy_probe.ranks.collectives import Ranks, Sharding
 from support import random_batch
 from test_invariance import plan
 

@@ -10,10 +10,10 @@ import torch
 
 import support
 from entropy_probe import InputError
+from entropy_probe.data.rollouts import Rollout
 from entropy_probe.gradients import loss_gradient
-from entropy_probe.importance_sampling import ImportanceWeights, base_weights, entropy_change
-from entropy_probe.policy import Policy, check_fits, pad_right
-from entropy_probe.rollouts import Rollout
+from entropy_probe.model.policy import Policy, check_fits, pad_right
+from entropy_probe.statistics.importance_sampling import ImportanceWeights, base_weights, entropy_change
 
 
 def test_the_smoothed_change_is_the_smoothed_mean_minus_the_entropy_before() -> None:

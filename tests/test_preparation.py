@@ -12,12 +12,13 @@ from torch import nn
 
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
-from entropy_probe.gradients import Storage, engine, passes, prepare, reference, treatments, unit_vectors
+from entropy_probe.data.units import exact_units
+from entropy_probe.gradients import Storage, engine, passes, prepare, reference, treatments
+from entropy_probe.gradients.capture.sequences import Mixing, Strip
 from entropy_probe.gradients.preparation import ACTIVATION_SHARE, RESERVE
-from entropy_probe.gradients.sequences import Mixing, Strip
-from entropy_probe.policy import Policy
-from entropy_probe.scores import EntropyTarget
-from entropy_probe.units import exact_units
+from entropy_probe.gradients.vectors import unit_vectors
+from entropy_probe.model.policy import Policy
+from entropy_probe.targets.scores import EntropyTarget
 from test_engine import assert_same
 from test_language_head import gradients
 

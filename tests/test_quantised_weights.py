@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from entropy_probe import InputError
 from entropy_probe.checkpoints import load_checkpoint, load_model, quantisation
 from entropy_probe.checkpoints.quantisation import quantisation_of, quantised_base_note
-from entropy_probe.rollouts import write_rollouts
+from entropy_probe.data.rollouts import write_rollouts
 from support import (
     lora_model,
     make_checkpoint,

@@ -26,21 +26,28 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from entropy_probe import realized
-from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners, state_of_optimizer
 from entropy_probe.checkpoints import sharding_of
 from entropy_probe.checkpoints.sharded import shard_model
-from entropy_probe.collectives import ALONE, Kind, Payload, Ranks, even_spans, row_spans
+from entropy_probe.data.rollouts import group_rollouts, write_rollouts
+from entropy_probe.data.units import Mode, exact_units
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import exchange, unit_gradients
+from entropy_probe.gradients import unit_gradients
 from entropy_probe.gradients.treatments import prove_rules
-from entropy_probe.pipeline import ProbeResult, probe, probe_checkpoint
-from entropy_probe.policy import Policy
+from entropy_probe.gradients.vectors import exchange
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import (
+    AdamGroup,
+    AdamMoments,
+    AdamState,
+    Preconditioners,
+    state_of_optimizer,
+)
+from entropy_probe.pipeline.run import ProbeResult, probe, probe_checkpoint
+from entropy_probe.pipeline.settings import Settings, ShardingChoice
+from entropy_probe.ranks.collectives import ALONE, Kind, Payload, Ranks, even_spans, row_spans
+from entropy_probe.realized import realize as realized
 from entropy_probe.report import Report
-from entropy_probe.rollouts import group_rollouts, write_rollouts
-from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator
-from entropy_probe.settings import Settings, ShardingChoice
-from entropy_probe.units import Mode, exact_units
+from entropy_probe.targets.scores import EntropyTarget, EntropyUnit, Estimator
 from ranks import on_ranks
 from support import (
     VOCABULARY,

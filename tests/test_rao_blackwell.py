@@ -12,12 +12,14 @@ from torch import Tensor
 
 import enumerable
 import support
-from entropy_probe.adam_step import preconditioned_step
+from entropy_probe.data.rollouts import Rollout, group_rollouts
+from entropy_probe.data.units import block_units, exact_units
 from entropy_probe.gradients import Storage, batching, unit_gradients
-from entropy_probe.language_head import HeadMode
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import Rollout, group_rollouts
-from entropy_probe.scores import (
+from entropy_probe.model.language_head import HeadMode
+from entropy_probe.model.policy import Policy
+from entropy_probe.model.virtual_step import virtual_step
+from entropy_probe.optimizers.adam_step import preconditioned_step
+from entropy_probe.targets.scores import (
     EntropyCoefficients,
     EntropyRatio,
     EntropyTarget,
@@ -28,8 +30,6 @@ from entropy_probe.scores import (
     entropy_to_come,
     response_entropies,
 )
-from entropy_probe.units import block_units, exact_units
-from entropy_probe.virtual_step import virtual_step
 from enumerable import EnumerablePolicy
 from test_engine import assert_same, both
 

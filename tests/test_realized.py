@@ -11,10 +11,10 @@ import torch
 
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
-from entropy_probe.importance_sampling import linear_term
-from entropy_probe.policy import Policy
-from entropy_probe.realized import rounding_noise
-from entropy_probe.virtual_step import at_least_float32, virtual_step
+from entropy_probe.model.policy import Policy
+from entropy_probe.model.virtual_step import at_least_float32, virtual_step
+from entropy_probe.realized.realize import rounding_noise
+from entropy_probe.statistics.importance_sampling import linear_term
 from oracle import optimizer_step
 
 
@@ -60,7 +60,7 @@ def test_tied_weights_stay_tied_under_the_virtual_step() -> None:
 
 
 def test_the_linear_weights_are_the_derivative_of_the_estimator() -> None:
-    from entropy_probe.importance_sampling import entropy_change
+    from entropy_probe.statistics.importance_sampling import entropy_change
 
     rng = np.random.default_rng(0)
     sizes = [3, 2, 4]

@@ -23,11 +23,11 @@ from entropy_probe import (
     state_of_optimizer,
     write_rollouts,
 )
-from entropy_probe.adam_preconditioner import AdamGroup, AdamState
-from entropy_probe.demo import demo_folder
-from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS, Source, trainers_step
+from entropy_probe.data.bundled_run import demo_folder
+from entropy_probe.optimizers.adam_preconditioner import AdamGroup, AdamState
+from entropy_probe.pipeline.recorded import LENGTH_WEIGHT_OF_LOSS, Source, trainers_step
 from entropy_probe.report.schema import Report
-from entropy_probe.scores import LengthWeight
+from entropy_probe.targets.scores import LengthWeight
 from support import run_command
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from entropy_probe.rollouts import write_rollouts
+from entropy_probe.data.rollouts import write_rollouts
 from spoiled import CONTEXT, Place, refuse_run
 from support import (
     VOCABULARY,

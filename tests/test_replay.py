@@ -22,20 +22,20 @@ from transformers import LlamaForCausalLM
 
 from entropy_probe import ReplaySettings
 from entropy_probe import replay as replay_step
-from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.adam_step import adamw_step
 from entropy_probe.checkpoints import load_checkpoint
-from entropy_probe.demo import demo_folder
+from entropy_probe.data.bundled_run import demo_folder
+from entropy_probe.data.rollouts import Rollout, group_rollouts, read_rollouts, write_rollouts
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
+from entropy_probe.optimizers.adam_preconditioner import AdamState
+from entropy_probe.optimizers.adam_step import adamw_step
 from entropy_probe.replay_check import case, gradient_causes
 from entropy_probe.replay_check.sections import forwards
 from entropy_probe.replay_check.settings import TOLERANCE
 from entropy_probe.replay_check.suspicions import Findings
+from entropy_probe.replay_check.update_comparison import recovered_gradient
 from entropy_probe.report.replay_schema import ReplayReport
-from entropy_probe.rollouts import Rollout, group_rollouts, read_rollouts, write_rollouts
-from entropy_probe.scores import AdvantageRule, LengthWeight
-from entropy_probe.update_comparison import recovered_gradient
+from entropy_probe.targets.scores import AdvantageRule, LengthWeight
 from spoiled import assert_refused
 from support import fingerprint, make_checkpoint, run_command
 from test_trl_recorder import make_trainer, tiny_model

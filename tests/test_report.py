@@ -15,20 +15,20 @@ from rich.console import Console
 import enumerable
 import support
 from entropy_probe import ProbeResult, Settings, probe, state_of_optimizer
-from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
-from entropy_probe.diagnostics import interval_warnings
+from entropy_probe.data.rollouts import RolloutBatch, group_rollouts
+from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
-from entropy_probe.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.intervals import interval, variance_at, variance_parts
-from entropy_probe.policy import Policy
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
+from entropy_probe.pipeline.diagnostics import interval_warnings
+from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.report import Report, write_report_folder
 from entropy_probe.report.schema import AdamWSection
 from entropy_probe.report.sentences import clipping_words, headline, preconditioned_sentence, quantity
 from entropy_probe.report.text import print_report
-from entropy_probe.rollouts import RolloutBatch, group_rollouts
-from entropy_probe.scores import EntropyTarget, Estimator, LengthWeight
-from entropy_probe.u_statistics import CrossStatistics, cross_statistics
-from entropy_probe.units import exact_units
+from entropy_probe.statistics.intervals import interval, variance_at, variance_parts
+from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
+from entropy_probe.targets.scores import EntropyTarget, Estimator, LengthWeight
 from enumerable import EnumerablePolicy
 
 CONTRACT = {

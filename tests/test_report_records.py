@@ -16,12 +16,12 @@ from rich.console import Console
 
 import support
 from entropy_probe import ProbeResult, Settings, probe, state_of_optimizer
-from entropy_probe.assemble import assemble_report, describe_ranks
-from entropy_probe.collectives import Kind, Payload, Ranks, Sharding
+from entropy_probe.pipeline.assemble import assemble_report, describe_ranks
+from entropy_probe.ranks.collectives import Kind, Payload, Ranks, Sharding
 from entropy_probe.report import Report, plots
 from entropy_probe.report.text import print_report
-from entropy_probe.scores import Estimator
-from entropy_probe.u_statistics import UnitDots, cross_statistics
+from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
+from entropy_probe.targets.scores import Estimator
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_units_entropy_and_realised_rows_are_those_of_the_batch_and_the_steps(mo
         seen.update(found)
         return assemble_report(**found)
 
-    monkeypatch.setattr(importlib.import_module("entropy_probe.pipeline"), "assemble_report", keep)
+    monkeypatch.setattr(importlib.import_module("entropy_probe.pipeline.run"), "assemble_report", keep)
     model = support.tiny_model()
     model.model.norm.weight.requires_grad_(False)
     adam = state_of_optimizer(support.trained_optimizer(model, learning_rate=1e-2), model)

@@ -13,15 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import support
 from entropy_probe import InputError, RolloutBatch, Settings, probe, state_of_optimizer
-from entropy_probe.importance_sampling import entropy_estimate, resampled_change
-from entropy_probe.policy import Policy
-from entropy_probe.progress import Silent
-from entropy_probe.realized import SAME, EntropyMeasure, Predicted, Step, realize
-from entropy_probe.resampling import plan_resampling, resample
-from entropy_probe.rollouts import Rollout, group_rollouts
-from entropy_probe.sampling import Prompt, SamplingSettings, sample_rollouts
-from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator
-from entropy_probe.virtual_step import virtual_step
+from entropy_probe.common.progress import Silent
+from entropy_probe.data.rollouts import Rollout, group_rollouts
+from entropy_probe.model.policy import Policy
+from entropy_probe.model.virtual_step import virtual_step
+from entropy_probe.realized.realize import SAME, EntropyMeasure, Predicted, Step, realize
+from entropy_probe.realized.resampling import plan_resampling, resample
+from entropy_probe.sampling.drawing import Prompt, SamplingSettings, sample_rollouts
+from entropy_probe.statistics.importance_sampling import entropy_estimate, resampled_change
+from entropy_probe.targets.scores import EntropyTarget, EntropyUnit, Estimator
 
 TOKENS, LIMIT, END = 5, 3, 1
 PROMPTS = ((2, 3), (4,))

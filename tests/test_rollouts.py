@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from entropy_probe import InputError, Rollout, group_rollouts, read_batch, read_rollouts, write_rollouts
-from entropy_probe.rollouts import rollout_from_row, row_from_rollout
+from entropy_probe.data.rollouts import rollout_from_row, row_from_rollout
 from support import random_rollouts
 
 FULL = Rollout(

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import support
-from entropy_probe.adam_preconditioner import AdamState, state_of_optimizer
-from entropy_probe.adam_step import adamw_deltas, clip_factor, gradient_norm
-from entropy_probe.collectives import WHOLE
+from entropy_probe.data.rollouts import write_rollouts
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient
-from entropy_probe.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.pipeline import probe, probe_checkpoint
-from entropy_probe.policy import Policy
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import AdamState, state_of_optimizer
+from entropy_probe.optimizers.adam_step import adamw_deltas, clip_factor, gradient_norm
+from entropy_probe.optimizers.rounded_step import RoundedStep, RoundingRule, rounded_adamw
+from entropy_probe.optimizers.stored_precision import Rounding, rounded_stochastically
+from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
+from entropy_probe.pipeline.run import probe, probe_checkpoint
+from entropy_probe.pipeline.settings import Settings
+from entropy_probe.ranks.collectives import WHOLE
 from entropy_probe.report.sentences import signed
-from entropy_probe.rollouts import write_rollouts
-from entropy_probe.rounded_step import RoundedStep, RoundingRule, rounded_adamw
-from entropy_probe.scores import LengthWeight
-from entropy_probe.settings import Settings
-from entropy_probe.stored_precision import Rounding, rounded_stochastically
+from entropy_probe.targets.scores import LengthWeight
 
 RATE = 2e-4
 
@@ -298,7 +298,7 @@ def test_only_the_narrow_ones_of_mixed_parameters_are_rounded() -> None:
 
 
 def test_a_live_model_is_rounded_held_out_too_swept_without_and_left_as_it_was() -> None:
-    from entropy_probe.linearity import SweepRange
+    from entropy_probe.statistics.linearity import SweepRange
 
     model = support.tiny_model(dtype=torch.bfloat16)
     adam = state_of_optimizer(support.trained_optimizer(model), model)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from entropy_probe import InputError, Settings, group_rollouts, state_of_optimizer
-from entropy_probe.adam_digest import digest_of_adam
-from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.arrays import FloatArray
-from entropy_probe.collectives import Ranks
-from entropy_probe.rollouts import Rollout
-from entropy_probe.rollouts.digest import digest_of_batch
-from entropy_probe.same_inputs import check_same_inputs, checksum, digest_of_settings, digest_of_tensors
+from entropy_probe.common.arrays import FloatArray
+from entropy_probe.data.rollouts import Rollout
+from entropy_probe.data.rollouts.digest import digest_of_batch
+from entropy_probe.optimizers.adam_preconditioner import AdamState
+from entropy_probe.optimizers.digest import digest_of_adam
+from entropy_probe.ranks.collectives import Ranks
+from entropy_probe.ranks.same_inputs import check_same_inputs, checksum, digest_of_settings, digest_of_tensors
 from support import random_batch, random_rollouts, tiny_model, trained_optimizer
 
 CHANGES: dict[str, Any] = {
@@ -67,7 +67,7 @@ def test_settings_and_what_else_is_chosen_change_their_digest() -> None:
 def test_a_checksum_is_that_of_the_bits_in_their_order(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.arange(30).reshape(5, 6).remainder(7).to(dtype)
     found = checksum(tensor)
-    monkeypatch.setattr("entropy_probe.same_inputs.CHUNK", 7)
+    monkeypatch.setattr("entropy_probe.ranks.same_inputs.CHUNK", 7)
     assert checksum(tensor.clone()) == found  # whatever the chunks
     assert checksum(tensor.T) != found
     assert checksum(tensor.flip(0)) != found

@@ -19,10 +19,11 @@ from scipy import stats
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from entropy_probe import InputError, Rollout, read_rollouts, sampling
+from entropy_probe import InputError, Rollout, read_rollouts
 from entropy_probe.checkpoints import load_model
-from entropy_probe.policy import Policy
-from entropy_probe.sampling import (
+from entropy_probe.model.policy import Policy
+from entropy_probe.sampling import drawing as sampling
+from entropy_probe.sampling.drawing import (
     Prompt,
     SamplingSettings,
     end_tokens,

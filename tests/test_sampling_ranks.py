@@ -20,17 +20,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from entropy_probe import sampling
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.checkpoints.sharded import decoder_layers, load_sharded_checkpoint, sharding_of
-from entropy_probe.collectives import ALONE, Ranks, Sharding
-from entropy_probe.policy import Policy
-from entropy_probe.progress import Silent
-from entropy_probe.realized import SAME, EntropyMeasure, Predicted, Step, realize
-from entropy_probe.resampling import plan_resampling, resample
-from entropy_probe.rollouts import Rollout, group_rollouts
-from entropy_probe.sampling import Prompt, SamplingSettings, deal_jobs, make_jobs, put_together, sample_rollouts
-from entropy_probe.scores import EntropyTarget, Estimator
+from entropy_probe.common.progress import Silent
+from entropy_probe.data.rollouts import Rollout, group_rollouts
+from entropy_probe.model.policy import Policy
+from entropy_probe.ranks.collectives import ALONE, Ranks, Sharding
+from entropy_probe.realized.realize import SAME, EntropyMeasure, Predicted, Step, realize
+from entropy_probe.realized.resampling import plan_resampling, resample
+from entropy_probe.sampling import drawing as sampling
+from entropy_probe.sampling.drawing import Prompt, SamplingSettings, deal_jobs, make_jobs, put_together, sample_rollouts
+from entropy_probe.targets.scores import EntropyTarget, Estimator
 from ranks import failed_cases
 from support import VOCABULARY, lora_model, make_checkpoint, save_checkpoint, tiny_model, trained_optimizer
 

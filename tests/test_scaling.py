@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from entropy_probe.collectives import Kind
+from entropy_probe.data.rollouts import write_rollouts
 from entropy_probe.gradients import Storage
-from entropy_probe.rollouts import write_rollouts
-from entropy_probe.scores import Estimator
-from entropy_probe.settings import ShardingChoice
+from entropy_probe.pipeline.settings import ShardingChoice
+from entropy_probe.ranks.collectives import Kind
+from entropy_probe.targets.scores import Estimator
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entropy_probe.errors import InputError
-from entropy_probe.scores import (
+from entropy_probe.targets.scores import (
     AdvantageRule,
     LengthWeight,
     advantages_from_rewards,

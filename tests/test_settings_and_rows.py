@@ -25,11 +25,11 @@ from entropy_probe import (
     write_rollouts,
 )
 from entropy_probe.checkpoints import load_checkpoint
-from entropy_probe.files import replacing
-from entropy_probe.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.policy import Policy
-from entropy_probe.scores import AdvantageRule, Estimator, LengthWeight, length_weights
-from entropy_probe.units import Mode
+from entropy_probe.common.files import replacing
+from entropy_probe.data.units import Mode
+from entropy_probe.model.policy import Policy
+from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
+from entropy_probe.targets.scores import AdvantageRule, Estimator, LengthWeight, length_weights
 from spoiled import Place
 from support import random_rollouts
 
@@ -100,7 +100,7 @@ def test_mode_and_length_weight_of_the_settings_are_those_of_the_probe() -> None
 
 
 def test_the_linear_term_is_taken_in_the_arithmetic_of_the_realised_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, seen = importlib.import_module("entropy_probe.realized_rows"), []
+    module, seen = importlib.import_module("entropy_probe.realized.rows"), []
     original = module.response_dots
 
     def spy(policy: Any, *arguments: Any, **named: Any) -> Any:

@@ -14,15 +14,17 @@ import entropy_probe
 import support
 from entropy_probe import InputError, ReplaySettings, Settings, ShardingChoice, probe, probe_checkpoint
 from entropy_probe import replay_check as replaying
-from entropy_probe import settings as probing
-from entropy_probe.adam_preconditioner import state_of_optimizer
+from entropy_probe.data.units import Mode
 from entropy_probe.gradients.plan import make_plan
-from entropy_probe.importance_sampling import Weighting, entropy_change, linear_term
-from entropy_probe.inputs import resolve_advantages
-from entropy_probe.linearity import SweepRange
-from entropy_probe.rounded_step import RoundingRule
-from entropy_probe.same_inputs import digest_of_settings
-from entropy_probe.scores import (
+from entropy_probe.optimizers.adam_preconditioner import state_of_optimizer
+from entropy_probe.optimizers.rounded_step import RoundingRule
+from entropy_probe.optimizers.stored_precision import Rounding
+from entropy_probe.pipeline import settings as probing
+from entropy_probe.pipeline.inputs import resolve_advantages
+from entropy_probe.ranks.same_inputs import digest_of_settings
+from entropy_probe.statistics.importance_sampling import Weighting, entropy_change, linear_term
+from entropy_probe.statistics.linearity import SweepRange
+from entropy_probe.targets.scores import (
     AdvantageRule,
     EntropyTarget,
     EntropyUnit,
@@ -32,8 +34,6 @@ from entropy_probe.scores import (
     length_weights,
     response_entropies,
 )
-from entropy_probe.stored_precision import Rounding
-from entropy_probe.units import Mode
 
 ENUMS: dict[str, Any] = {
     "mode": Mode,

@@ -32,8 +32,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from entropy_probe import adam_preconditioner
-from entropy_probe.assemble import describe_checkpoint
 from entropy_probe.checkpoints import Checkpoint, load_checkpoint, sharded, weight_files
 from entropy_probe.checkpoints.distributed_folders import (
     BLOCK,
@@ -44,10 +42,12 @@ from entropy_probe.checkpoints.distributed_folders import (
 )
 from entropy_probe.checkpoints.samples import WIDTH, windows
 from entropy_probe.checkpoints.sharded import _adam_state, decoder_layers, load_sharded_checkpoint, shard_model
-from entropy_probe.collectives import ALONE, Ranks
 from entropy_probe.errors import InputError
-from entropy_probe.policy import end_token_ids
-from entropy_probe.same_inputs import digest_of_tensors
+from entropy_probe.model.policy import end_token_ids
+from entropy_probe.optimizers import adam_preconditioner
+from entropy_probe.pipeline.assemble import describe_checkpoint
+from entropy_probe.ranks.collectives import ALONE, Ranks
+from entropy_probe.ranks.same_inputs import digest_of_tensors
 from ranks import failed_cases
 from spoiled import NORM, Malicious
 from support import (

@@ -22,9 +22,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
-from entropy_probe.adam_preconditioner import state_of_optimizer
 from entropy_probe.checkpoints.sharded import decoder_layers, shard_model, sharding_of
-from entropy_probe.collectives import ALONE, Ranks
+from entropy_probe.compat.wrappers import gathered_as_held
+from entropy_probe.data.rollouts import RolloutBatch, group_rollouts
+from entropy_probe.data.units import exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
     Storage,
@@ -36,19 +37,18 @@ from entropy_probe.gradients import (
     unit_gradients,
     weighted_gradient,
 )
-from entropy_probe.gradients.backward_order import sharded_layers
-from entropy_probe.gradients.modules import Treatment
+from entropy_probe.gradients.capture.backward_order import sharded_layers
+from entropy_probe.gradients.capture.modules import Treatment
 from entropy_probe.gradients.preparation import measure_activations
 from entropy_probe.gradients.treatments import prove_rules
-from entropy_probe.language_head import HeadMode
-from entropy_probe.pipeline import probe
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import RolloutBatch, group_rollouts
-from entropy_probe.scores import EntropyTarget, Estimator
-from entropy_probe.settings import Settings
-from entropy_probe.units import exact_units
-from entropy_probe.virtual_step import virtual_step
-from entropy_probe.wrappers import gathered_as_held
+from entropy_probe.model.language_head import HeadMode
+from entropy_probe.model.policy import Policy
+from entropy_probe.model.virtual_step import virtual_step
+from entropy_probe.optimizers.adam_preconditioner import state_of_optimizer
+from entropy_probe.pipeline.run import probe
+from entropy_probe.pipeline.settings import Settings
+from entropy_probe.ranks.collectives import ALONE, Ranks
+from entropy_probe.targets.scores import EntropyTarget, Estimator
 from ranks import failed_cases
 from support import CONFIGS, lora_model, random_batch, random_rollouts, tiny_model, trained_optimizer, wrapped
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from entropy_probe import AdamState
-from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments
-from entropy_probe.adam_step import spread_factors
+from entropy_probe.optimizers.adam_preconditioner import AdamGroup, AdamMoments
+from entropy_probe.optimizers.adam_step import spread_factors
 
 GROUP_OF_A = AdamGroup(("a",), 1e-3, 0.9, 0.999, 1e-8, 0.0, False, False, True)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import oracle
-from entropy_probe.intervals import interval, interval_variance, unbiased_variance
-from entropy_probe.u_statistics import (
+from entropy_probe.statistics.intervals import interval, interval_variance, unbiased_variance
+from entropy_probe.statistics.u_statistics import (
     UnitDots,
     cross_statistics,
     jackknife_variance,

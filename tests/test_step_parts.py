@@ -19,23 +19,26 @@ from torch import Tensor, nn
 import enumerable
 import support
 from entropy_probe import AdamState, InputError, ProbeResult, Settings, probe, state_of_optimizer
-from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments
-from entropy_probe.adam_step import (
+from entropy_probe.data.rollouts import RolloutBatch, group_rollouts
+from entropy_probe.data.units import Mode, Units, block_units, exact_units
+from entropy_probe.gradients import Storage, UnitGradients, reference, response_dots, unit_gradients
+from entropy_probe.model.policy import Policy
+from entropy_probe.model.virtual_step import virtual_step
+from entropy_probe.optimizers.adam_preconditioner import AdamGroup, AdamMoments
+from entropy_probe.optimizers.adam_step import (
     StepsOfOthers,
     adamw_step,
     clip_factor,
     gradient_factors,
     gradient_norm,
 )
-from entropy_probe.gradients import Storage, UnitGradients, reference, response_dots, unit_gradients
-from entropy_probe.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.intervals import t_quantile
-from entropy_probe.policy import Policy
+from entropy_probe.optimizers.step_parts import PARTS, StepPrediction, predict_parts
+from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.report.schema import AdamWPart, FallSection, WhatIfRow, WhatIfSection
 from entropy_probe.report.sentences import step_sentence
 from entropy_probe.report.text import print_report
-from entropy_probe.rollouts import RolloutBatch, group_rollouts
-from entropy_probe.scores import (
+from entropy_probe.statistics.intervals import t_quantile
+from entropy_probe.targets.scores import (
     EntropyTarget,
     EntropyUnit,
     Estimator,
@@ -43,9 +46,6 @@ from entropy_probe.scores import (
     entropy_coefficients,
     entropy_ratio,
 )
-from entropy_probe.step_parts import PARTS, StepPrediction, predict_parts
-from entropy_probe.units import Mode, Units, block_units, exact_units
-from entropy_probe.virtual_step import virtual_step
 from enumerable import EnumerablePolicy
 from oracle import optimizer_step, parts_with_v_at_t
 
@@ -447,7 +447,7 @@ def test_two_units_have_parts_without_errors() -> None:
 def test_the_realised_step_is_the_pure_one_and_the_clones_are_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = live().report.realized
     monkeypatch.setattr(
-        "entropy_probe.realized_rows.adamw_deltas",
+        "entropy_probe.realized.rows.adamw_deltas",
         lambda parameters, adam, ascent, max_grad_norm, sharding: optimizer_step(parameters, adam, ascent),
     )
     for virtual, clone in zip(rows, live().report.realized, strict=True):
@@ -532,8 +532,8 @@ def test_a_part_is_most_of_the_step_only_where_its_excess_over_half_is_resolved(
 
 
 def test_the_command_shows_and_writes_the_section(tmp_path: Path) -> None:
-    from entropy_probe.demo import demo_files
-    from entropy_probe.rollouts import read_batch, write_rollouts
+    from entropy_probe.data.bundled_run import demo_files
+    from entropy_probe.data.rollouts import read_batch, write_rollouts
 
     files = demo_files()
     rollouts, out = tmp_path / "rollouts.jsonl", tmp_path / "report.json"

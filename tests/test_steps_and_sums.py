@@ -14,15 +14,15 @@ from torch import nn
 
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
-from entropy_probe.adam_preconditioner import Preconditioners
-from entropy_probe.adam_step import preconditioned_step
+from entropy_probe.data.units import Mode, block_units, exact_units
 from entropy_probe.gradients import Storage, loss_gradient, reference, response_dots, unit_gradients
-from entropy_probe.importance_sampling import entropy_change, linear_term
-from entropy_probe.policy import Policy, check_fits
-from entropy_probe.realized import EntropyMeasure, Predicted, Step, realize, rounding_noise
-from entropy_probe.scores import EntropyTarget
-from entropy_probe.units import Mode, block_units, exact_units
-from entropy_probe.virtual_step import at_least_float32, virtual_step
+from entropy_probe.model.policy import Policy, check_fits
+from entropy_probe.model.virtual_step import at_least_float32, virtual_step
+from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.optimizers.adam_step import preconditioned_step
+from entropy_probe.realized.realize import EntropyMeasure, Predicted, Step, realize, rounding_noise
+from entropy_probe.statistics.importance_sampling import entropy_change, linear_term
+from entropy_probe.targets.scores import EntropyTarget
 
 
 def test_the_floor_is_the_largest_of_eight_gaps_and_the_norm_is_the_whole_steps() -> None:
@@ -140,7 +140,7 @@ def test_a_gradient_that_two_parameters_share_is_summed_once_into_each() -> None
 def test_a_prompt_past_the_vocabulary_is_refused_too() -> None:
     rows = support.random_rollouts(3, 2)
     spoiled = [dataclasses.replace(r, prompt_ids=(*r.prompt_ids, 99)) if r.prompt_id == "p1" else r for r in rows]
-    from entropy_probe.rollouts import group_rollouts
+    from entropy_probe.data.rollouts import group_rollouts
 
     with pytest.raises(InputError, match=r"p1.*token id 99"):
         check_fits(group_rollouts(spoiled), 23, None)

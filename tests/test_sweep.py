@@ -15,15 +15,15 @@ from rich.console import Console
 import oracle
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
-from entropy_probe.linearity import SweepRange
-from entropy_probe.policy import Policy
-from entropy_probe.progress import Silent
-from entropy_probe.realized import EntropyMeasure, Predicted, Step, realize
+from entropy_probe.common.progress import Silent
+from entropy_probe.model.policy import Policy
+from entropy_probe.realized.realize import EntropyMeasure, Predicted, Step, realize
+from entropy_probe.realized.sweep import StepLine, _slope, sweep_step
 from entropy_probe.report import Report, plots, write_report_folder
 from entropy_probe.report.schema import SweepSection
 from entropy_probe.report.text import print_report
-from entropy_probe.scores import EntropyTarget, Estimator
-from entropy_probe.sweep import StepLine, _slope, sweep_step
+from entropy_probe.statistics.linearity import SweepRange
+from entropy_probe.targets.scores import EntropyTarget, Estimator
 from spoiled import Place
 from support import run_command
 

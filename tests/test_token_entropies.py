@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import support
-from entropy_probe import language_head
-from entropy_probe.float64_mode import Float64Mode
-from entropy_probe.gradients.capture import Capture, leaked
-from entropy_probe.gradients.checkpointing import checkpointing
-from entropy_probe.gradients.layers import RULES
-from entropy_probe.gradients.modules import parameter_owners, treated
-from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
+from entropy_probe.data.rollouts import Rollout
+from entropy_probe.gradients.capture.checkpointing import checkpointing
+from entropy_probe.gradients.capture.layers import RULES
+from entropy_probe.gradients.capture.modules import parameter_owners, treated
+from entropy_probe.gradients.capture.sequences import Mixing, Strip, padded_length
+from entropy_probe.gradients.capture.uses import Capture, leaked
 from entropy_probe.gradients.treatments import prove_rules
-from entropy_probe.gradients.unit_vectors import UnitVectors
-from entropy_probe.language_head import Deltas, HeadMode, chunked_values, log_probs_and_entropies
-from entropy_probe.policy import Policy, choose_head, pad_right
-from entropy_probe.rollouts import Rollout
+from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
+from entropy_probe.model import language_head
+from entropy_probe.model.float64_mode import Float64Mode
+from entropy_probe.model.language_head import Deltas, HeadMode, chunked_values, log_probs_and_entropies
+from entropy_probe.model.policy import Policy, choose_head, pad_right
 
 V, D = 11, 6
 TAU = 0.7

@@ -16,7 +16,7 @@ import support
 from entropy_probe import Settings, probe_checkpoint, read_batch
 from entropy_probe.cli import main
 from entropy_probe.integrations.trl import RolloutRecorder
-from entropy_probe.scores import LengthWeight
+from entropy_probe.targets.scores import LengthWeight
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

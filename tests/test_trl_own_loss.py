@@ -19,12 +19,12 @@ from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gmpo import GMPOTrainer
 from trl.extras.profiling import profiling_decorator
 
-from entropy_probe.diagnostics import recorder_warnings
-from entropy_probe.dropout import active_dropout
+from entropy_probe.data.rollouts import group_rollouts, read_rollouts
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.integrations.trl.trainer import check_batch
-from entropy_probe.rollouts import group_rollouts, read_rollouts
+from entropy_probe.model.dropout import active_dropout
+from entropy_probe.pipeline.diagnostics import recorder_warnings
 from test_trl_recorder import make_trainer, rebuilt_gradient, relative_error, tiny_model, tiny_tokenizer, train, vowels
 
 

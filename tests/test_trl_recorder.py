@@ -28,9 +28,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from entropy_probe.data.rollouts import Rollout, group_rollouts, read_rollouts
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
-from entropy_probe.rollouts import Rollout, group_rollouts, read_rollouts
 
 SYMBOLS = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz"]
 EOS = 1

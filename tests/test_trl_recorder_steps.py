@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from entropy_probe.data.rollouts import read_rollouts
 from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.integrations.trl.trainer import learning_rates
-from entropy_probe.rollouts import read_rollouts
 from test_trl_recorder import make_trainer
 
 

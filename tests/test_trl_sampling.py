@@ -14,10 +14,10 @@ pytest.importorskip("trl")
 from transformers import GenerationMixin, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 
+from entropy_probe.data.rollouts.columns import SAMPLING
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.integrations.trl.sampling import NEUTRAL, VLLM_NEUTRAL, neutral_sampling
-from entropy_probe.rollouts.columns import SAMPLING
 from test_trl_recorder import EOS, MAX_LENGTH, NEUTRAL_COLUMNS, SYMBOLS, TEMPERATURE, make_trainer
 
 

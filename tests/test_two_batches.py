@@ -14,15 +14,15 @@ from scipy import stats
 import oracle
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
-from entropy_probe.diagnostics import two_batch_warnings
+from entropy_probe.data.rollouts import RolloutBatch, group_rollouts, read_batch, write_rollouts
+from entropy_probe.data.units import exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import cross_gradients, reference
-from entropy_probe.importance_sampling import Weighting
-from entropy_probe.policy import Policy
-from entropy_probe.rollouts import RolloutBatch, group_rollouts, read_batch, write_rollouts
-from entropy_probe.scores import EntropyTarget, EntropyUnit, Estimator
-from entropy_probe.two_batches import fold_statistics, folds_of, two_batch_statistics
-from entropy_probe.units import exact_units
+from entropy_probe.model.policy import Policy
+from entropy_probe.pipeline.diagnostics import two_batch_warnings
+from entropy_probe.statistics.importance_sampling import Weighting
+from entropy_probe.statistics.two_batches import fold_statistics, folds_of, two_batch_statistics
+from entropy_probe.targets.scores import EntropyTarget, EntropyUnit, Estimator
 
 RAO_BLACKWELL = EntropyTarget(Estimator.RAO_BLACKWELL)
 
@@ -257,7 +257,7 @@ def test_a_split_that_leaves_a_fold_too_small_is_refused(split: int) -> None:
 
 
 def test_the_command_takes_both_files(tmp_path: Path) -> None:
-    from entropy_probe.demo import demo_files
+    from entropy_probe.data.bundled_run import demo_files
 
     files = demo_files()
     update, evaluation = tmp_path / "update.jsonl", tmp_path / "evaluation.jsonl"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import oracle
-from entropy_probe.intervals import interval_variance, unbiased_variance
-from entropy_probe.u_statistics import (
+from entropy_probe.statistics.intervals import interval_variance, unbiased_variance
+from entropy_probe.statistics.u_statistics import (
     UnitDots,
     cross_statistics,
     delete_one,

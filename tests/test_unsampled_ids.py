@@ -24,11 +24,11 @@ from entropy_probe import (
     write_rollouts,
 )
 from entropy_probe.checkpoints import tokenizer_ids
-from entropy_probe.collectives import Ranks
-from entropy_probe.diagnostics import padding_warnings
-from entropy_probe.policy import special_ids
-from entropy_probe.rollouts import SpecialIds, doubtful_rows, refuse_unsampled
-from entropy_probe.scores import Estimator
+from entropy_probe.data.rollouts import SpecialIds, doubtful_rows, refuse_unsampled
+from entropy_probe.model.policy import special_ids
+from entropy_probe.pipeline.diagnostics import padding_warnings
+from entropy_probe.ranks.collectives import Ranks
+from entropy_probe.targets.scores import Estimator
 from ranks import on_ranks
 from spoiled import Place, refuse_run
 from support import EOS, random_rollouts, run_command, tiny_model, trained_optimizer

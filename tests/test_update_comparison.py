@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_probe.adam_preconditioner import state_of_optimizer
-from entropy_probe.stored_precision import spacing, storage_type
-from entropy_probe.update_comparison import (
+from entropy_probe.optimizers.adam_preconditioner import state_of_optimizer
+from entropy_probe.optimizers.stored_precision import spacing, storage_type
+from entropy_probe.replay_check.update_comparison import (
     compare_gradients,
     compare_updates,
     fitted_factor,

@@ -11,18 +11,19 @@ import pytest
 import torch
 
 import support
-from entropy_probe import Settings, diagnostics
-from entropy_probe.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
-from entropy_probe.evidence import Evidence
+from entropy_probe import Settings
+from entropy_probe.common.evidence import Evidence
+from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.gradients import Coverage
-from entropy_probe.importance_sampling import EntropyChange, ImportanceWeights, pareto_k_limit
-from entropy_probe.realized import EntropyMeasure, RealizedChange
-from entropy_probe.recorded import trainers_step
+from entropy_probe.optimizers.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
+from entropy_probe.optimizers.step_parts import StepPrediction
+from entropy_probe.pipeline import diagnostics
+from entropy_probe.pipeline.recorded import trainers_step
+from entropy_probe.realized.realize import EntropyMeasure, RealizedChange
 from entropy_probe.report import ZeroVSection
-from entropy_probe.rollouts import Rollout, group_rollouts
-from entropy_probe.scores import EntropyTarget, LengthWeight
-from entropy_probe.step_parts import StepPrediction
-from entropy_probe.u_statistics import CrossStatistics, UnitDots, cross_statistics
+from entropy_probe.statistics.importance_sampling import EntropyChange, ImportanceWeights, pareto_k_limit
+from entropy_probe.statistics.u_statistics import CrossStatistics, UnitDots, cross_statistics
+from entropy_probe.targets.scores import EntropyTarget, LengthWeight
 
 
 def codes(found: Iterable[Evidence]) -> set[str]:

@@ -10,16 +10,21 @@ import torch
 
 import support
 from entropy_probe import AdamState, Settings, probe
-from entropy_probe.adam_preconditioner import Preconditioners
+from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import reference
-from entropy_probe.policy import Policy
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.optimizers.step_parts import Estimate, StepPrediction
+from entropy_probe.optimizers.what_if import (
+    another_clipping,
+    another_learning_rate,
+    learning_rate_for_fall,
+    no_momentum,
+)
 from entropy_probe.report import Report
 from entropy_probe.report.schema import WhatIfRow
-from entropy_probe.scores import EntropyTarget, Estimator
-from entropy_probe.step_parts import Estimate, StepPrediction
-from entropy_probe.u_statistics import cross_statistics
-from entropy_probe.units import exact_units
-from entropy_probe.what_if import another_clipping, another_learning_rate, learning_rate_for_fall, no_momentum
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.targets.scores import EntropyTarget, Estimator
 from test_step_parts import coefficients, setting
 
 MODEL, ADAM, _ = setting()
@@ -102,7 +107,7 @@ def test_without_negative_advantages_is_the_u_statistic_of_the_positive_ones(est
 
 def test_without_any_negative_advantage_it_is_delta_h1_itself() -> None:
     rows = [replace(r, advantage=r.reward) for r in support.random_rollouts(8, 3)]
-    from entropy_probe.rollouts import group_rollouts
+    from entropy_probe.data.rollouts import group_rollouts
 
     found = probe(MODEL, ADAM, group_rollouts(rows), Settings(what_if_no_negatives=True)).report
     asked = row(found, "without_negative_advantages")

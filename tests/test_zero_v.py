@@ -17,20 +17,20 @@ from torch import Tensor
 import oracle
 import support
 from entropy_probe import AdamState, InputError, Settings, ZeroV, probe, state_of_optimizer
-from entropy_probe.adam_preconditioner import (
+from entropy_probe.data.rollouts import RolloutBatch, write_rollouts
+from entropy_probe.data.units import Units, block_units, exact_units
+from entropy_probe.gradients import Storage, UnitGradients, engine, reference
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import (
     AdamGroup,
     AdamMoments,
     Preconditioners,
     preconditioner,
     validate_preconditioner,
 )
-from entropy_probe.gradients import Storage, UnitGradients, engine, reference
-from entropy_probe.policy import Policy
 from entropy_probe.report import Report
-from entropy_probe.rollouts import RolloutBatch, write_rollouts
-from entropy_probe.scores import EntropyTarget, Estimator
-from entropy_probe.u_statistics import cross_statistics
-from entropy_probe.units import Units, block_units, exact_units
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.targets.scores import EntropyTarget, Estimator
 
 RATE = 1e-5
 BATCH = 6, 3

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from entropy_probe.gradients.unit_vectors import UnitVectors
+from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "zoo.py"
 BY_RULES = (

@@ -1,18 +1,18 @@
 """entropy-probe: what will the next optimizer step do to a language model policy's entropy, how sure are we, what did it do?"""
 
-from entropy_probe.adam_preconditioner import AdamState, ZeroV, state_of_optimizer
-from entropy_probe.collectives import Ranks
+from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
+from entropy_probe.data.units import Mode
 from entropy_probe.errors import InputError
-from entropy_probe.importance_sampling import Weighting
-from entropy_probe.intervals import IntervalMethod
-from entropy_probe.linearity import SweepRange
-from entropy_probe.pipeline import ProbeResult, probe, probe_checkpoint
+from entropy_probe.optimizers.adam_preconditioner import AdamState, ZeroV, state_of_optimizer
+from entropy_probe.optimizers.stored_precision import Rounding
+from entropy_probe.pipeline.run import ProbeResult, probe, probe_checkpoint
+from entropy_probe.pipeline.settings import Settings, ShardingChoice
+from entropy_probe.ranks.collectives import Ranks
 from entropy_probe.replay_check import ReplaySettings, replay
-from entropy_probe.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
-from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
-from entropy_probe.settings import Settings, ShardingChoice
-from entropy_probe.stored_precision import Rounding
-from entropy_probe.units import Mode
+from entropy_probe.statistics.importance_sampling import Weighting
+from entropy_probe.statistics.intervals import IntervalMethod
+from entropy_probe.statistics.linearity import SweepRange
+from entropy_probe.targets.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from entropy_probe.adam_preconditioner import AdamState, PreconditionerTest, ZeroV, validate_preconditioner
 from entropy_probe.checkpoints.adam_state import load_adam_state
 from entropy_probe.checkpoints.adapters import (
     base_folder,
@@ -29,11 +28,12 @@ from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
 from entropy_probe.checkpoints.index_names import OptimizerMapping
 from entropy_probe.checkpoints.quantisation import quantised_base_note, refuse_quantised
 from entropy_probe.checkpoints.trainer_state import read_trainer_state
-from entropy_probe.choices import path_of
-from entropy_probe.collectives import WHOLE, Sharding
+from entropy_probe.common.choices import path_of
+from entropy_probe.common.evidence import Evidence
 from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
-from entropy_probe.evidence import Evidence
-from entropy_probe.policy import input_limits
+from entropy_probe.model.policy import input_limits
+from entropy_probe.optimizers.adam_preconditioner import AdamState, PreconditionerTest, ZeroV, validate_preconditioner
+from entropy_probe.ranks.collectives import WHOLE, Sharding
 
 BY_ROWS = "accelerate's shards are read by run and sample under torchrun, sharded by FSDP2 (sharding fsdp2)"
 

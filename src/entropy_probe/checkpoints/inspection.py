@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from entropy_probe.adam_preconditioner import ZeroV, moments_problem, preconditioner
 from entropy_probe.checkpoints.adam_state import load_adam_state
 from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
 from entropy_probe.checkpoints.hf import ModelFolder, load_model, optimizer_file
 from entropy_probe.checkpoints.index_names import OptimizerMapping
+from entropy_probe.optimizers.adam_preconditioner import ZeroV, moments_problem, preconditioner
 
 EXPECTED_FILES = (
     ("config.json", "architecture", True),

@@ -14,9 +14,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from entropy_probe.common.evidence import Evidence
+from entropy_probe.common.files import read_json
 from entropy_probe.errors import InputError, out_of_memory
-from entropy_probe.evidence import Evidence
-from entropy_probe.files import read_json
 
 WAY_OUT = (
     "give the base before it was quantised, or the checkpoint dequantised (transformers: model.dequantize() and "

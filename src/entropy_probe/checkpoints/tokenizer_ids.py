@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entropy_probe.files import read_json
-from entropy_probe.rollouts import SpecialIds
+from entropy_probe.common.files import read_json
+from entropy_probe.data.rollouts import SpecialIds
 
 CONFIG = "tokenizer_config.json"
 

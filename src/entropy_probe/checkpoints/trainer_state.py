@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entropy_probe.files import read_json
+from entropy_probe.common.files import read_json
 
 TRAINING_KEY = "learning_rate"
 """What the Trainer writes into every training entry of its log and into no evaluation entry or summary."""

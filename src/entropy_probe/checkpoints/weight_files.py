@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from entropy_probe.checkpoints.samples import windows
+from entropy_probe.common.files import read_json
 from entropy_probe.errors import InputError
-from entropy_probe.files import read_json
 
 INDEX = "model.safetensors.index.json"
 

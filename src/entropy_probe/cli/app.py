@@ -14,30 +14,30 @@ import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from entropy_probe.adam_preconditioner import ZeroV
 from entropy_probe.checkpoints import load_model, load_sharded_model, sharding_of
 from entropy_probe.cli.bar import TerminalProgress
 from entropy_probe.cli.inspection import print_inspection
-from entropy_probe.cli.launch import Job
-from entropy_probe.cli.launch import run as run_on_ranks
 from entropy_probe.cli.options import Autocast, Device, DType, ExactDType
-from entropy_probe.cli.watch import INTERRUPTED
-from entropy_probe.demo import demo_files
+from entropy_probe.common.files import check_writable
+from entropy_probe.common.progress import Progress, Silent
+from entropy_probe.data.bundled_run import demo_files
+from entropy_probe.data.rollouts import count_cut, write_rollouts
+from entropy_probe.data.units import Mode
 from entropy_probe.errors import InputError
-from entropy_probe.files import check_writable
-from entropy_probe.importance_sampling import Weighting
-from entropy_probe.intervals import IntervalMethod
-from entropy_probe.linearity import SweepRange
-from entropy_probe.pipeline import ProbeResult, probe_checkpoint
-from entropy_probe.policy import Policy
-from entropy_probe.progress import Progress, Silent
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import ZeroV
+from entropy_probe.optimizers.stored_precision import Rounding
+from entropy_probe.pipeline.run import ProbeResult, probe_checkpoint
+from entropy_probe.pipeline.settings import Settings, ShardingChoice, autocast_setting
+from entropy_probe.ranks.launch import Job
+from entropy_probe.ranks.launch import run as run_on_ranks
+from entropy_probe.ranks.watch import INTERRUPTED
 from entropy_probe.replay_check import ReplaySettings
 from entropy_probe.replay_check import replay as replay_step
 from entropy_probe.report.files import check_report_folder, write_json, write_report_folder
 from entropy_probe.report.replay_text import print_replay
 from entropy_probe.report.text import print_report
-from entropy_probe.rollouts import count_cut, write_rollouts
-from entropy_probe.sampling import (
+from entropy_probe.sampling.drawing import (
     SamplingSettings,
     check_same_sampling,
     end_tokens,
@@ -46,10 +46,10 @@ from entropy_probe.sampling import (
     read_prompts,
     sample_rollouts,
 )
-from entropy_probe.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
-from entropy_probe.settings import Settings, ShardingChoice, autocast_setting
-from entropy_probe.stored_precision import Rounding
-from entropy_probe.units import Mode
+from entropy_probe.statistics.importance_sampling import Weighting
+from entropy_probe.statistics.intervals import IntervalMethod
+from entropy_probe.statistics.linearity import SweepRange
+from entropy_probe.targets.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
 
 app = typer.Typer(
     name="entropy-probe",

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import torch
 
-from entropy_probe.devices import choose_device
+from entropy_probe.common.devices import choose_device
 
 TORCH_DTYPES = {
     "float32": torch.float32,

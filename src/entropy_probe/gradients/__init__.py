@@ -6,7 +6,7 @@ planner that fits the vectors into memory (:mod:`~entropy_probe.gradients.plan`)
 probe (:mod:`~entropy_probe.gradients.preparation`).
 """
 
-from entropy_probe.gradients.checkpointing import marked
+from entropy_probe.gradients.capture.checkpointing import marked
 from entropy_probe.gradients.engine import (
     cross_gradients,
     response_dots,

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.scores import (
+from entropy_probe.data.rollouts import RolloutBatch
+from entropy_probe.targets.scores import (
     EntropyCoefficients,
     EntropyRatio,
     EntropyTarget,

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_probe.arrays import FloatArray
-from entropy_probe.collectives import deal
+from entropy_probe.common.arrays import FloatArray
+from entropy_probe.common.progress import Progress, Silent
+from entropy_probe.data.rollouts import RolloutBatch
+from entropy_probe.data.units import Units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.coefficients import (
     Coefficients,
@@ -28,7 +30,6 @@ from entropy_probe.gradients.coefficients import (
     Found,
     UpdateSide,
 )
-from entropy_probe.gradients.exchange import Shards, exchanged, reached_anywhere
 from entropy_probe.gradients.interface import Look, Looked, Storage, UnitGradients
 from entropy_probe.gradients.passes import Passes, most_open_units
 from entropy_probe.gradients.products import (
@@ -41,14 +42,13 @@ from entropy_probe.gradients.products import (
     stored_dots,
     third_directions,
 )
-from entropy_probe.gradients.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unreached import unexplained
-from entropy_probe.policy import Measured, Policy
-from entropy_probe.progress import Progress, Silent
-from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.scores import EntropyCoefficients, EntropyTarget
-from entropy_probe.units import Units
+from entropy_probe.gradients.vectors.exchange import Shards, exchanged, reached_anywhere
+from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
+from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.ranks.collectives import deal
+from entropy_probe.targets.scores import EntropyCoefficients, EntropyTarget
 
 
 def unit_gradients(
@@ -82,7 +82,8 @@ def unit_gradients(
         learning_rates: η by parameter name; dots are kept apart by it.
         storage: keep all vectors (and get the kernel), or stream them in two passes.
         vector_dtype: of stored vectors; None takes the weights', float32 at least.
-        thirds: whether to find the directions of :mod:`entropy_probe.noise`, three units or more, where vectors are stored.
+        thirds: whether to find the directions of :mod:`entropy_probe.statistics.noise`, three units or more, where vectors
+            are stored.
         rules: of an earlier call on this very model; None proves them first.
         look: from Ȳ, what else to take dots of unit vectors with. Stored vectors are at hand; streamed, it is a third pass.
         progress: told of every microbatch.

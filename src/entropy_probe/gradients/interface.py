@@ -9,9 +9,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from entropy_probe.arrays import FloatArray
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.gradients.treatments import Rules
-from entropy_probe.u_statistics import UnitDots
+from entropy_probe.statistics.u_statistics import UnitDots
 
 
 class Storage(StrEnum):
@@ -71,7 +71,8 @@ class UnitGradients:
         untouched: trainable parameters that no response reaches (autograd gives None for them).
         cut: those of them that no routing to experts explains (:func:`~entropy_probe.gradients.unreached.unexplained`).
         third_directions: η P Ȳᵈ and η P X̄ᵈ over the prompts of each third d of the units, by name, what
-            :mod:`entropy_probe.noise` contracts responses with; None where they were not asked for, or vectors were streamed.
+            :mod:`entropy_probe.statistics.noise` contracts responses with; None where they were not asked for, or vectors
+            were streamed.
         coverage: how parameters got their gradients.
         rules: for the next call on the same model; None where the backend has none.
         looked: the dots of the ``look`` that was asked for.

@@ -14,22 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
-from entropy_probe.gradients.backward_order import Layer, announced, sharded_layers
 from entropy_probe.gradients.batching import Microbatch, microbatches, strips
-from entropy_probe.gradients.capture import Capture, Sink, leaked
-from entropy_probe.gradients.checkpointing import checkpointing
+from entropy_probe.gradients.capture.backward_order import Layer, announced, sharded_layers
+from entropy_probe.gradients.capture.checkpointing import checkpointing
+from entropy_probe.gradients.capture.layers import RULES
+from entropy_probe.gradients.capture.modules import Treatment, fall_back_around, parameter_owners, treated
+from entropy_probe.gradients.capture.sequences import IDLE, Mixing, Strip, padded_length
+from entropy_probe.gradients.capture.uses import Capture, Sink, leaked
 from entropy_probe.gradients.coefficients import Backward, Coefficients, Found
-from entropy_probe.gradients.contractions import Contractions
-from entropy_probe.gradients.exchange import reached_anywhere
 from entropy_probe.gradients.interface import Coverage
-from entropy_probe.gradients.layers import RULES
-from entropy_probe.gradients.modules import Treatment, fall_back_around, parameter_owners, treated
-from entropy_probe.gradients.sequences import IDLE, Mixing, Strip, padded_length
-from entropy_probe.gradients.sharded_vectors import ShardedVectors
-from entropy_probe.gradients.unit_vectors import UnitVectors
 from entropy_probe.gradients.unreached import callers, noting
-from entropy_probe.policy import (
+from entropy_probe.gradients.vectors.contractions import Contractions
+from entropy_probe.gradients.vectors.exchange import reached_anywhere
+from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
+from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
+from entropy_probe.model.policy import (
     Measured,
     PaddedResponses,
     Policy,
@@ -40,7 +41,6 @@ from entropy_probe.policy import (
     pad_right,
     sum_over_tokens,
 )
-from entropy_probe.rollouts import RolloutBatch
 
 
 @dataclass(frozen=True)

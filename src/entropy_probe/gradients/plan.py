@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
-from entropy_probe.choices import member
+from entropy_probe.common.choices import member
+from entropy_probe.common.files import readable_size
+from entropy_probe.data.units import Mode, Units, block_units, exact_units
 from entropy_probe.errors import InputError
-from entropy_probe.files import readable_size
 from entropy_probe.gradients.interface import Storage
-from entropy_probe.units import Mode, Units, block_units, exact_units
 
 LEAST_BLOCKS = 16
 """Fewer units than this make error bars too wide to choose BLOCK unasked."""

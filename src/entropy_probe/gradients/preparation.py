@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_probe.gradients.backward_order import outside, sharded_layers
-from entropy_probe.gradients.checkpointing import checkpointing, wrappers
-from entropy_probe.gradients.modules import Treatment
+from entropy_probe.data.rollouts import Rollout, RolloutBatch
+from entropy_probe.gradients.capture.backward_order import outside, sharded_layers
+from entropy_probe.gradients.capture.checkpointing import checkpointing, wrappers
+from entropy_probe.gradients.capture.modules import Treatment
 from entropy_probe.gradients.treatments import Rules, check_real_rows, prove_rules, short_rows
-from entropy_probe.language_head import HeadMode
-from entropy_probe.policy import Policy, choose_head, input_limits, pad_right
-from entropy_probe.rollouts import Rollout, RolloutBatch
+from entropy_probe.model.language_head import HeadMode
+from entropy_probe.model.policy import Policy, choose_head, input_limits, pad_right
 
 ACTIVATION_SHARE = 0.25
 """The share of the memory that a microbatch's activations and logits may take."""
@@ -108,7 +108,7 @@ def prepare(
 
     Raises:
         InputError: see :func:`~entropy_probe.gradients.treatments.prove_rules` and
-            :func:`~entropy_probe.gradients.checkpointing.wrappers`; or ``earlier`` is another model's.
+            :func:`~entropy_probe.gradients.capture.checkpointing.wrappers`; or ``earlier`` is another model's.
     """
     wrappers(policy.model)  # Refused before a forward, which some would fail in words of their own.
     lengths = [response.length for response in batch.responses]

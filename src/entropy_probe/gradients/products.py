@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_probe.adam_preconditioner import Preconditioners
-from entropy_probe.arrays import FloatArray
-from entropy_probe.collectives import ALONE, WHOLE, Ranks, Sharding
-from entropy_probe.gradients.contractions import Contractions
-from entropy_probe.gradients.exchange import Shards
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.gradients.interface import Look
-from entropy_probe.gradients.unit_vectors import UnitVectors, uninitialised
-from entropy_probe.noise import THIRDS
-from entropy_probe.u_statistics import UnitDots
+from entropy_probe.gradients.vectors.contractions import Contractions
+from entropy_probe.gradients.vectors.exchange import Shards
+from entropy_probe.gradients.vectors.unit_vectors import UnitVectors, uninitialised
+from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.ranks.collectives import ALONE, WHOLE, Ranks, Sharding
+from entropy_probe.statistics.noise import THIRDS
+from entropy_probe.statistics.u_statistics import UnitDots
 
 CHUNK = 1 << 19
 """Float64 elements, over all units, that a product is taken over at a time: 4 MiB."""
@@ -148,7 +148,8 @@ def third_directions(
     learning_rates: Mapping[str, float],
     sharding: Sharding = WHOLE,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """η P Ȳᵈ and η P X̄ᵈ, the means over the prompts of each third d of the units (:mod:`~entropy_probe.noise`), laid flat.
+    """η P Ȳᵈ and η P X̄ᵈ, the means over the prompts of each third d of the units
+    (:mod:`~entropy_probe.statistics.noise`), laid flat.
 
     In the dtype of the vectors' arithmetic.
 

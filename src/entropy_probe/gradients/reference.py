@@ -13,15 +13,17 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.adam_preconditioner import Preconditioners
+from entropy_probe.common.progress import Progress, Silent
+from entropy_probe.data.rollouts import Rollout, RolloutBatch
+from entropy_probe.data.units import Units
 from entropy_probe.errors import InputError
-from entropy_probe.gradients.checkpointing import checkpointing
+from entropy_probe.gradients.capture.checkpointing import checkpointing
 from entropy_probe.gradients.interface import Storage, UnitGradients
 from entropy_probe.gradients.unreached import unexplained, watched
-from entropy_probe.policy import Measured, Policy, check_finite, pad_right
-from entropy_probe.progress import Progress, Silent
-from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.scores import (
+from entropy_probe.model.policy import Measured, Policy, check_finite, pad_right
+from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.statistics.u_statistics import UnitDots
+from entropy_probe.targets.scores import (
     EntropyCoefficients,
     EntropyTarget,
     entropy_coefficients,
@@ -29,8 +31,6 @@ from entropy_probe.scores import (
     probe_loss,
     response_entropies,
 )
-from entropy_probe.u_statistics import UnitDots
-from entropy_probe.units import Units
 
 CHUNK = 1 << 20
 """Parameters a product is taken over at a time, in float64: 8 MiB a unit."""

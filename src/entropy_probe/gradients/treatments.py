@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.compat.wrappers import reset_sharding
+from entropy_probe.data.rollouts import Rollout, RolloutBatch
 from entropy_probe.errors import InputError, one_line, out_of_memory
-from entropy_probe.gradients.backward_order import outside, sharded_layers
-from entropy_probe.gradients.capture import Capture, leaked
-from entropy_probe.gradients.checkpointing import checkpointed_layers, checkpointing, not_checkpointing
-from entropy_probe.gradients.layers import RULES
-from entropy_probe.gradients.modules import (
+from entropy_probe.gradients.capture.backward_order import outside, sharded_layers
+from entropy_probe.gradients.capture.checkpointing import checkpointed_layers, checkpointing, not_checkpointing
+from entropy_probe.gradients.capture.layers import RULES
+from entropy_probe.gradients.capture.modules import (
     Treatment,
     fall_back_around,
     first_treatment,
@@ -28,12 +29,11 @@ from entropy_probe.gradients.modules import (
     parameter_owners,
     treated,
 )
-from entropy_probe.gradients.sequences import Mixing, Strip, padded_length
-from entropy_probe.gradients.sharded_vectors import ShardedVectors
-from entropy_probe.gradients.unit_vectors import UnitVectors
-from entropy_probe.policy import Policy, check_finite, pad_right, sum_over_tokens
-from entropy_probe.rollouts import Rollout, RolloutBatch
-from entropy_probe.wrappers import reset_sharding
+from entropy_probe.gradients.capture.sequences import Mixing, Strip, padded_length
+from entropy_probe.gradients.capture.uses import Capture, leaked
+from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
+from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
+from entropy_probe.model.policy import Policy, check_finite, pad_right, sum_over_tokens
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 """Relative difference between a rule and autograd that is rounding; a wrong rule is off by a good part of the whole."""

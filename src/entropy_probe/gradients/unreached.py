@@ -14,11 +14,11 @@ import numpy as np
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
-from entropy_probe.adam_preconditioner import AdamState
-from entropy_probe.collectives import Sharding
 from entropy_probe.errors import InputError
-from entropy_probe.gradients.modules import parameter_owners
-from entropy_probe.policy import Policy
+from entropy_probe.gradients.capture.modules import parameter_owners
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam_preconditioner import AdamState
+from entropy_probe.ranks.collectives import Sharding
 
 CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 """Modules that hold parameters and are never called: the module around them is."""

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from entropy_probe.common.progress import Progress
 from entropy_probe.errors import InputError
-from entropy_probe.inputs import resolve_length_weights
-from entropy_probe.progress import Progress
-from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS
+from entropy_probe.pipeline.inputs import resolve_length_weights
+from entropy_probe.pipeline.recorded import LENGTH_WEIGHT_OF_LOSS
 from entropy_probe.replay_check.case import Cause, Replayed
-from entropy_probe.scores import (
+from entropy_probe.targets.scores import (
     AdvantageRule,
     LengthWeight,
     advantages_from_rewards,

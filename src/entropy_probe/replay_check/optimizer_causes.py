@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from entropy_probe.adam_preconditioner import AdamGroup, AdamState
-from entropy_probe.adam_step import adamw_step
-from entropy_probe.recorded import recorded_rates
+from entropy_probe.optimizers.adam_preconditioner import AdamGroup, AdamState
+from entropy_probe.optimizers.adam_step import adamw_step
+from entropy_probe.pipeline.recorded import recorded_rates
 from entropy_probe.replay_check.case import Cause, Replayed
-from entropy_probe.update_comparison import fitted_factor
+from entropy_probe.replay_check.update_comparison import fitted_factor
 
 USUAL_MAX_GRAD_NORM = 1.0
 """The Trainer's default."""

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entropy_probe.adam_step import gradient_norm
+from entropy_probe.common.progress import Progress
+from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import loss_gradient
-from entropy_probe.progress import Progress
+from entropy_probe.optimizers.adam_step import gradient_norm
 from entropy_probe.replay_check.case import Cause, Replayed
+from entropy_probe.replay_check.update_comparison import fitted_factor
 from entropy_probe.report.replay_schema import Suspicion
-from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.update_comparison import fitted_factor
 
 ONE_ROW_COSINE = 0.99
 """Of the gap between two gradients with one row's ∇S, above which that row alone may be the cause."""

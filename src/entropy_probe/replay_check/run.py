@@ -14,9 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entropy_probe.adam_preconditioner import ZeroV
-from entropy_probe.adam_step import adamw_step
-from entropy_probe.assemble import versions
 from entropy_probe.checkpoints import (
     freeze_matching,
     freeze_names,
@@ -26,23 +23,26 @@ from entropy_probe.checkpoints import (
     read_trainer_state,
     tokenizer_ids,
 )
-from entropy_probe.choices import path_of, settings_of
-from entropy_probe.devices import AUTO, choose_device
-from entropy_probe.diagnostics import padding_warnings
+from entropy_probe.common.choices import path_of, settings_of
+from entropy_probe.common.devices import AUTO, choose_device
+from entropy_probe.common.progress import Clock, Progress, Silent
+from entropy_probe.data.rollouts import read_batch, refuse_unsampled
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, prepare, refuse_cut, unexplained, watched
-from entropy_probe.inputs import free_memory, resolve_advantages, resolve_length_weights
-from entropy_probe.policy import Policy, check_finite, check_fits, special_ids
-from entropy_probe.progress import Clock, Progress, Silent
-from entropy_probe.recorded import check_recorded, recorded_count, trainers_step
+from entropy_probe.model.policy import Policy, check_finite, check_fits, special_ids
+from entropy_probe.optimizers.adam_preconditioner import ZeroV
+from entropy_probe.optimizers.adam_step import adamw_step
+from entropy_probe.pipeline.assemble import versions
+from entropy_probe.pipeline.diagnostics import padding_warnings
+from entropy_probe.pipeline.inputs import free_memory, resolve_advantages, resolve_length_weights
+from entropy_probe.pipeline.recorded import check_recorded, recorded_count, trainers_step
+from entropy_probe.pipeline.settings import OFF, autocast_name, dtype_name, refuse_unused_constant
 from entropy_probe.replay_check import pairs, sections
 from entropy_probe.replay_check.case import Replayed, against
 from entropy_probe.replay_check.settings import ReplaySettings
 from entropy_probe.replay_check.suspicions import Findings, find_suspicions
+from entropy_probe.replay_check.update_comparison import compare_gradients, recovered_gradient
 from entropy_probe.report.replay_schema import ReplayConfig, ReplayReport
-from entropy_probe.rollouts import read_batch, refuse_unsampled
-from entropy_probe.settings import OFF, autocast_name, dtype_name, refuse_unused_constant
-from entropy_probe.update_comparison import compare_gradients, recovered_gradient
 
 DEFAULTS = ReplaySettings()
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 
-from entropy_probe import diagnostics
-from entropy_probe.adam_step import gradient_norm
 from entropy_probe.checkpoints import Checkpoint
-from entropy_probe.dropout import active_dropout
-from entropy_probe.evidence import Evidence
-from entropy_probe.policy import Measured
-from entropy_probe.recorded import SAME_RATE, Source, recorded_count, recorded_rates
+from entropy_probe.common.evidence import Evidence
+from entropy_probe.data.rollouts import RolloutBatch
+from entropy_probe.model.dropout import active_dropout
+from entropy_probe.model.policy import Measured
+from entropy_probe.optimizers.adam_step import gradient_norm
+from entropy_probe.pipeline import diagnostics
+from entropy_probe.pipeline.recorded import SAME_RATE, Source, recorded_count, recorded_rates
 from entropy_probe.replay_check.case import Replayed
 from entropy_probe.replay_check.row_causes import WHOLE_FILE, incomplete, surplus
 from entropy_probe.replay_check.settings import MIXED_TOLERANCE
 from entropy_probe.replay_check.suspicions import Findings
+from entropy_probe.replay_check.update_comparison import micro_batch_entropy
 from entropy_probe.report.replay_schema import (
     GradientSection,
     LoggedSection,
@@ -22,8 +24,6 @@ from entropy_probe.report.replay_schema import (
     UpdateSection,
     within_rounding,
 )
-from entropy_probe.rollouts import RolloutBatch
-from entropy_probe.update_comparison import micro_batch_entropy
 
 LOG_TOLERANCE = 1e-3
 """Relative difference from a logged figure that float32's order of sums may make."""

@@ -8,10 +8,17 @@ from functools import partial
 
 import torch
 
-from entropy_probe.choices import Check, member, number, optional, settle
+from entropy_probe.common.choices import Check, member, number, optional, settle
 from entropy_probe.errors import InputError
-from entropy_probe.scores import AdvantageRule, LengthWeight
-from entropy_probe.settings import COUNT, POSITIVE, Autocast, autocast_setting, refuse_autocast_elsewhere, torch_type
+from entropy_probe.pipeline.settings import (
+    COUNT,
+    POSITIVE,
+    Autocast,
+    autocast_setting,
+    refuse_autocast_elsewhere,
+    torch_type,
+)
+from entropy_probe.targets.scores import AdvantageRule, LengthWeight
 
 TOLERANCE = 1e-4
 """Net error up to which the two updates count as one; float32's own is 1e-7 to 2e-5 (measured)."""
@@ -25,7 +32,7 @@ MIXED_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """How to replay. None takes what the recorder wrote into the rows (:mod:`entropy_probe.recorded`).
+    """How to replay. None takes what the recorder wrote into the rows (:mod:`entropy_probe.pipeline.recorded`).
 
     Names and torch types may be given as text: ``ReplaySettings(length_weight="dapo", dtype="float64")``.
 

@@ -3,7 +3,7 @@
 A cause is another step: with another learning rate, clip or Adam state, with other advantages or length weights. Its net error
 against the real update is compared with that of the step as it was replayed; a cause explains the gap if no more than a tenth
 of it is left. Where the checkpoint after the step holds Adam's moments, the gradient that the trainer used is known
-(:func:`~entropy_probe.update_comparison.recovered_gradient`), and factors and single rows are read off it.
+(:func:`~entropy_probe.replay_check.update_comparison.recovered_gradient`), and factors and single rows are read off it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from entropy_probe.progress import Progress
+from entropy_probe.common.progress import Progress
 from entropy_probe.replay_check.case import Cause, Replayed
 from entropy_probe.replay_check.gradient_causes import one_thing_else, two_things_else
 from entropy_probe.replay_check.optimizer_causes import optimizer_causes

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from entropy_probe.arrays import FloatArray
+from entropy_probe.common.arrays import FloatArray
+from entropy_probe.common.files import check_writable, replacing
 from entropy_probe.errors import InputError
-from entropy_probe.files import check_writable, replacing
 from entropy_probe.report.replay_schema import ReplayReport
 from entropy_probe.report.schema import Report
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from entropy_probe.evidence import Evidence
+from entropy_probe.common.evidence import Evidence
 from entropy_probe.report.schema import check_content
 
 REPLAY_SCHEMA = 1
@@ -28,7 +28,7 @@ class ParameterRow:
 
 @dataclass(frozen=True)
 class UpdateSection:
-    """The computed update against the real one, θ of N+1 less θ of N; see :mod:`entropy_probe.update_comparison`.
+    """The computed update against the real one, θ of N+1 less θ of N; see :mod:`entropy_probe.replay_check.update_comparison`.
 
     ``error_net`` is ``relative_error`` without what rounding explains, and up to ``tolerance`` counts as the same step.
     ``part_norms`` are of momentum, fresh gradient and weight decay, over ‖Δ‖ real. ``parameters``: largest share first.

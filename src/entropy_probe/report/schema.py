@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from entropy_probe.evidence import Evidence
-from entropy_probe.stored_precision import Rounding
+from entropy_probe.common.evidence import Evidence
+from entropy_probe.optimizers.stored_precision import Rounding
 
 SCHEMA = 1
 
@@ -89,7 +89,7 @@ class NoiseSection:
     ``entropy_gradient`` and ``update`` are the sampling noise of X and of Y through the responses within prompts, ``shared``
     what the two share (negative where they cancel), ``prompts`` real differences between prompts, ``product`` the one's noise
     times the other's, which falls as 1/U²; ``product_with_entropy_gradient`` and ``product_with_update`` are what of the
-    product would go with X's sampling noise and with Y's. See :mod:`entropy_probe.noise`.
+    product would go with X's sampling noise and with Y's. See :mod:`entropy_probe.statistics.noise`.
     """
 
     entropy_gradient: float | None
@@ -273,7 +273,7 @@ class EntropySection:
 
 @dataclass(frozen=True)
 class RealizedRow:
-    """One realised step beside its own linear prediction; see :mod:`entropy_probe.realized`.
+    """One realised step beside its own linear prediction; see :mod:`entropy_probe.realized.realize`.
 
     ``rounded`` is "nearest" or "stochastic" where the step is rounded as the weights are stored, else null.
     """

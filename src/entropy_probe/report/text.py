@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from entropy_probe.files import readable_size
+from entropy_probe.common.files import readable_size
 from entropy_probe.report.schema import Report
 from entropy_probe.report.sentences import CAUSES, quantity, range_of, signed
 

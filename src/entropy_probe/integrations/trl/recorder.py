@@ -35,9 +35,9 @@ import torch
 import trl
 from transformers import TrainerCallback
 
-from entropy_probe.choices import whole_number
-from entropy_probe.dropout import active_dropout
-from entropy_probe.integrations.trl.private_names import WRAPPED
+from entropy_probe.common.choices import whole_number
+from entropy_probe.compat.trl import WRAPPED
+from entropy_probe.data.rollouts import Rollout, write_rollouts
 from entropy_probe.integrations.trl.sampling import neutral_sampling
 from entropy_probe.integrations.trl.trainer import (
     check_batch,
@@ -46,7 +46,7 @@ from entropy_probe.integrations.trl.trainer import (
     learning_rates,
     trl_is_newer_than_known,
 )
-from entropy_probe.rollouts import Rollout, write_rollouts
+from entropy_probe.model.dropout import active_dropout
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from transformers import GenerationConfig, GenerationMixin
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import utils as trl_model_utils
 
+from entropy_probe.compat.trl import GENERATE, GENERATE_BATCH, OVERRIDE, PREPARE, VLLM_SETTINGS
+from entropy_probe.data.rollouts.columns import SAMPLING, among, leaves_whole
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl.own_code import replacement
-from entropy_probe.integrations.trl.private_names import GENERATE, GENERATE_BATCH, OVERRIDE, PREPARE, VLLM_SETTINGS
 from entropy_probe.integrations.trl.trainer import end_tokens, refuse
-from entropy_probe.rollouts.columns import SAMPLING, among, leaves_whole
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **SAMPLING,

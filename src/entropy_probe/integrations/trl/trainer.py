@@ -11,9 +11,7 @@ import transformers
 import trl
 from packaging.version import InvalidVersion, Version
 
-from entropy_probe.errors import InputError
-from entropy_probe.integrations.trl.own_code import replacement
-from entropy_probe.integrations.trl.private_names import (
+from entropy_probe.compat.trl import (
     BATCH,
     FIRST_KNOWN,
     FREE_TO_OVERRIDE,
@@ -29,7 +27,9 @@ from entropy_probe.integrations.trl.private_names import (
     UNTIL,
     WRAPPED,
 )
-from entropy_probe.recorded import LENGTH_WEIGHT_OF_LOSS
+from entropy_probe.errors import InputError
+from entropy_probe.integrations.trl.own_code import replacement
+from entropy_probe.pipeline.recorded import LENGTH_WEIGHT_OF_LOSS
 
 
 def refuse(reason: str) -> InputError:

@@ -1,0 +1,1 @@
+"""What was sampled: rollouts, how they are paired, the bundled run."""

@@ -1,0 +1,131 @@
+"""Reading and writing rollouts files, JSON Lines or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from entropy_probe.common.choices import path_of
+from entropy_probe.common.files import replacing
+from entropy_probe.data.rollouts.grouping import group_rollouts
+from entropy_probe.data.rollouts.records import Rollout, RolloutBatch
+from entropy_probe.data.rollouts.rows import as_rollouts, rollout_from_row, row_from_rollout
+from entropy_probe.errors import InputError, one_line, out_of_memory
+
+
+def read_batch(path: str | Path, temperature: float | None = None, *, least_responses: int = 2) -> RolloutBatch:
+    """Read, check and group a rollouts file.
+
+    Raises:
+        InputError: see :func:`read_rollouts` and :func:`group_rollouts`.
+    """
+    return group_rollouts(read_rollouts(path), temperature, least_responses=least_responses)
+
+
+def read_rollouts(path: str | Path) -> list[Rollout]:
+    """Read rows from ``.jsonl``/``.json``/``.ndjson`` (JSON Lines) or ``.parquet``.
+
+    Raises:
+        InputError: the file is missing, empty, not of a known kind, or a row breaks the schema (its number is named).
+    """
+    rollouts = [rollout_from_row(row, where) for where, row in read_rows(path)]
+    if not rollouts:
+        raise InputError(f"{path} holds no rollouts; expected one row a response")
+    return rollouts
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ``(where, row)`` for each row of a JSON Lines or Parquet file; ``where`` names the place for messages.
+
+    Raises:
+        InputError: the file is missing or not what its name says.
+    """
+    path = path_of("the rollouts file", path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file; expected a .jsonl or .parquet file")
+    if path.suffix == ".parquet":
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            if out_of_memory(error):
+                raise
+            raise InputError(f"{path} cannot be read as Parquet: {one_line(error)}") from error
+        for number, row in enumerate(rows):
+            yield f"{path} row {number}", row
+    elif path.suffix in {".jsonl", ".json", ".ndjson"}:
+        yield from _read_json_lines(path)
+    else:
+        raise InputError(f"{path} ends in {path.suffix!r}; expected .jsonl (JSON Lines) or .parquet")
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{path} line {number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{where} is not JSON ({error.msg}); expected one JSON object a line") from error
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
+                    raise InputError(
+                        f"{where} cannot be read ({one_line(error)}); expected one JSON object a line"
+                    ) from error
+                if not isinstance(row, dict):
+                    raise InputError(f"{where} is a JSON {type(row).__name__}; expected one JSON object a line")
+                yield where, row
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text; expected JSON Lines") from error
+
+
+def write_rollouts(rollouts: RolloutBatch | Iterable[Rollout | Mapping[str, Any]], path: str | Path) -> None:
+    """Write rows, records or mappings, as JSON Lines or Parquet, by the file's name; an interrupted write leaves no file.
+
+    Of a batch these are its responses. Where they declare no temperature and the batch's is not 1, which a reader would
+    take, each is written with the batch's.
+
+    Raises:
+        InputError: a row breaks the schema, the name ends in neither ``.jsonl`` nor ``.parquet``, the folder cannot be written,
+            or the format cannot hold a value.
+    """
+    path = path_of("the path of the rollouts file", path)
+    if isinstance(rollouts, RolloutBatch):
+        rollouts = _with_temperature(rollouts)
+    rows = [row_from_rollout(rollout) for rollout in as_rollouts(rollouts)]
+    if path.suffix not in {".jsonl", ".parquet"}:
+        raise InputError(f"{path} ends in {path.suffix!r}; rollouts are written as .jsonl or .parquet")
+    try:
+        if path.suffix == ".parquet":
+            table = pyarrow.Table.from_pylist(_same_columns(rows))
+        else:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        if out_of_memory(error):
+            raise
+        kind = "Parquet, which has one type a column" if path.suffix == ".parquet" else "JSON"
+        raise InputError(f"{path}: a value cannot be written as {kind}: {one_line(error)}") from error
+    with replacing(path) as temporary:
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(table, temporary)
+        else:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _with_temperature(batch: RolloutBatch) -> Sequence[Rollout]:
+    if batch.temperature == 1 or any(row.temperature is not None for row in batch.responses):
+        return batch.responses
+    return [replace(row, temperature=batch.temperature) for row in batch.responses]
+
+
+def _same_columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    # Table.from_pylist takes its columns from the first row alone.
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in names} for row in rows]

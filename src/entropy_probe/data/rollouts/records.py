@@ -1,0 +1,163 @@
+"""Responses, prompts and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from entropy_probe.data.rollouts import values
+from entropy_probe.data.rollouts.columns import is_of_tokens
+from entropy_probe.data.rollouts.masks import ATTENTION_MASKS, padding_of
+from entropy_probe.errors import InputError
+
+PromptId = str | int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response to one prompt, checked and put into Python's own types when it is made, from a file or not.
+
+    ``prompt_ids`` and ``response_ids`` are token ids; the response holds its EOS if one was sampled. ``logprobs`` are the
+    sampler's, one per response token, in nats. ``cut`` is true where the length limit ended the response. ``eos_ids`` are the
+    ids at which the sampler ended a response, where it is known; () for none.
+
+    Lists, NumPy arrays and torch tensors of ids and numbers become tuples. Attention masks in ``extra``
+    (:mod:`~entropy_probe.data.rollouts.masks`) are used: ids that they call padding are dropped, with their log-probs,
+    values in masks of tokens and those attention masks; ``padding_id`` is then the id that stood at the response's end.
+
+    The last ones describe the trainer's accumulation window, where a recorder knows it: ``micro_batch`` is the index of
+    the micro-batch that held the row, ``window_tokens`` the token count that the trainer divides by (dapo),
+    ``max_completion_length`` the constant of Dr. GRPO, ``loss_type`` the trainer's name of its loss, ``step`` the optimizer
+    step that consumed the row (N + 1 for checkpoint N), and ``on_policy`` whether the sampler was the policy at that step.
+    """
+
+    prompt_id: PromptId
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    reward: float
+    advantage: float | None = None
+    logprobs: tuple[float, ...] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    cut: bool | None = None
+    prompt: str | None = None
+    response: str | None = None
+    micro_batch: int | None = None
+    window_tokens: float | None = None
+    max_completion_length: int | None = None
+    loss_type: str | None = None
+    step: int | None = None
+    on_policy: bool | None = None
+    eos_ids: tuple[int, ...] | None = None
+    padding_id: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every column, and drop what a mask calls padding.
+
+        Raises:
+            InputError: a value has the wrong type, is not finite, or is empty; log-probs are not one a response token; a mask
+                does not fit. The prompt and the column are named.
+        """
+        self._set("prompt_id", values.prompt_id(self.prompt_id, "prompt_id"))
+        try:
+            for name, check in values.REQUIRED.items():
+                self._set(name, check(getattr(self, name), name))
+            for name, check in values.OPTIONAL.items():
+                value = getattr(self, name)
+                self._set(name, None if values.missing(value, name) else check(value, name))
+            self._set("extra", values.columns(self.extra, "extra"))
+            if self.logprobs is not None and len(self.logprobs) != len(self.response_ids):
+                raise InputError(
+                    f"{len(self.logprobs)} logprobs for {len(self.response_ids)} response tokens; expected one each"
+                )
+            self._drop_padding()
+        except InputError as error:
+            raise InputError(f"prompt_id {self.prompt_id!r}: {error}") from error
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the record is frozen for everyone else
+
+    def _drop_padding(self) -> None:
+        padding = padding_of(self.extra, len(self.prompt_ids), len(self.response_ids))
+        if not padding.prompt and not padding.response:
+            return
+        kept = len(self.response_ids) - padding.response
+        dropped = set(self.response_ids[kept:])
+        if len(dropped) > 1:
+            raise InputError(
+                f"a mask is 0 over different ids at the response's end ({', '.join(map(str, sorted(dropped)))}), of which one "
+                "alone can be padding; is it 0 over the end token, which was sampled? Give 1 there"
+            )
+        lengths = {len(self.response_ids): 0, self.length: padding.prompt}
+        extra = {}
+        for name, value in self.extra.items():
+            if name in ATTENTION_MASKS:
+                continue  # it would no longer fit
+            first = lengths.get(len(value)) if isinstance(value, list | tuple) and is_of_tokens(name) else None
+            extra[name] = value if first is None else value[first : len(value) - padding.response]
+        self._set("prompt_ids", self.prompt_ids[padding.prompt :])
+        self._set("response_ids", self.response_ids[:kept])
+        self._set("logprobs", None if self.logprobs is None else self.logprobs[:kept])
+        self._set("padding_id", dropped.pop() if dropped else self.padding_id)
+        self._set("extra", extra)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """A prompt and its responses, in the order of their rows."""
+
+    prompt_id: PromptId
+    prompt_ids: tuple[int, ...]
+    responses: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Prompts in the order of their first row. ``temperature`` is the one at which every response was sampled."""
+
+    groups: tuple[PromptGroup, ...]
+    temperature: float
+
+    @cached_property
+    def responses(self) -> tuple[Rollout, ...]:
+        """Every response, prompt by prompt: the order in which scores and coefficients are laid out."""
+        return tuple(response for group in self.groups for response in group.responses)
+
+    @cached_property
+    def group_sizes(self) -> tuple[int, ...]:
+        """G_n, the number of responses of each prompt."""
+        return tuple(len(group.responses) for group in self.groups)
+
+    def of_prompts(self, prompts: Sequence[int]) -> RolloutBatch:
+        """The batch of these prompts alone, by their places."""
+        return RolloutBatch(tuple(self.groups[n] for n in prompts), self.temperature)
+
+    @cached_property
+    def mean_length(self) -> float:
+        """T̄, the mean over prompts of the mean response length, in tokens."""
+        means = [sum(len(r.response_ids) for r in group.responses) / len(group.responses) for group in self.groups]
+        return sum(means) / len(means)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of response tokens."""
+        return sum(len(response.response_ids) for response in self.responses)
+
+    @cached_property
+    def positions(self) -> tuple[int, ...]:
+        """Of every prompt, tokens of all its sequences, prompts and responses: what its forwards cost."""
+        return tuple(sum(response.length for response in group.responses) for group in self.groups)
+
+
+def count_cut(rollouts: Iterable[Rollout]) -> int:
+    """How many responses the length limit ended."""
+    return sum(rollout.cut is True for rollout in rollouts)

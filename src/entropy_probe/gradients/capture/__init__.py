@@ -1,0 +1,1 @@
+"""How a use of a weight tells sequences apart."""

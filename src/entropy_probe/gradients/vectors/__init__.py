@@ -1,0 +1,1 @@
+"""Where gradients go: unit vectors, shards of them, contractions with directions."""

@@ -1,0 +1,525 @@
+"""The policy: fresh teacher-forced log-probs S of given responses under a causal language model.
+
+S = Σ_t log softmax(logits_t / τ)[y_t] over response tokens, first EOS included, in nats. Where it is asked for, the entropy
+H_t = −Σ_v p_v log p_v of p = softmax(logits_t / τ), which token t was drawn from, comes from the same forward.
+
+Dropout is inactive (it would make S differ from the sampler's and from pass to pass), padding is on the right, and log-softmax
+runs in float32 or better.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, assert_never
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from entropy_probe.common.progress import Progress, Silent
+from entropy_probe.compat.wrappers import (
+    held_part,
+    mixed_precision,
+    named_parameters,
+    reset_sharding,
+    reshard,
+    without_accelerate_autocast,
+)
+from entropy_probe.data.rollouts import Rollout, RolloutBatch, SpecialIds
+from entropy_probe.errors import InputError, one_line, out_of_memory
+from entropy_probe.model.float64_mode import Float64Mode
+from entropy_probe.model.language_head import (
+    HeadMode,
+    chunkable,
+    chunked_values,
+    head_calls,
+    log_probs_and_entropies,
+    output_head,
+)
+from entropy_probe.ranks.collectives import WHOLE, Ranks, Sharding, deal
+
+
+@dataclass(frozen=True)
+class PaddedResponses:
+    """Sequences padded on the right.
+
+    ``input_ids`` and ``attention_mask`` are [n, L]; ``rows``, ``positions``, ``targets`` and ``places`` hold, for each response
+    token, its sequence, the position whose logits predict it, its id, and its place in the response: [tokens].
+    ``first`` is each sequence's first such position, ``longest`` the length R of the longest response.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    positions: Tensor
+    targets: Tensor
+    places: Tensor
+    first: tuple[int, ...]
+    longest: int
+
+    def on_responses(self, hidden: Tensor) -> Tensor:
+        """Of [n, L, d] the positions whose logits predict response tokens: [n, R, d]; short responses repeat a later one."""
+        if len(set(self.first)) == 1 and self.first[0] + self.longest <= hidden.shape[1]:
+            return hidden[:, self.first[0] : self.first[0] + self.longest]
+        starts = torch.tensor(self.first, device=hidden.device)[:, None]
+        window = starts + torch.arange(self.longest, device=hidden.device)
+        # Flat: the backward of indexing by two is several times slower.
+        row_starts = torch.arange(len(hidden), device=hidden.device)[:, None] * hidden.shape[1]
+        flat = window.clamp(max=hidden.shape[1] - 1) + row_starts
+        return hidden.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, hidden.shape[-1])
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Of [n, R, …] the entries of response tokens: [tokens, …]."""
+        if len(self.rows) == values.shape[0] * values.shape[1]:
+            return values.flatten(0, 1)
+        return values.flatten(0, 1).index_select(0, self.rows * values.shape[1] + self.places)
+
+
+def pad_right(responses: Sequence[Rollout], device: torch.device, length: int | None = None) -> PaddedResponses:
+    """Prompt and response ids side by side, padded with masked zeros on the right to ``length``, or to the longest."""
+    length = max(r.length for r in responses) if length is None else length
+    input_ids = torch.zeros((len(responses), length), dtype=torch.long)
+    attention_mask = torch.zeros((len(responses), length), dtype=torch.long)
+    rows: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    places: list[int] = []
+    for row, response in enumerate(responses):
+        ids = (*response.prompt_ids, *response.response_ids)
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+        first = len(response.prompt_ids) - 1
+        rows.extend([row] * len(response.response_ids))
+        positions.extend(range(first, first + len(response.response_ids)))
+        targets.extend(response.response_ids)
+        places.extend(range(len(response.response_ids)))
+    return PaddedResponses(
+        input_ids.to(device),
+        attention_mask.to(device),
+        torch.tensor(rows, device=device),
+        torch.tensor(positions, device=device),
+        torch.tensor(targets, device=device),
+        torch.tensor(places, device=device),
+        tuple(len(response.prompt_ids) - 1 for response in responses),
+        max(len(response.response_ids) for response in responses),
+    )
+
+
+def sum_over_tokens(values: Tensor, batch: PaddedResponses) -> Tensor:
+    """One value a response token, [tokens], summed for each response: float64 [n].
+
+    In float32 the sum over a long response would lose what its tokens still hold.
+    """
+    totals = torch.zeros(len(batch.input_ids), dtype=torch.float64, device=values.device)
+    return totals.index_add(0, batch.rows, values.double())
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """log π(y_t) of each response token and the entropy H_t of the distribution that it was drawn from, nats.
+
+    [tokens] each, float32 or float64, with the graph if gradients are enabled; ``entropies`` is None where not asked for.
+    """
+
+    log_probs: Tensor
+    entropies: Tensor | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """S of every response [N], and H of every response token [tokens] in the order of the responses, or None; nats.
+
+    Float64, on the CPU, without gradients.
+    """
+
+    scores: Tensor
+    entropies: Tensor | None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model at a temperature, with how its forwards are run.
+
+    ``microbatch_size`` responses go through one forward; it changes memory and rounding, nothing else. ``autocast`` is the
+    type of mixed-precision arithmetic over float32 weights, or None. ``head`` says where logits are computed
+    (:func:`choose_head`). ``sharding`` says who shares the work, and whether weights are sharded: a forward is then every
+    rank's, and all must run as many.
+    """
+
+    model: nn.Module
+    temperature: float = 1.0
+    microbatch_size: int = 32
+    autocast: torch.dtype | None = None
+    head: HeadMode = HeadMode.WHOLE
+    sharding: Sharding = WHOLE
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.model.parameters()).dtype
+
+    def arithmetic_dtype(self) -> torch.dtype:
+        """The narrowest type in forwards: autocast's or that of the weights, or of FSDP2's mixed precision in any module."""
+        own = self.dtype if self.autocast is None else self.autocast
+        return min((own, *mixed_precision(self.model)), key=lambda dtype: dtype.itemsize)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, tied ones once, in the order of ``named_parameters``."""
+        reshard(self.model)
+        return {name: p for name, p in named_parameters(self.model) if p.requires_grad}
+
+    def held(self) -> dict[str, Tensor]:
+        """What this rank holds of each trainable parameter, without gradient: all of it, or its rows."""
+        return {name: held_part(p.detach()) for name, p in self.trainable().items()}
+
+    def in_forwards(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name as the model's code sees them: the same, or what FSDP2 gathers them into.
+
+        FSDP2 keeps those objects and frees their memory in between: whole gradients can be asked for by them, values not read.
+        To get hold of them each layer is gathered once, so that every rank must call this.
+
+        Raises:
+            InputError: gradients of a backward without synchronisation are there.
+        """
+        if not self.sharding.sharded:
+            return self.trainable()
+        found: dict[str, nn.Parameter] = {}
+        for path, module in self.model.named_modules():
+            if not isinstance(module, FSDPModule):
+                continue
+            module.unshard()
+            gathered: nn.Module = module  # type: ignore[assignment]  # to mypy FSDPModule is no module
+            own = named_parameters(gathered, path)
+            found.update({name: p for name, p in own if p.requires_grad and not isinstance(p, DTensor)})
+            module.reshard()
+        pending = [name for name, p in found.items() if p.grad is not None]
+        if pending:
+            raise InputError(
+                f"{len(pending)} parameters ({pending[0]}, …) hold gradients that FSDP2 has not reduced yet, which a pass "
+                "would disturb; probe after the optimizer's step and zero_grad()"
+            )
+        return {name: found[name] for name in self.trainable()}
+
+    def microbatches(self, count: int) -> Iterator[slice]:
+        """Consecutive slices of at most ``microbatch_size`` out of ``count``."""
+        for start in range(0, count, self.microbatch_size):
+            yield slice(start, min(start + self.microbatch_size, count))
+
+    def forwards(self, responses: Sequence[Rollout]) -> list[list[int]]:
+        """Indices of the responses of every forward, as many as ``microbatches`` has, the longest first.
+
+        Responses of similar length go together: what is padded is computed for nothing.
+        """
+        order = sorted(range(len(responses)), key=lambda row: -responses[row].length)
+        return [order[part] for part in self.microbatches(len(responses))]
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Run forwards with dropout inactive, in the policy's arithmetic; training flags come back on every exit."""
+        training = [module for module in self.model.modules() if module.training]
+        with ExitStack() as stack:
+            if self.dtype == torch.float64:
+                stack.enter_context(Float64Mode())
+            stack.enter_context(without_accelerate_autocast(self.model))
+            # Hooks, replaced forwards and function modes do not reach into compiled code.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # Entered also to switch off an autocast that the caller may be in.
+            stack.enter_context(
+                torch.autocast(
+                    self.device.type,
+                    dtype=self.autocast,
+                    enabled=self.autocast is not None,
+                    # FSDP2 gathers into the same tensors each time: kept casts would be the whole model.
+                    cache_enabled=not self.sharding.sharded,
+                )
+            )
+            try:
+                for module in training:
+                    module.training = False
+                yield
+            except BaseException:
+                reset_sharding(self.model)
+                raise
+            finally:
+                for module in training:
+                    module.training = True
+
+    def modes(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What enters the function modes of :meth:`arithmetic` again where autograd has taken them off."""
+        return Float64Mode if self.dtype == torch.float64 else nullcontext
+
+    def token_log_probs(self, batch: PaddedResponses) -> Tensor:
+        """log π of each response token by one forward, [tokens], float32 or float64; under ``arithmetic``."""
+        return self.token_values(batch, entropies=False).log_probs
+
+    def token_values(self, batch: PaddedResponses, *, entropies: bool) -> TokenValues:
+        """log π, and H where asked for, of each response token by one forward; under ``arithmetic``."""
+        ids = batch.input_ids
+
+        def logits() -> Tensor:
+            found: Tensor = self.model(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            return found
+
+        if self.head is HeadMode.WHOLE:
+            # One flat index: the backward of indexing by two is several times slower.
+            chosen = batch.rows * ids.shape[1] + batch.positions
+            return self._values(logits().flatten(0, 1).index_select(0, chosen), batch, entropies)
+        head = output_head(self.model)
+        assert head is not None, "choose_head found one"
+        if self.head is HeadMode.RESPONSES:
+            with head_calls(head, batch.on_responses, stop=False):
+                return self._values(batch.of_tokens(logits()), batch, entropies)
+        if self.head is not HeadMode.CHUNKED:
+            assert_never(self.head)
+        with head_calls(head, batch.on_responses, stop=True) as calls:
+            logits()
+        assert isinstance(head, nn.Linear)
+        targets = torch.zeros((len(ids), batch.longest), dtype=torch.long, device=ids.device)
+        targets[batch.rows, batch.places] = batch.targets
+        log_probs, found = chunked_values(calls[0].hidden, head.weight, head.bias, targets, self.temperature, entropies)
+        return TokenValues(batch.of_tokens(log_probs), None if found is None else batch.of_tokens(found))
+
+    def _values(self, logits: Tensor, batch: PaddedResponses, entropies: bool) -> TokenValues:
+        """log softmax(z/τ) of the target, and H where asked for, from logits [tokens, V]."""
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        if entropies:
+            return TokenValues(*log_probs_and_entropies(wide, batch.targets, self.temperature))
+        scaled = wide if self.temperature == 1.0 else wide / self.temperature
+        return TokenValues(torch.log_softmax(scaled, dim=-1).gather(1, batch.targets[:, None])[:, 0], None)
+
+    def forward_scores(self, responses: Sequence[Rollout]) -> Tensor:
+        """S of each response by one forward, float64 [n], with the graph if gradients are enabled; under ``arithmetic``."""
+        batch = pad_right(responses, self.device)
+        return sum_over_tokens(self.token_log_probs(batch), batch)
+
+    def scores(self, responses: Sequence[Rollout], progress: Progress | None = None) -> Tensor:
+        """S of every response without gradients, float64 [N] on the CPU."""
+        return self.measure(responses, progress, entropies=False).scores
+
+    def measure(
+        self, responses: Sequence[Rollout], progress: Progress | None = None, *, entropies: bool = True
+    ) -> Measured:
+        """S of every response and, on request, H of every response token, without gradients, from the same forwards.
+
+        Ranks share the responses out by their tokens, and each gets the values of all: every rank must call it.
+        """
+        progress = progress if progress is not None else Silent()
+        ranks = self.sharding.ranks
+        shares = deal([response.length for response in responses], ranks.count)
+        own = responses[shares[ranks.rank].start : shares[ranks.rank].stop]
+        idle = 0
+        if self.sharding.sharded:
+            forwards = [len(list(self.microbatches(len(share)))) for share in shares]
+            idle = max(forwards) - forwards[ranks.rank]
+        here = self.measure_here(own, progress, entropies=entropies)
+        with torch.no_grad(), self.arithmetic():
+            for _ in range(idle):
+                self.forward_scores([idle_row(responses)])
+        return combine(here, responses, shares[ranks.rank], ranks)
+
+    def measure_here(
+        self, responses: Sequence[Rollout], progress: Progress | None = None, *, entropies: bool = True
+    ) -> Measured:
+        """:meth:`measure` on this rank alone."""
+        progress = progress if progress is not None else Silent()
+        parts = self.forwards(responses)
+        scores = torch.zeros(len(responses), dtype=torch.float64)
+        found = [torch.zeros(0, dtype=torch.float64)] * len(responses)
+        with torch.no_grad(), self.arithmetic():
+            for rows in progress.track(parts, "log-probs", len(parts)):
+                together = [responses[row] for row in rows]
+                batch = pad_right(together, self.device)
+                values = self.token_values(batch, entropies=entropies)
+                scores[rows] = sum_over_tokens(values.log_probs, batch).cpu()
+                if values.entropies is not None:
+                    lengths = [len(response.response_ids) for response in together]
+                    for row, own in zip(rows, torch.split(values.entropies.double().cpu(), lengths), strict=True):
+                        found[row] = own
+        return Measured(scores, torch.cat([scores[:0], *found]) if entropies else None)
+
+
+def idle_row(responses: Sequence[Rollout]) -> Rollout:
+    """Two tokens for a rank that has no rows left while others, whose forwards need it, have."""
+    first = responses[0]
+    return Rollout(first.prompt_id, first.prompt_ids[:1], first.response_ids[:1], 0.0)
+
+
+def combine(here: Measured, responses: Sequence[Rollout], rows: range, ranks: Ranks) -> Measured:
+    """What every rank has measured of its ``rows``, put together: all ``responses``' values."""
+    if ranks.count == 1:
+        return here
+    first = [0, *itertools.accumulate(len(response.response_ids) for response in responses)]
+    values = np.zeros(len(responses) + (0 if here.entropies is None else first[-1]))
+    values[rows.start : rows.stop] = here.scores.numpy()
+    if here.entropies is not None:
+        values[len(responses) :][first[rows.start] : first[rows.stop]] = here.entropies.numpy()
+    found = torch.from_numpy(ranks.sum_numbers(values))
+    return Measured(found[: len(responses)], None if here.entropies is None else found[len(responses) :])
+
+
+HEAD_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""Nats by which two ways to the same log-prob or entropy may differ, relative to 1 + its size: GEMMs of other shapes round
+otherwise."""
+
+LOW_PRECISION_HEAD_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """A policy with the head that serves it best; ``reason`` says why it is not the one asked for, or is None."""
+
+    policy: Policy
+    reason: str | None
+
+
+def choose_head(policy: Policy, rows: Sequence[Rollout], *, chunked: bool) -> HeadChoice:
+    """Compute logits of response positions alone, and in chunks where asked, if these rows' log-probs and entropies stay.
+
+    Chunks need more: that the model hands out the head's very logits, bit for bit. A scale or a cap after the head would be
+    left out, and one near 1 would hide in the rounding of bfloat16.
+
+    Args:
+        policy: with the whole head.
+        rows: two short responses to prompts of different lengths.
+        chunked: whether logits are too large to stand in memory.
+    """
+    head = output_head(policy.model)
+    if head is None:
+        return HeadChoice(policy, "the model names no output head: logits of every position, whole")
+    found = replace(policy, head=HeadMode.RESPONSES)
+    with torch.no_grad(), policy.arithmetic():
+        padded = pad_right(rows, policy.device)
+        truth = _columns(policy, padded)
+        try:
+            with head_calls(head, lambda hidden: hidden, stop=False) as calls:
+                logits = policy.model(
+                    input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
+                ).logits
+            if len(calls) != 1:
+                return HeadChoice(
+                    policy, f"the model calls its head {len(calls)} times: logits of every position, whole"
+                )
+            modes = [replace(policy, head=HeadMode.CHUNKED)] if chunked and chunkable(head) else []
+            gaps = [float(((_columns(p, padded) - truth).abs() / (1 + truth.abs())).max()) for p in (found, *modes)]
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
+            return HeadChoice(policy, f"logits of every position, whole: {one_line(error, 80)}")
+    if not gaps[0] <= _head_tolerance(policy):
+        return HeadChoice(
+            policy, f"logits of response positions alone change a log-prob or entropy by {gaps[0]:.1e} of its size"
+        )
+    if not chunked:
+        return HeadChoice(found, None)
+    raw = calls[0].logits
+    same = raw.shape == logits.shape and torch.equal(raw.double(), logits.double())
+    if not (modes and same and gaps[1] <= _head_tolerance(policy)):
+        return HeadChoice(found, "not in chunks: the model's logits are more than one linear layer's output")
+    return HeadChoice(replace(policy, head=HeadMode.CHUNKED), None)
+
+
+def _columns(policy: Policy, batch: PaddedResponses) -> Tensor:
+    """log π and H beside each other: [2, tokens]."""
+    values = policy.token_values(batch, entropies=True)
+    assert values.entropies is not None
+    return torch.stack([values.log_probs, values.entropies])
+
+
+def _head_tolerance(policy: Policy) -> float:
+    return HEAD_TOLERANCE.get(policy.arithmetic_dtype(), LOW_PRECISION_HEAD_TOLERANCE)
+
+
+def check_finite(scores: Tensor, responses: Sequence[Rollout]) -> None:
+    """Refuse scores that are not finite.
+
+    Raises:
+        InputError: a response that the model gives probability zero, or NaN; its prompt is named.
+    """
+    for response, score in zip(responses, scores.tolist(), strict=True):
+        if not -float("inf") < score < float("inf"):
+            raise InputError(
+                f"prompt_id {response.prompt_id!r}: a response has log-probability {score} under this checkpoint; "
+                "the weights are damaged, or it was sampled from another model"
+            )
+
+
+def input_limits(model: nn.Module) -> tuple[int | None, int | None]:
+    """(vocabulary, context length) of the transformers model in ``model``; None where there is none or it sets no limit."""
+    inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None:
+        return None, None
+    # num_embeddings and not the weight's shape: where weights are sharded, this rank's tensor holds only some rows.
+    embedding = inner.get_input_embeddings()
+    config = inner.config.get_text_config()
+    # An adapter may have put a module of its own in the embedding's place.
+    vocabulary = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else config.vocab_size
+    return vocabulary, getattr(config, "max_position_embeddings", None)
+
+
+def end_token_ids(model: nn.Module) -> tuple[int, ...]:
+    """The ids that the transformers model in ``model`` ends with, by its config and its generation config; () without any.
+
+    Of a generation config these ids, and those of :func:`special_ids`, alone are read: many chat models name their end of turn
+    only there.
+    """
+    return _configured_ids(model, "eos_token_id")
+
+
+def special_ids(model: nn.Module, tokenizer: SpecialIds = SpecialIds()) -> SpecialIds:  # noqa: B008 (frozen)
+    """The ids that pad, end and begin by the configs of the transformers model in ``model`` and by its tokenizer."""
+    end = end_token_ids(model)
+    return SpecialIds(
+        pad=_each_once(_configured_ids(model, "pad_token_id"), tokenizer.pad),
+        end=end,
+        stop=_each_once(end, tokenizer.stop),
+        begin=_each_once(_configured_ids(model, "bos_token_id"), tokenizer.begin),
+        unknown=tokenizer.unknown,
+    )
+
+
+def _configured_ids(model: nn.Module, name: str) -> tuple[int, ...]:
+    """What the text model's config and the generation config call by this name; original Llama's pad of -1 is none."""
+    inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None:
+        return ()
+    ids: list[object] = []
+    generation = vars(inner).get("generation_config")
+    own = getattr(generation, name, None) if isinstance(generation, GenerationConfig) else None
+    for configured in (getattr(inner.config.get_text_config(), name, None), own):
+        ids.extend(configured if isinstance(configured, list | tuple) else [configured])
+    return _each_once(token for token in ids if isinstance(token, int) and token >= 0)
+
+
+def _each_once(*ids: Iterable[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(itertools.chain(*ids)))
+
+
+def check_fits(batch: RolloutBatch, vocabulary: int | None, context_length: int | None) -> None:
+    """Refuse rollouts that the model cannot score; a limit of None is not checked.
+
+    Raises:
+        InputError: a token id outside the vocabulary, or a sequence past the context length; the prompt is named.
+    """
+    for response in batch.responses:
+        ids = (*response.prompt_ids, *response.response_ids)
+        if vocabulary is not None and max(ids) >= vocabulary:
+            raise InputError(
+                f"prompt_id {response.prompt_id!r} holds token id {max(ids)}, but the model's vocabulary has {vocabulary}; "
+                "were these rollouts made with another tokenizer?"
+            )
+        if context_length is not None and len(ids) > context_length:
+            raise InputError(
+                f"prompt_id {response.prompt_id!r} with its response has {len(ids)} tokens; "
+                f"the model's context holds {context_length}"
+            )

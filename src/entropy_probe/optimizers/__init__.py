@@ -1,0 +1,1 @@
+"""The optimizer's state, its preconditioner, its own step and that step's parts."""

@@ -1,0 +1,140 @@
+"""The first-order entropy change of the optimizer's own step, part by part, from dots of unit vectors.
+
+With E[X] = −∇H, a direction Δ that does not depend on unit u's responses changes the entropy by −XS_u · Δ / s_u in unit u's
+eyes, and the mean over prompts estimates ∇H · Δ. But every part of the step depends on Ȳ, which holds u's own Y: the fresh
+gradient's at once, the others through v⁺. So each is taken as it would be from the other units' mean,
+
+    row_u = −XS_u · Δ(Ȳ_−u) / s_u       Ȳ_−u = (B Ȳ − YS_u) / (B − s_u), B = Σ s_u
+
+elementwise and exactly (to first order in Y_u it would keep much of the own update where g² is most of v⁺). For Δ = W Ȳ that is
+the row x_u of the U-statistic, and its rows are averaged as there, by ω_u; those of momentum and weight decay by s_u / B.
+(Clipping's factor is held: it is of the whole batch.)
+
+Errors are those of what *this* step does, given the update: SE² = U/(U−1) Σ_u (Σ_k a_k d_uk)² for a combination a of the parts,
+d_uk being a unit's share in part k less that of the mean, so that parts which share X are not taken for independent; and
+a_gradient² times the noise that X_u and Y_u share through their responses
+(:func:`~entropy_probe.statistics.u_statistics.shared_noise` of XS_u · J YS_w, J = ∂Δ/∂Ȳ of the gradient's part), the sum
+clipped at 0. Without that matrix, or with unequal units, a combination that holds the gradient has no error. Everything in
+nats.
+Source: docs/method.md, section 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from entropy_probe.common.arrays import FloatArray
+from entropy_probe.statistics.intervals import t_quantile
+from entropy_probe.statistics.u_statistics import shared_noise
+
+PARTS = ("momentum", "gradient", "weight_decay")
+LEAST_UNITS = 3
+TOO_FEW = "two units tell nothing of their spread; give three units or more"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its standard error, nats; ``why_not`` says why there is none."""
+
+    value: float
+    se: float | None
+    why_not: str = ""
+
+    def scaled(self, factor: float) -> Estimate:
+        """Of ``factor`` times the same."""
+        return Estimate(factor * self.value + 0.0, None if self.se is None else abs(factor) * self.se, self.why_not)
+
+
+@dataclass(frozen=True)
+class StepPrediction:
+    """What each of ``PARTS`` does to the entropy, to first order.
+
+    Attributes:
+        values: with v after this gradient, as the step has it, [3].
+        values_v_at_t: with v at t, as δH₁ has it, [3].
+        deviations: d_uk, [U, 3].
+        shared_noise: variance of the gradient's part beyond its rows', nats²; None where it is not known.
+        why_not: why it is not.
+    """
+
+    values: FloatArray
+    values_v_at_t: FloatArray
+    deviations: FloatArray
+    shared_noise: float | None
+    why_not: str
+
+    def of(self, momentum: float = 0.0, gradient: float = 0.0, weight_decay: float = 0.0) -> Estimate:
+        """Of a combination of the parts."""
+        factors = np.array([momentum, gradient, weight_decay])
+        value = float(factors @ self.values) + 0.0
+        units = len(self.deviations)
+        if units < LEAST_UNITS:
+            return Estimate(value, None, TOO_FEW)
+        variance = float(((self.deviations @ factors) ** 2).sum()) * units / (units - 1)
+        if gradient != 0.0:
+            if self.shared_noise is None:
+                return Estimate(value, None, self.why_not)
+            variance += gradient**2 * self.shared_noise
+        return Estimate(value, math.sqrt(max(0.0, variance)))
+
+    @property
+    def parts(self) -> dict[str, Estimate]:
+        """Each of them alone."""
+        return {name: self.of(**{name: 1.0}) for name in PARTS}
+
+    @property
+    def total(self) -> Estimate:
+        """The whole step."""
+        return self.of(1.0, 1.0, 1.0)
+
+    def ci95(self, estimate: Estimate) -> tuple[float, float] | None:
+        """value ± t SE, t with U − 1 degrees of freedom; None without an error."""
+        if estimate.se is None:
+            return None
+        half_width = t_quantile(len(self.deviations)) * estimate.se
+        return estimate.value - half_width, estimate.value + half_width
+
+    def is_resolved(self, estimate: Estimate) -> bool:
+        """Whether its 95 % interval excludes zero."""
+        interval = self.ci95(estimate)
+        return interval is not None and not interval[0] <= 0.0 <= interval[1]
+
+    def most(self) -> str | None:
+        """The part that is more than half of the total, where the errors can tell that; else None."""
+        total = self.total
+        if not self.is_resolved(total):
+            return None
+        for name in PARTS:
+            excess = self.of(**{part: float(part == name) - 0.5 for part in PARTS})
+            if excess.value * total.value > 0 and self.is_resolved(excess):
+                return name
+        return None
+
+
+def predict_parts(along: FloatArray, kernel: FloatArray | None, sizes: Sequence[int]) -> StepPrediction:
+    """From the dots of :class:`~entropy_probe.optimizers.adam_step.StepsOfOthers`; two units or more.
+
+    Args:
+        along: XS_u along momentum, fresh gradient and weight decay of Ȳ_−u with v at t + 1, and the same with v at t, [U, 6].
+        kernel: XS_u · J YS_w, [U, U]; None where vectors were streamed.
+        sizes: s_u.
+    """
+    counts = np.asarray(sizes, dtype=np.float64)[:, None]
+    pairs = counts * (counts.sum() - counts)
+    shares = np.hstack([counts, pairs, counts]) / np.array([counts.sum(), pairs.sum(), counts.sum()])
+    updated, at_t = -along[:, :3] / counts, -along[:, 3:] / counts
+    values = (shares * updated).sum(0)
+    noise, why_not = None, "needs the matrix of unit dots, which streaming does not keep"
+    if kernel is not None and (counts == counts[0]).all():
+        units = len(kernel)
+        of_units = kernel / float(counts[0, 0]) ** 2
+        others = of_units - np.diag(np.diagonal(of_units))
+        row_x, row_y = others.sum(1) / (units - 1), others.sum(0) / (units - 1)
+        noise, why_not = shared_noise(of_units, row_x, row_y, float(row_x.mean())), ""
+    elif kernel is not None:
+        why_not = "defined for units of equal size"
+    return StepPrediction(values, (shares * at_t).sum(0), shares * (updated - values), noise, why_not)

@@ -1,0 +1,448 @@
+"""The probe: what will the next step do to the entropy, how sure are we, and what did it do?
+
+:func:`probe` reads as the method does: fresh scores, coefficients, unit gradients under Adam's geometry, the U-statistic, then
+the realised step. The stages are in :mod:`~entropy_probe.pipeline.stages`. Source: docs/method.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, assert_never
+
+import torch
+from torch import nn
+
+from entropy_probe.checkpoints import (
+    load_checkpoint,
+    load_sharded_checkpoint,
+    patterns_of,
+    sharding_of,
+    tokenizer_ids,
+)
+from entropy_probe.common.arrays import FloatArray
+from entropy_probe.common.choices import member, path_of, settings_of
+from entropy_probe.common.devices import AUTO, check_device, choose_device
+from entropy_probe.common.progress import Clock, Progress, Silent
+from entropy_probe.compat.wrappers import named_parameters, unwrap
+from entropy_probe.data.rollouts import Rollout, RolloutBatch, as_batch, read_batch, refuse_unsampled
+from entropy_probe.data.rollouts.digest import digest_of_batch
+from entropy_probe.errors import InputError
+from entropy_probe.gradients import Preparation, marked, trained_before
+from entropy_probe.model.digest import digest_of_model
+from entropy_probe.model.policy import Measured, check_fits, input_limits, special_ids
+from entropy_probe.optimizers.adam_preconditioner import AdamState, validate_preconditioner
+from entropy_probe.optimizers.adam_step import clip_factor, gradient_norm, gradient_weights
+from entropy_probe.optimizers.digest import digest_of_adam
+from entropy_probe.optimizers.step_parts import predict_parts
+from entropy_probe.optimizers.what_if import learning_rate_for_fall
+from entropy_probe.pipeline import diagnostics
+from entropy_probe.pipeline.assemble import (
+    assemble_report,
+    describe_checkpoint,
+    describe_model,
+    describe_ranks,
+    describe_zero_v,
+)
+from entropy_probe.pipeline.inputs import read_evaluation
+from entropy_probe.pipeline.recorded import Source, TrainersStep, trainers_step
+from entropy_probe.pipeline.settings import (
+    OFF,
+    Settings,
+    ShardingChoice,
+    autocast_name,
+    dtype_name,
+    refuse_unused_constant,
+)
+from entropy_probe.pipeline.stages import (
+    Subject,
+    Task,
+    against_evaluation,
+    asked_what_ifs,
+    gradients_of_units,
+    make_task,
+    noise_by_responses,
+    realize_steps,
+    without_negatives,
+)
+from entropy_probe.ranks.collectives import ALONE, Ranks
+from entropy_probe.ranks.same_inputs import check_same_inputs, digest_of_settings
+from entropy_probe.report import ConfigSection, Report
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.targets.scores import LengthWeight
+
+DEFAULTS = Settings()
+
+Rows = RolloutBatch | Iterable[Rollout | Mapping[str, Any]]
+"""Rollouts as a live probe takes them: grouped, or their rows, as records or as mappings."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The report, K_uw = XS_u · YS_w over all parameters (None where vectors were streamed), and what to hand to the next probe
+    of the same model."""
+
+    report: Report
+    kernel: FloatArray | None
+    preparation: Preparation
+
+
+def probe_checkpoint(
+    checkpoint: str | Path,
+    rollouts: str | Path,
+    settings: Settings | None = DEFAULTS,
+    *,
+    evaluation_rollouts: str | Path | None = None,
+    base: str | Path | None = None,
+    freeze: Sequence[str] = (),
+    temperature: float | None = None,
+    device: str | torch.device = AUTO,
+    ranks: Ranks = ALONE,
+    sharding: ShardingChoice = ShardingChoice.REPLICATED,
+    progress: Progress | None = None,
+) -> ProbeResult:
+    """Load a checkpoint folder and a rollouts file, and probe.
+
+    What the rows say of the trainer (loss, clip, mixed precision, learning rate) holds where the settings say nothing.
+
+    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments. ``freeze``
+    are regular expressions: parameters in whose names one of them is found were not trained. ``auto`` takes a GPU where there
+    is one; of several ranks, the device that their process group has for them.
+
+    Raises:
+        InputError: anything that is wrong with either, in one line.
+    """
+    checkpoint, rollouts = path_of("checkpoint", checkpoint), path_of("rollouts", rollouts)
+    if evaluation_rollouts is not None:
+        evaluation_rollouts = path_of("evaluation_rollouts", evaluation_rollouts)
+    base = None if base is None else path_of("base", base)
+    settings = settings_of(settings, DEFAULTS)
+    clock = Clock()
+    sent_before = len(ranks.sent)
+    device = choose_device(device, ranks.device if ranks.count > 1 else None)
+    with clock.stage("load"):
+        batch = read_batch(rollouts, temperature)
+        evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
+        _check_same_arguments(ranks, batch, evaluation, settings, None, tuple(freeze))
+        trainer = _trainers_step(batch, settings)
+        match member("sharding", sharding, ShardingChoice):
+            case ShardingChoice.REPLICATED:
+                load = load_checkpoint
+            case ShardingChoice.FSDP2:
+                load = partial(load_sharded_checkpoint, ranks=ranks)
+            case unknown:
+                assert_never(unknown)
+        loaded = load(
+            checkpoint,
+            base=base,
+            dtype=settings.dtype,
+            device=device,
+            seed=settings.seed,
+            zero_v=settings.zero_v,
+            freeze=freeze,
+        )
+        for rows in (batch, evaluation):
+            if rows is not None:
+                check_fits(rows, loaded.folder.vocabulary, loaded.folder.context_length)
+        special = special_ids(loaded.model, tokenizer_ids(loaded.folder.tokenizer_folders))
+    subject = Subject(
+        loaded.model,
+        trainer.of(loaded.adam),
+        sharding_of(loaded.model, ranks),
+        batch,
+        evaluation,
+        describe_checkpoint(loaded),
+        loaded.mapping.rivals,
+        str(rollouts),
+        None if evaluation_rollouts is None else str(evaluation_rollouts),
+        trainer,
+        special,
+        loaded.folder.notes,
+        freeze=tuple(patterns_of(freeze)),
+        sent_before=sent_before,
+    )
+    return _probe(subject, settings, clock, progress or Silent(), None)
+
+
+def probe(
+    model: nn.Module,
+    adam: AdamState,
+    batch: Rows,
+    settings: Settings | None = DEFAULTS,
+    *,
+    evaluation: Rows | None = None,
+    preparation: Preparation | None = None,
+    ranks: Ranks = ALONE,
+    progress: Progress | None = None,
+) -> ProbeResult:
+    """Probe a live model; it is left as it was, gradients, flags and random state included.
+
+    Args:
+        model: a causal language model (``model(input_ids=, attention_mask=, use_cache=).logits``), DDP-wrapped or not.
+        adam: its optimizer's state (:func:`entropy_probe.optimizers.adam_preconditioner.state_of_optimizer`).
+        batch: rollouts (:func:`entropy_probe.data.rollouts.group_rollouts`), or their rows, which it groups.
+        settings: see :class:`Settings`; None takes the defaults. ``dtype`` is the model's own. Where they say nothing, loss,
+            clip and mixed precision are as the rows recorded them, but the learning rate is the optimizer's own, which its
+            next step will take.
+        evaluation: other rollouts of the same policy, from which X is taken against this batch's update; one response a prompt
+            will do for Rao-Blackwell (``group_rollouts(rows, least_responses=1)``, as rows are grouped here).
+        preparation: of an earlier probe of this very model (``result.preparation``); None finds it anew.
+        ranks: who share the work (``Ranks.of_group()``), every one of whom must call with the same batch; by default this
+            process does all of it, so that one rank of a job may probe by itself. What one rank alone refuses in the rollouts,
+            all refuse; a fault of one (out of memory) is for the job to end, as torchrun does.
+        progress: told of long work.
+
+    Raises:
+        InputError: the optimizer's state, the rollouts or the preparation do not do, or the model is where there is no float64.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "torch.inference_mode() is active, where no gradient can be taken; call the probe outside of it"
+        )
+    settings, batch, evaluation = ranks.alike(partial(_as_taken, settings, adam, batch, evaluation))
+    sent_before = len(ranks.sent)
+    _check_same_arguments(ranks, batch, evaluation, settings, preparation)
+    model = unwrap(model)
+    for parameter in model.parameters():
+        check_device(parameter.device)
+    settings = replace(settings, dtype=next(model.parameters()).dtype)
+    trainer = _trainers_step(batch, settings)
+    if trainer.learning_rate_source is Source.RECORDED:
+        trainer = replace(trainer, learning_rates=(), learning_rate_source=Source.UNKNOWN)
+    sharding = sharding_of(model, ranks)
+    shapes = {name: p.shape for name, p in named_parameters(model) if p.requires_grad}
+    test = validate_preconditioner(adam, shapes, seed=settings.seed, zero_v=settings.zero_v, sharding=sharding)
+    for rows in (batch, evaluation):
+        if rows is not None:
+            check_fits(rows, *input_limits(model))
+    facts, special = describe_model(model, adam, test), special_ids(model)
+    subject = Subject(
+        model,
+        trainer.of(adam),
+        sharding,
+        batch,
+        evaluation,
+        facts,
+        (),
+        None,
+        None,
+        trainer,
+        special,
+        sent_before=sent_before,
+    )
+    return _probe(subject, settings, Clock(), progress or Silent(), preparation)
+
+
+def _as_taken(
+    settings: Settings | None, adam: AdamState, batch: Rows, evaluation: Rows | None
+) -> tuple[Settings, RolloutBatch, RolloutBatch | None]:
+    """The caller's settings and rollouts in the types that the probe computes with."""
+    if not isinstance(adam, AdamState):
+        raise InputError(
+            f"adam is a {type(adam).__name__}; expected an optimizer's state: give state_of_optimizer(optimizer, model)"
+        )
+    settings, batch = settings_of(settings, DEFAULTS), as_batch(batch)
+    if evaluation is None:
+        return settings, batch, None
+    try:
+        return settings, batch, as_batch(evaluation, least_responses=1)
+    except InputError as error:
+        raise InputError(f"the evaluation rollouts: {error}") from error
+
+
+def _trainers_step(batch: RolloutBatch, settings: Settings) -> TrainersStep:
+    """How the trainer takes its step; the guide's length weight is assumed where neither rows nor settings name a loss."""
+    found = trainers_step(batch, settings, assumed=LengthWeight.GUIDE)
+    if not settings.resample:
+        refuse_unused_constant(settings.max_completion_length, found.length_weight)
+    return found
+
+
+def _check_same_arguments(
+    ranks: Ranks,
+    batch: RolloutBatch,
+    evaluation: RolloutBatch | None,
+    settings: Settings,
+    preparation: Preparation | None,
+    freeze: tuple[str, ...] = (),
+) -> None:
+    """Before anything that one rank may refuse by itself: the others would wait for it."""
+    if ranks.count == 1:
+        return
+    known = None if preparation is None else (preparation.head, preparation.chunked, preparation.longest)
+    check_same_inputs(
+        ranks,
+        {
+            "rollouts": digest_of_batch(batch),
+            "evaluation rollouts": digest_of_batch(evaluation),
+            "settings": digest_of_settings(settings, known, freeze),
+        },
+    )
+
+
+def _check_same_state(subject: Subject) -> None:
+    """Weights and moments where all ranks have all; of shards every rank has others, and loading compares what is stored."""
+    if subject.sharding.ranks.count == 1:
+        return
+    steps = {name: moments.step for name, moments in subject.adam.moments.items()}
+    found = {
+        "optimizer settings": digest_of_settings(subject.adam.groups, steps),
+        "special ids (of configs or tokenizer files)": digest_of_settings(subject.special),
+    }
+    if subject.sharding.replicated:
+        found |= {"weights": digest_of_model(subject.model), "optimizer state": digest_of_adam(subject.adam)}
+    check_same_inputs(subject.sharding.ranks, found)
+
+
+def _probe(
+    subject: Subject, settings: Settings, clock: Clock, progress: Progress, earlier: Preparation | None
+) -> ProbeResult:
+    with marked(subject.model) if settings.gradient_checkpointing else nullcontext():
+        return _probe_as_marked(subject, settings, clock, progress, earlier)
+
+
+def _probe_as_marked(
+    subject: Subject, settings: Settings, clock: Clock, progress: Progress, earlier: Preparation | None
+) -> ProbeResult:
+    _check_same_state(subject)
+    refuse_unsampled(subject.batch, subject.special, "the rollouts")
+    if subject.evaluation is not None:
+        refuse_unsampled(subject.evaluation, subject.special, "the evaluation rollouts")
+    task, preparation = make_task(subject, settings, earlier, clock, progress)
+    batch, evaluation, adam, policy = subject.batch, subject.evaluation, subject.adam, task.policy
+    trainer = subject.trainer
+
+    with clock.stage("gradients"):
+        gradients = gradients_of_units(task, preparation.rules)
+    rules = gradients.rules or preparation.rules
+    statistics = cross_statistics(gradients.total, settings.interval)
+    two_batches = None
+    if evaluation is not None:
+        with clock.stage("evaluation"):
+            two_batches = against_evaluation(task, evaluation, rules)
+    with clock.stage("realized"):
+        realized = realize_steps(task, gradients, rules)
+
+    # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
+    step_statistics = cross_statistics(gradients.step_weighted, settings.interval)
+    noise = None
+    if gradients.third_directions is not None and step_statistics.parts is not None:
+        with clock.stage("noise"):
+            noise = noise_by_responses(task, gradients, gradients.third_directions, step_statistics, rules)
+    norm = gradient_norm(gradients.ascent, policy.sharding)
+    weights = gradient_weights(adam, gradients.ascent, clip_factor(norm, trainer.max_grad_norm))
+    gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
+    assert gradients.looked is not None
+    step = predict_parts(gradients.looked.along, gradients.looked.kernel, task.plan.units.sizes)
+    positive = None
+    if settings.what_if_no_negatives:
+        with clock.stage("what-if"):
+            positive = without_negatives(task, rules)
+    what_ifs = asked_what_ifs(settings, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
+    fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
+    trained = trained_before(gradients.untouched, adam, policy.sharding)
+    without_v = diagnostics.elements_without_v(gradients.ascent, task.preconditioners, policy.sharding)
+    zero_v = describe_zero_v(settings.zero_v, without_v, gradients.delta_h1_of_zero_v)
+
+    warnings = [
+        *subject.notes,
+        *diagnostics.learning_rate_warnings(adam, trainer, subject.facts.stored_learning_rates),
+        *diagnostics.interval_warnings(statistics, step_statistics.ci95_of_minus),
+        *diagnostics.two_batch_warnings(two_batches),
+        *diagnostics.own_step_warnings(step),
+        *diagnostics.advantage_warnings(task.advantages, batch.group_sizes),
+        *diagnostics.on_policy_warnings(batch, gradients.scores),
+        *diagnostics.loss_warnings(trainer),
+        *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
+        *diagnostics.recorder_warnings(batch),
+        *diagnostics.padding_warnings(batch, subject.special),
+        *diagnostics.parameter_warnings(gradients.untouched, trained, subject.rivals),
+        *diagnostics.zero_v_warnings(zero_v, without_v),
+        *diagnostics.coverage_warnings(gradients.coverage),
+        *diagnostics.rounding_warnings(realized.rows, settings.weight_rounding),
+        *diagnostics.realized_warnings(realized.rows),
+        *diagnostics.sweep_warnings(realized.curves),
+        *(replace(warning, seen=f"evaluation rollouts: {warning.seen}") for warning in realized.of_evaluation),
+        *diagnostics.weighting_warnings(settings.weighting, batch.group_sizes),
+        *diagnostics.clipping_warnings(batch, norm, trainer.max_grad_norm),
+    ]
+    ranks = subject.sharding.ranks
+    dealt = [task.plan.units.prompts(share) for share in task.plan.units.deal(batch.positions, ranks.count)]
+    report = assemble_report(
+        statistics=statistics,
+        step_statistics=step_statistics,
+        step_kernel=gradients.step_weighted.kernel,
+        plan=task.plan,
+        batch=batch,
+        target=task.target,
+        target_se=settings.target_se,
+        measured=Measured(gradients.scores, gradients.token_entropies),
+        adam=adam,
+        realized=realized.rows,
+        sweep=realized.curves,
+        two_batches=two_batches,
+        noise=noise,
+        evaluation=evaluation,
+        folds=realized.folds,
+        step=step,
+        gradient_statistics=gradient_statistics,
+        reached=gradients.ascent,
+        zero_v=zero_v,
+        gradient_norm=norm,
+        trainer=trainer,
+        what_ifs=what_ifs,
+        fall=fall,
+        warnings=warnings,
+        config=_config(task),
+        checkpoint=subject.facts,
+        preparation=preparation,
+        coverage=gradients.coverage,
+        ranks=describe_ranks(
+            subject.sharding,
+            [len(prompts) for prompts in dealt],
+            [batch.of_prompts(prompts).tokens for prompts in dealt],
+            ranks.most_sent(since=subject.sent_before),
+        ),
+        timing=clock.seconds(),
+    )
+    return ProbeResult(report, gradients.total.kernel, replace(preparation, rules=rules))
+
+
+def _config(task: Task) -> ConfigSection:
+    """The settings, with what the rollouts and the model decided of them."""
+    subject, settings, trainer = task.subject, task.settings, task.subject.trainer
+    return ConfigSection(
+        mode=settings.mode,
+        blocks=settings.blocks,
+        estimator=settings.estimator,
+        entropy=settings.entropy,
+        importance_weights=settings.weighting,
+        evaluation_rollouts=subject.evaluation_rollouts,
+        noise=settings.noise,
+        interval=settings.interval,
+        split=settings.split,
+        sweep=None if settings.sweep is None else [settings.sweep.low, settings.sweep.high, settings.sweep.count],
+        resample=settings.resample,
+        resample_batch=settings.resample_batch,
+        rollouts=subject.rollouts,
+        freeze=list(subject.freeze),
+        advantage=task.advantage_rule,
+        length_weight=trainer.length_weight,
+        max_completion_length=settings.max_completion_length,
+        learning_rate=settings.learning_rate,
+        temperature=subject.batch.temperature,
+        dtype=dtype_name(settings.dtype),
+        autocast=autocast_name(OFF if settings.autocast == OFF else trainer.autocast),
+        microbatch_size=settings.microbatch_size,
+        vector_dtype=dtype_name(task.vector_dtype),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        memory_bytes=settings.memory_bytes,
+        device=str(task.policy.device),
+        seed=settings.seed,
+        max_grad_norm=None if trainer.max_grad_norm_source is Source.UNKNOWN else trainer.max_grad_norm or 0.0,
+        weight_rounding=settings.weight_rounding,
+        zero_v=settings.zero_v,
+    )

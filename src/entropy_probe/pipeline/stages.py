@@ -1,0 +1,392 @@
+"""The stages of a probe, in the order in which it takes them: what each needs of the rest is its task.
+
+Source: docs/method.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.common.evidence import Evidence
+from entropy_probe.common.progress import Clock, Progress
+from entropy_probe.data.rollouts import RolloutBatch, SpecialIds
+from entropy_probe.errors import InputError
+from entropy_probe.gradients import (
+    Plan,
+    Preparation,
+    Rules,
+    UnitGradients,
+    cross_gradients,
+    make_plan,
+    prepare,
+    refuse_cut,
+    response_parts,
+    unit_gradients,
+)
+from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.model.virtual_step import at_least_float32, below_float32
+from entropy_probe.optimizers.adam_preconditioner import AdamState, Preconditioners
+from entropy_probe.optimizers.adam_step import StepsOfOthers, clip_factor, gradient_norm
+from entropy_probe.optimizers.rounded_step import RoundingRule
+from entropy_probe.optimizers.step_parts import Estimate, StepPrediction
+from entropy_probe.optimizers.what_if import (
+    WhatIf,
+    another_clipping,
+    another_learning_rate,
+    no_momentum,
+    without_negative_advantages,
+)
+from entropy_probe.pipeline import diagnostics
+from entropy_probe.pipeline.inputs import (
+    check_cross_memory,
+    check_evaluation,
+    check_interval,
+    check_split,
+    free_memory,
+    resolve_advantages,
+    resolve_length_weights,
+    times_divided,
+    units_on_a_rank,
+)
+from entropy_probe.pipeline.recorded import TrainersStep
+from entropy_probe.pipeline.settings import Settings, dtype_name
+from entropy_probe.ranks.collectives import Sharding
+from entropy_probe.realized.realize import HELD_OUT, SAME, EntropyMeasure, RealizedChange
+from entropy_probe.realized.resampling import GENERATED_TOGETHER, Resampling, plan_resampling, resample
+from entropy_probe.realized.rows import Realizer
+from entropy_probe.realized.sweep import SweepCurve, sweep
+from entropy_probe.report import CheckpointSection
+from entropy_probe.statistics.noise import LEAST_UNITS, NoiseParts, noise_of
+from entropy_probe.statistics.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
+from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
+from entropy_probe.targets.scores import AdvantageRule, EntropyTarget, Estimator
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is probed, and what the report says of where it came from.
+
+    ``sent_before`` payloads of the ranks' record are the caller's, from before the probe.
+    """
+
+    model: nn.Module
+    adam: AdamState
+    sharding: Sharding
+    batch: RolloutBatch
+    evaluation: RolloutBatch | None
+    facts: CheckpointSection
+    rivals: tuple[str, ...]
+    rollouts: str | None
+    evaluation_rollouts: str | None
+    trainer: TrainersStep
+    special: SpecialIds
+    notes: tuple[Evidence, ...] = ()
+    freeze: tuple[str, ...] = ()
+    sent_before: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What follows from a subject and the settings before any gradient is taken.
+
+    Attributes:
+        subject: what is probed.
+        settings: as asked for.
+        policy: the model at θ, as it was prepared.
+        target: what X estimates.
+        advantages: A_ng, [N].
+        advantage_rule: that gave them.
+        coefficients: a_ng = A_ng w_ng, [N].
+        preconditioners: P by name.
+        learning_rates: η by name.
+        plan: units, and whether their vectors are stored.
+        vector_dtype: of unit vectors.
+        memory_bytes: that may be used, of one rank.
+        resampling: None where no fresh responses are asked for.
+        progress: told of long work.
+    """
+
+    subject: Subject
+    settings: Settings
+    policy: Policy
+    target: EntropyTarget
+    advantages: Tensor
+    advantage_rule: AdvantageRule
+    coefficients: Tensor
+    preconditioners: Preconditioners
+    learning_rates: Mapping[str, float]
+    plan: Plan
+    vector_dtype: torch.dtype
+    memory_bytes: float
+    resampling: Resampling | None
+    progress: Progress
+
+
+def make_task(
+    subject: Subject, settings: Settings, earlier: Preparation | None, clock: Clock, progress: Progress
+) -> tuple[Task, Preparation]:
+    """Check what was given, plan, and prepare the model.
+
+    Raises:
+        InputError: the model, the rollouts or the settings do not do.
+    """
+    model, batch, evaluation = subject.model, subject.batch, subject.evaluation
+    if evaluation is not None:
+        check_evaluation(evaluation, batch, settings)
+    if settings.split is not None:
+        check_split(len(batch.groups), settings.split)
+    narrow = [p for p in model.parameters() if p.dtype.itemsize < torch.float32.itemsize]
+    if subject.sharding.sharded and narrow:
+        raise InputError(
+            f"sharded weights are {dtype_name(narrow[0].dtype)}, in which a small step would vanish, and FSDP2's "
+            "cannot be probed as float32 copies; set dtype to float32 and autocast to bfloat16, or sharding to replicated"
+        )
+    policy = Policy(model, batch.temperature, autocast=subject.trainer.autocast, sharding=subject.sharding)
+    trainable = policy.trainable()
+    if not trainable:
+        raise InputError(
+            "the model has no trainable parameter; is it frozen? Set requires_grad on what the optimizer trains"
+        )
+    advantages, rule = resolve_advantages(batch, settings.advantage)
+    coefficients = advantages * resolve_length_weights(
+        batch, subject.trainer.length_weight, settings.max_completion_length
+    )
+    ranks = subject.sharding.ranks
+    memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
+    vector_dtype = settings.vector_dtype or torch.promote_types(policy.dtype, torch.float32)
+    plan = make_plan(
+        settings.mode,
+        settings.blocks,
+        prompts=len(batch.groups),
+        parameters=sum(parameter.numel() for parameter in trainable.values()),
+        bytes_per_value=vector_dtype.itemsize,
+        memory_bytes=memory,
+        most_held=partial(units_on_a_rank, subject.sharding, batch),
+    )
+    check_interval(settings.interval, plan)
+    with clock.stage("prepare"):
+        # Planned for both batches: the evaluation's rows may be the longer ones.
+        rows = batch if evaluation is None else RolloutBatch((*batch.groups, *evaluation.groups), batch.temperature)
+        preparation = prepare(
+            policy, rows, memory_bytes=memory, microbatch_size=settings.microbatch_size, earlier=earlier
+        )
+        policy = preparation.applied(policy)
+    resampling = None
+    if settings.resample:
+        resampling = plan_resampling(
+            policy,
+            batch,
+            settings.max_completion_length,
+            settings.seed,
+            settings.resample_batch or GENERATED_TOGETHER,
+        )
+    task = Task(
+        subject=subject,
+        settings=settings,
+        policy=policy,
+        target=EntropyTarget(settings.estimator, settings.entropy),
+        advantages=advantages,
+        advantage_rule=rule,
+        coefficients=coefficients,
+        preconditioners=Preconditioners(subject.adam, settings.zero_v),
+        learning_rates={name: group.learning_rate for name, group in subject.adam.group_of().items()},
+        plan=plan,
+        vector_dtype=vector_dtype,
+        memory_bytes=memory,
+        resampling=resampling,
+        progress=progress,
+    )
+    return task, preparation
+
+
+def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
+    """X_u and Y_u under P, and the step's parts from the other units' updates along them.
+
+    Raises:
+        InputError: no gradient reaches a parameter that training did reach.
+    """
+    settings, policy, units = task.settings, task.policy, task.plan.units
+
+    def steps_of_others(ascent: Mapping[str, Tensor]) -> StepsOfOthers:
+        factor = clip_factor(gradient_norm(ascent, policy.sharding), task.subject.trainer.max_grad_norm)
+        return StepsOfOthers(policy.held(), task.subject.adam, ascent, factor, units.sizes, settings.zero_v)
+
+    found = unit_gradients(
+        policy,
+        task.subject.batch,
+        units,
+        task.target,
+        task.coefficients,
+        task.preconditioners,
+        task.learning_rates,
+        storage=task.plan.storage,
+        vector_dtype=task.vector_dtype,
+        thirds=settings.noise and len(units.ranges) >= LEAST_UNITS and len(set(units.sizes)) == 1,
+        rules=rules,
+        look=steps_of_others,
+        progress=task.progress,
+    )
+    refuse_cut(found.cut, task.subject.adam, policy.sharding)
+    return found
+
+
+def against_evaluation(task: Task, evaluation: RolloutBatch, rules: Rules | None) -> TwoBatchStatistics:
+    """η-weighted statistics of X of the evaluation batch against Y of the update batch.
+
+    Raises:
+        InputError: the vectors of both do not fit.
+    """
+    batch, policy = task.subject.batch, task.policy
+    room = task.memory_bytes * times_divided(policy.sharding, evaluation, batch)
+    check_cross_memory(len(evaluation.groups) + len(batch.groups), policy.trainable(), task.vector_dtype, room)
+    kernel = cross_gradients(
+        policy,
+        evaluation,
+        batch,
+        task.target,
+        task.coefficients,
+        task.preconditioners,
+        task.learning_rates,
+        vector_dtype=task.vector_dtype,
+        rules=rules,
+        progress=task.progress,
+    )
+    return two_batch_statistics(kernel.numpy())
+
+
+@dataclass(frozen=True)
+class Realizations:
+    """The realised changes of the steps, and what is beside them.
+
+    Attributes:
+        rows: of the report.
+        curves: of a sweep; none where none was asked for.
+        folds: of every prompt, where they were held out.
+        of_evaluation: what the evaluation batch's scores gave cause to say.
+    """
+
+    rows: Sequence[RealizedChange]
+    curves: Sequence[SweepCurve]
+    folds: Sequence[int] | None
+    of_evaluation: Sequence[Evidence]
+
+
+def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> Realizations:
+    """Every step on every batch that was asked for, with weights and arithmetic of float32 at least."""
+    settings, policy, batch, evaluation = task.settings, task.policy, task.subject.batch, task.subject.evaluation
+    model, progress = task.subject.model, task.progress
+    measures = [EntropyMeasure(task.target, settings.weighting)]
+    if task.target.estimator is not Estimator.SCORE:
+        measures.append(EntropyMeasure(replace(task.target, estimator=Estimator.SCORE), settings.weighting))
+    same_arithmetic = policy.arithmetic_dtype() == policy.dtype and not below_float32(model)
+    with at_least_float32(model):
+        realizer = Realizer(
+            replace(policy, autocast=None),
+            task.preconditioners,
+            task.learning_rates,
+            task.subject.adam,
+            measures,
+            rules if same_arithmetic else None,
+            progress,
+            max_grad_norm=task.subject.trainer.max_grad_norm,
+            rounding=RoundingRule(settings.weight_rounding, settings.seed),
+        )
+        before = Measured(gradients.scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
+        steps = realizer.steps(gradients.ascent)
+        rows = realizer.realized(batch, before, steps, SAME)
+        factors = () if settings.sweep is None else settings.sweep.factors
+        curves = list[SweepCurve]()
+        if factors:
+            curves += sweep(realizer.policy, batch, before, steps, rows, factors, progress)
+        if task.resampling is not None:
+            rows += resample(realizer.policy, batch, before, steps, rows, task.resampling, progress)
+        folds, of_evaluation = None, list[Evidence]()
+        if settings.split is not None:
+            folds = folds_of(len(batch.groups), settings.split)
+            rows += realizer.by_folds(batch, folds, gradients.ascent, task.coefficients)
+        if evaluation is not None:
+            evaluated = realizer.measured(evaluation)
+            held_out = realizer.realized(evaluation, evaluated, steps, HELD_OUT)
+            rows += held_out
+            if factors:
+                curves += sweep(realizer.policy, evaluation, evaluated, steps, held_out, factors, progress)
+            of_evaluation = [
+                *diagnostics.on_policy_warnings(evaluation, evaluated.scores),
+                *diagnostics.pairing_warnings(
+                    evaluation, task.subject.facts.trainer_step, task.subject.trainer.length_weight
+                ),
+                *diagnostics.padding_warnings(evaluation, task.subject.special),
+            ]
+    return Realizations(rows, curves, folds, of_evaluation)
+
+
+def noise_by_responses(
+    task: Task,
+    gradients: UnitGradients,
+    directions: tuple[Sequence[Mapping[str, Tensor]], Sequence[Mapping[str, Tensor]]],
+    statistics: CrossStatistics,
+    rules: Rules | None,
+) -> NoiseParts | None:
+    """How much of the error is within prompts and how much between them, from ``directions`` of thirds of the units."""
+    batch = task.subject.batch
+    x_directions, y_directions = directions
+    of_x, of_y = response_parts(
+        task.policy,
+        batch,
+        task.target,
+        Measured(gradients.scores, gradients.token_entropies),
+        task.coefficients,
+        x_directions,
+        y_directions,
+        rules=rules,
+        progress=task.progress,
+    )
+    return noise_of(statistics, of_x.numpy(), of_y.numpy(), batch.group_sizes, task.plan.units.of_prompts)
+
+
+def without_negatives(task: Task, rules: Rules | None) -> CrossStatistics:
+    """η-weighted statistics of X against the Y of responses with positive advantage alone: one more pass over the batch."""
+    gradients = unit_gradients(
+        task.policy,
+        task.subject.batch,
+        task.plan.units,
+        task.target,
+        task.coefficients.clamp(min=0.0),
+        task.preconditioners,
+        task.learning_rates,
+        storage=task.plan.storage,
+        vector_dtype=task.vector_dtype,
+        rules=rules,
+        progress=task.progress,
+    )
+    return cross_statistics(gradients.step_weighted)
+
+
+def asked_what_ifs(
+    settings: Settings,
+    step: StepPrediction,
+    delta_h1: CrossStatistics,
+    positive: CrossStatistics | None,
+    adam: AdamState,
+    norm: float,
+    max_grad_norm: float | None,
+) -> list[WhatIf]:
+    """Those that need no number, and those that the settings give one for."""
+
+    def estimate(found: CrossStatistics) -> Estimate:
+        return Estimate(-found.u_cross, found.se, "" if found.se is not None else found.null_reasons["variance"])
+
+    found = [no_momentum(step)]
+    if positive is not None:
+        found.append(without_negative_advantages(estimate(positive)))
+    if (rate := settings.what_if_learning_rate) is not None:
+        found.append(another_learning_rate(step, estimate(delta_h1), adam.learning_rates, rate))
+    if (limit := settings.what_if_max_grad_norm) is not None:
+        factors = (clip_factor(norm, max_grad_norm), clip_factor(norm, limit))
+        found.append(another_clipping(step, *factors, limit))
+    return found

@@ -1,0 +1,1 @@
+"""Fresh responses from the policy."""
