@@ -58,7 +58,7 @@ from entropy_probe.model.policy import Policy
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, interval
 from entropy_probe.statistics.two_batches import two_batch_statistics
-from entropy_probe.targets.scores import EntropyTarget, Estimator
+from entropy_probe.targets.entropy import EntropyTarget, Estimator
 
 FloatArray = NDArray[np.float64]
 UNITS = (8, 16, 32, 128)

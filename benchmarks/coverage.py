@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "oracles"))
 
 from bootstraps import Bootstrap, bootstrap_interval
 from rollout_kernels import checkpoint_case
@@ -37,7 +37,7 @@ import enumerable
 from entropy_probe.data.bundled_run import demo_files
 from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, interval, known_shortfall, variance_parts
 from entropy_probe.statistics.two_batches import two_batch_statistics
-from entropy_probe.targets.scores import EntropyTarget, Estimator
+from entropy_probe.targets.entropy import EntropyTarget, Estimator
 from enumerable import EnumerablePolicy
 
 FloatArray = NDArray[np.float64]

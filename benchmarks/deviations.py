@@ -24,14 +24,18 @@ from entropy_probe import (
 )
 from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.data.bundled_run import demo_files
+from entropy_probe.data.groups import leave_one_out_mean
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
+from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.surrogate import probe_loss
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
-from entropy_probe.targets.scores import Estimator, LengthWeight, leave_one_out_mean, probe_loss, score_coefficients
+from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.score import score_coefficients
 
 
 def norm(gradients: tuple[torch.Tensor, ...]) -> float:

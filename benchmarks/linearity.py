@@ -31,14 +31,15 @@ from entropy_probe.common.progress import Silent
 from entropy_probe.data.bundled_run import demo_files, demo_folder
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import loss_gradient
+from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.realized.realize import HELD_OUT, SAME, EntropyMeasure, RealizedChange
 from entropy_probe.realized.rows import Realizer
 from entropy_probe.realized.sweep import StepLine
 from entropy_probe.statistics.linearity import Curve, curvature_at_zero, fit_power_law, linear_until
-from entropy_probe.targets.scores import EntropyTarget, Estimator, LengthWeight
+from entropy_probe.targets.entropy import EntropyTarget, Estimator
 
 FACTORS = tuple(2.0**k for k in range(-8, 13))
 """Where a departure from the linear term is looked for."""

@@ -54,10 +54,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import Preparation, Storage, UnitGradients, prepare, unit_gradients
-from entropy_probe.model.policy import PaddedResponses, Policy, pad_right
-from entropy_probe.optimizers.adam_preconditioner import AdamState, Preconditioners, state_of_optimizer
+from entropy_probe.losses.surrogate import probe_loss
+from entropy_probe.model.padding import PaddedResponses, pad_right
+from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.live import state_of_optimizer
+from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.statistics.u_statistics import cross_statistics
-from entropy_probe.targets.scores import EntropyTarget, Estimator, probe_loss, score_coefficients
+from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.score import score_coefficients
 
 LEGS = ("training", "forward", "preparation", "probe", "rao_blackwell", "streamed", "two_backward", "guide")
 SLOW_LEGS = ("rao_blackwell", "two_backward", "guide")

@@ -19,19 +19,18 @@ from entropy_probe.data.bundled_run import demo_files, demo_folder
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import Rules, prepare, unit_gradients
+from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
+from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.adam_preconditioner import Preconditioners, state_of_optimizer
-from entropy_probe.sampling.drawing import Prompt, SamplingSettings, end_tokens, load_tokenizer, sample_rollouts
+from entropy_probe.optimizers.live import state_of_optimizer
+from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.sampling.drawing import sample_rollouts
+from entropy_probe.sampling.prompts import Prompt
+from entropy_probe.sampling.settings import SamplingSettings
+from entropy_probe.sampling.tokenizer import end_tokens, load_tokenizer
 from entropy_probe.statistics.intervals import variance_at, variance_parts
-from entropy_probe.targets.scores import (
-    AdvantageRule,
-    EntropyTarget,
-    LengthWeight,
-    advantages_from_rewards,
-    entropy_to_come,
-    leave_one_out_by_position,
-    length_weights,
-)
+from entropy_probe.targets.entropy import EntropyTarget
+from entropy_probe.targets.rao_blackwell import entropy_to_come, leave_one_out_by_position
 
 FloatArray = NDArray[np.float64]
 MEMORY = 8e9

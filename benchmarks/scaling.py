@@ -42,12 +42,14 @@ from transformers.utils import logging
 from entropy_probe.data.rollouts import Rollout, group_rollouts, write_rollouts
 from entropy_probe.data.units import Mode, exact_units
 from entropy_probe.gradients.batching import microbatches
-from entropy_probe.optimizers.adam_preconditioner import AdamGroup, AdamMoments, AdamState, Preconditioners
+from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState
 from entropy_probe.pipeline.run import probe_checkpoint
 from entropy_probe.pipeline.settings import Settings
-from entropy_probe.ranks.collectives import Kind, Ranks, even_spans, row_spans
+from entropy_probe.ranks.collectives import Kind, Ranks
+from entropy_probe.ranks.sharding import even_spans, row_spans
 from entropy_probe.statistics.noise import LEAST_UNITS
-from entropy_probe.targets.scores import Estimator
+from entropy_probe.targets.entropy import Estimator
 
 VOCABULARY, RESPONSES, MICROBATCH = 512, 2, 4
 SHORT, LONG = 12, 60

@@ -42,7 +42,7 @@ from entropy_probe.gradients import prepare, unit_gradients
 from entropy_probe.model.float64_mode import Float64Mode
 from entropy_probe.model.language_head import HeadMode
 from entropy_probe.model.policy import Policy
-from entropy_probe.targets.scores import EntropyTarget
+from entropy_probe.targets.entropy import EntropyTarget
 
 EXACT = 1e-9
 """Relative error up to which a family counts as exact."""

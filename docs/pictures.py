@@ -10,9 +10,9 @@ from rich.console import Console
 
 from entropy_probe import Settings, probe_checkpoint
 from entropy_probe.data.bundled_run import demo_files
+from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.report.plots import plot_predicted_and_realized, plot_row_means
 from entropy_probe.report.text import print_report
-from entropy_probe.targets.scores import LengthWeight
 
 IMAGES = Path(__file__).parent / "images"
 

@@ -47,7 +47,10 @@ from entropy_probe.checkpoints.hf import load_model
 from entropy_probe.data.rollouts import Rollout, write_rollouts
 from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.model.policy import Policy
-from entropy_probe.sampling.drawing import SamplingSettings, end_tokens, read_prompts, sample_rollouts
+from entropy_probe.sampling.drawing import sample_rollouts
+from entropy_probe.sampling.prompts import read_prompts
+from entropy_probe.sampling.settings import SamplingSettings
+from entropy_probe.sampling.tokenizer import end_tokens
 
 SEED = 7
 TRAIN_PROMPTS = 1024

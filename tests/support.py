@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer_pt_utils import get_parameter_names
 
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
-from entropy_probe.optimizers.adam_preconditioner import AdamState
+from entropy_probe.optimizers.state import AdamState
 
 VOCABULARY = 23
 EOS = 1

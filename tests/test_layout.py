@@ -16,7 +16,7 @@ ORDER = [
     {"common"},
     {"ranks", "statistics"},
     {"data"},
-    {"optimizers", "model"},
+    {"optimizers", "model", "losses"},
     {"targets", "sampling", "checkpoints"},
     {"gradients"},
     {"realized"},

@@ -3,7 +3,11 @@
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
 from entropy_probe.data.units import Mode
 from entropy_probe.errors import InputError
-from entropy_probe.optimizers.adam_preconditioner import AdamState, ZeroV, state_of_optimizer
+from entropy_probe.losses.advantages import AdvantageRule
+from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.optimizers.live import state_of_optimizer
+from entropy_probe.optimizers.preconditioner import ZeroV
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.stored_precision import Rounding
 from entropy_probe.pipeline.run import ProbeResult, probe, probe_checkpoint
 from entropy_probe.pipeline.settings import Settings, ShardingChoice
@@ -12,7 +16,7 @@ from entropy_probe.replay_check import ReplaySettings, replay
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
+from entropy_probe.targets.entropy import EntropyUnit, Estimator
 
 __version__ = "0.1.0"
 

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 from entropy_probe.checkpoints.index_names import OptimizerMapping, map_names
 from entropy_probe.checkpoints.samples import windows
 from entropy_probe.errors import InputError, one_line, out_of_memory
-from entropy_probe.optimizers.adam_preconditioner import (
-    AdamMoments,
-    AdamState,
-    group_from_settings,
-    misshapen,
-    moments_from_entry,
-)
+from entropy_probe.optimizers.state import AdamMoments, AdamState, group_from_settings, misshapen, moments_from_entry
 
 FOREIGN_STATES = (
     ("momentum_buffer", "SGD or Muon, which keep no second moment"),

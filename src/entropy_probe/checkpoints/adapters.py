@@ -12,7 +12,7 @@ from entropy_probe.checkpoints.adapter_fit import does_not_fit, why_not_loaded
 from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, DistributedFolder, keeps_weights_distributed
 from entropy_probe.common.files import read_json
 from entropy_probe.errors import InputError, out_of_memory, some_of
-from entropy_probe.model.policy import input_limits
+from entropy_probe.model.input_limits import input_limits
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 

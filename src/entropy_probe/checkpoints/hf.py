@@ -31,9 +31,11 @@ from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.common.choices import path_of
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
-from entropy_probe.model.policy import input_limits
-from entropy_probe.optimizers.adam_preconditioner import AdamState, PreconditionerTest, ZeroV, validate_preconditioner
-from entropy_probe.ranks.collectives import WHOLE, Sharding
+from entropy_probe.model.input_limits import input_limits
+from entropy_probe.optimizers.preconditioner import ZeroV
+from entropy_probe.optimizers.state import AdamState
+from entropy_probe.optimizers.validation import PreconditionerTest, validate_preconditioner
+from entropy_probe.ranks.sharding import WHOLE, Sharding
 
 BY_ROWS = "accelerate's shards are read by run and sample under torchrun, sharded by FSDP2 (sharding fsdp2)"
 

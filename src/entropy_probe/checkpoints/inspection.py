@@ -10,7 +10,8 @@ from entropy_probe.checkpoints.adam_state import load_adam_state
 from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
 from entropy_probe.checkpoints.hf import ModelFolder, load_model, optimizer_file
 from entropy_probe.checkpoints.index_names import OptimizerMapping
-from entropy_probe.optimizers.adam_preconditioner import ZeroV, moments_problem, preconditioner
+from entropy_probe.optimizers.preconditioner import ZeroV, preconditioner
+from entropy_probe.optimizers.state import moments_problem
 
 EXPECTED_FILES = (
     ("config.json", "architecture", True),

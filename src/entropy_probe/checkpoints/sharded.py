@@ -2,7 +2,7 @@
 
 The model is built with parameters on the meta device, cut by ``fully_shard`` (each decoder layer, then the rest), and the
 shards are filled from slices of the files. FSDP2 gives rank r of N the rows [r ⌈rows / N⌉, (r + 1) ⌈rows / N⌉) of every
-parameter, as :func:`entropy_probe.ranks.collectives.row_spans` counts them; Adam's moments are cut alike.
+parameter, as :func:`entropy_probe.ranks.sharding.row_spans` counts them; Adam's moments are cut alike.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ from entropy_probe.checkpoints.trainer_state import read_trainer_state
 from entropy_probe.checkpoints.weight_files import SafetensorsWeights, StoredWeights, own_rows
 from entropy_probe.compat.wrappers import held_part, named_parameters, reshard
 from entropy_probe.errors import InputError, one_line, out_of_memory
-from entropy_probe.optimizers.adam_preconditioner import AdamState, ZeroV
-from entropy_probe.ranks.collectives import Ranks, Sharding, even_spans, row_spans
+from entropy_probe.optimizers.preconditioner import ZeroV
+from entropy_probe.optimizers.state import AdamState
+from entropy_probe.ranks.collectives import Ranks
 from entropy_probe.ranks.same_inputs import check_same_inputs, digest_of_settings, digest_of_tensors
+from entropy_probe.ranks.sharding import Sharding, even_spans, row_spans
 
 
 @dataclass(frozen=True)

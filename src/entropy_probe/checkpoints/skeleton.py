@@ -18,7 +18,7 @@ from entropy_probe.checkpoints.adapters import LOAD_ERRORS
 from entropy_probe.checkpoints.hf import Sources, expert_kernels
 from entropy_probe.checkpoints.weight_files import StoredWeights
 from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
-from entropy_probe.model.policy import input_limits
+from entropy_probe.model.input_limits import input_limits
 
 ADVICE = "use replicated sharding, which loads what transformers or PEFT converts on the way"
 

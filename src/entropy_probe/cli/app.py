@@ -24,8 +24,10 @@ from entropy_probe.data.bundled_run import demo_files
 from entropy_probe.data.rollouts import count_cut, write_rollouts
 from entropy_probe.data.units import Mode
 from entropy_probe.errors import InputError
+from entropy_probe.losses.advantages import AdvantageRule
+from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.adam_preconditioner import ZeroV
+from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.stored_precision import Rounding
 from entropy_probe.pipeline.run import ProbeResult, probe_checkpoint
 from entropy_probe.pipeline.settings import Settings, ShardingChoice, autocast_setting
@@ -37,19 +39,15 @@ from entropy_probe.replay_check import replay as replay_step
 from entropy_probe.report.files import check_report_folder, write_json, write_report_folder
 from entropy_probe.report.replay_text import print_replay
 from entropy_probe.report.text import print_report
-from entropy_probe.sampling.drawing import (
-    SamplingSettings,
-    check_same_sampling,
-    end_tokens,
-    load_reward,
-    load_tokenizer,
-    read_prompts,
-    sample_rollouts,
-)
+from entropy_probe.sampling.drawing import check_same_sampling, sample_rollouts
+from entropy_probe.sampling.prompts import read_prompts
+from entropy_probe.sampling.rewards import load_reward
+from entropy_probe.sampling.settings import SamplingSettings
+from entropy_probe.sampling.tokenizer import end_tokens, load_tokenizer
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
+from entropy_probe.targets.entropy import EntropyUnit, Estimator
 
 app = typer.Typer(
     name="entropy-probe",

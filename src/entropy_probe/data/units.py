@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from entropy_probe.errors import InputError
-from entropy_probe.ranks.collectives import deal
+from entropy_probe.ranks.dealing import deal
 
 
 class Mode(StrEnum):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.targets.scores import (
+from entropy_probe.targets.entropy import (
     EntropyCoefficients,
     EntropyRatio,
     EntropyTarget,

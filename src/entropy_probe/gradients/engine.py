@@ -47,8 +47,8 @@ from entropy_probe.gradients.unreached import unexplained
 from entropy_probe.gradients.vectors.exchange import Shards, exchanged, reached_anywhere
 from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
 from entropy_probe.model.policy import Measured, Policy
-from entropy_probe.ranks.collectives import deal
-from entropy_probe.targets.scores import EntropyCoefficients, EntropyTarget
+from entropy_probe.ranks.dealing import deal
+from entropy_probe.targets.entropy import EntropyCoefficients, EntropyTarget
 
 
 def unit_gradients(

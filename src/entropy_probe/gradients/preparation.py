@@ -17,8 +17,11 @@ from entropy_probe.gradients.capture.backward_order import outside, sharded_laye
 from entropy_probe.gradients.capture.checkpointing import checkpointing, wrappers
 from entropy_probe.gradients.capture.modules import Treatment
 from entropy_probe.gradients.treatments import Rules, check_real_rows, prove_rules, short_rows
+from entropy_probe.model.head_choice import choose_head
+from entropy_probe.model.input_limits import input_limits
 from entropy_probe.model.language_head import HeadMode
-from entropy_probe.model.policy import Policy, choose_head, input_limits, pad_right
+from entropy_probe.model.padding import pad_right
+from entropy_probe.model.policy import Policy
 
 ACTIVATION_SHARE = 0.25
 """The share of the memory that a microbatch's activations and logits may take."""

@@ -17,8 +17,9 @@ from entropy_probe.gradients.interface import Look
 from entropy_probe.gradients.vectors.contractions import Contractions
 from entropy_probe.gradients.vectors.exchange import Shards
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors, uninitialised
-from entropy_probe.optimizers.adam_preconditioner import Preconditioners
-from entropy_probe.ranks.collectives import ALONE, WHOLE, Ranks, Sharding
+from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.ranks.collectives import ALONE, Ranks
+from entropy_probe.ranks.sharding import WHOLE, Sharding
 from entropy_probe.statistics.noise import THIRDS
 from entropy_probe.statistics.u_statistics import UnitDots
 

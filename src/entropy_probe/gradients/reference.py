@@ -20,15 +20,16 @@ from entropy_probe.errors import InputError
 from entropy_probe.gradients.capture.checkpointing import checkpointing
 from entropy_probe.gradients.interface import Storage, UnitGradients
 from entropy_probe.gradients.unreached import unexplained, watched
-from entropy_probe.model.policy import Measured, Policy, check_finite, pad_right
-from entropy_probe.optimizers.adam_preconditioner import Preconditioners
+from entropy_probe.losses.surrogate import probe_loss
+from entropy_probe.model.padding import pad_right
+from entropy_probe.model.policy import Measured, Policy, check_finite
+from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.statistics.u_statistics import UnitDots
-from entropy_probe.targets.scores import (
+from entropy_probe.targets.entropy import (
     EntropyCoefficients,
     EntropyTarget,
     entropy_coefficients,
     entropy_ratio,
-    probe_loss,
     response_entropies,
 )
 

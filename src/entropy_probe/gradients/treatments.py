@@ -33,7 +33,8 @@ from entropy_probe.gradients.capture.sequences import Mixing, Strip, padded_leng
 from entropy_probe.gradients.capture.uses import Capture, leaked
 from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
-from entropy_probe.model.policy import Policy, check_finite, pad_right, sum_over_tokens
+from entropy_probe.model.padding import pad_right, sum_over_tokens
+from entropy_probe.model.policy import Policy, check_finite
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 """Relative difference between a rule and autograd that is rounding; a wrong rule is off by a good part of the whole."""

@@ -17,8 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.capture.modules import parameter_owners
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.adam_preconditioner import AdamState
-from entropy_probe.ranks.collectives import Sharding
+from entropy_probe.optimizers.state import AdamState
+from entropy_probe.ranks.sharding import Sharding
 
 CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 """Modules that hold parameters and are never called: the module around them is."""

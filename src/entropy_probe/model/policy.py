@@ -10,9 +10,9 @@ runs in float32 or better.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, assert_never
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedModel
 
 from entropy_probe.common.progress import Progress, Silent
 from entropy_probe.compat.wrappers import (
@@ -31,93 +30,20 @@ from entropy_probe.compat.wrappers import (
     reshard,
     without_accelerate_autocast,
 )
-from entropy_probe.data.rollouts import Rollout, RolloutBatch, SpecialIds
-from entropy_probe.errors import InputError, one_line, out_of_memory
+from entropy_probe.data.rollouts import Rollout
+from entropy_probe.errors import InputError
 from entropy_probe.model.float64_mode import Float64Mode
 from entropy_probe.model.language_head import (
     HeadMode,
-    chunkable,
     chunked_values,
     head_calls,
     log_probs_and_entropies,
     output_head,
 )
-from entropy_probe.ranks.collectives import WHOLE, Ranks, Sharding, deal
-
-
-@dataclass(frozen=True)
-class PaddedResponses:
-    """Sequences padded on the right.
-
-    ``input_ids`` and ``attention_mask`` are [n, L]; ``rows``, ``positions``, ``targets`` and ``places`` hold, for each response
-    token, its sequence, the position whose logits predict it, its id, and its place in the response: [tokens].
-    ``first`` is each sequence's first such position, ``longest`` the length R of the longest response.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    rows: Tensor
-    positions: Tensor
-    targets: Tensor
-    places: Tensor
-    first: tuple[int, ...]
-    longest: int
-
-    def on_responses(self, hidden: Tensor) -> Tensor:
-        """Of [n, L, d] the positions whose logits predict response tokens: [n, R, d]; short responses repeat a later one."""
-        if len(set(self.first)) == 1 and self.first[0] + self.longest <= hidden.shape[1]:
-            return hidden[:, self.first[0] : self.first[0] + self.longest]
-        starts = torch.tensor(self.first, device=hidden.device)[:, None]
-        window = starts + torch.arange(self.longest, device=hidden.device)
-        # Flat: the backward of indexing by two is several times slower.
-        row_starts = torch.arange(len(hidden), device=hidden.device)[:, None] * hidden.shape[1]
-        flat = window.clamp(max=hidden.shape[1] - 1) + row_starts
-        return hidden.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, hidden.shape[-1])
-
-    def of_tokens(self, values: Tensor) -> Tensor:
-        """Of [n, R, …] the entries of response tokens: [tokens, …]."""
-        if len(self.rows) == values.shape[0] * values.shape[1]:
-            return values.flatten(0, 1)
-        return values.flatten(0, 1).index_select(0, self.rows * values.shape[1] + self.places)
-
-
-def pad_right(responses: Sequence[Rollout], device: torch.device, length: int | None = None) -> PaddedResponses:
-    """Prompt and response ids side by side, padded with masked zeros on the right to ``length``, or to the longest."""
-    length = max(r.length for r in responses) if length is None else length
-    input_ids = torch.zeros((len(responses), length), dtype=torch.long)
-    attention_mask = torch.zeros((len(responses), length), dtype=torch.long)
-    rows: list[int] = []
-    positions: list[int] = []
-    targets: list[int] = []
-    places: list[int] = []
-    for row, response in enumerate(responses):
-        ids = (*response.prompt_ids, *response.response_ids)
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-        first = len(response.prompt_ids) - 1
-        rows.extend([row] * len(response.response_ids))
-        positions.extend(range(first, first + len(response.response_ids)))
-        targets.extend(response.response_ids)
-        places.extend(range(len(response.response_ids)))
-    return PaddedResponses(
-        input_ids.to(device),
-        attention_mask.to(device),
-        torch.tensor(rows, device=device),
-        torch.tensor(positions, device=device),
-        torch.tensor(targets, device=device),
-        torch.tensor(places, device=device),
-        tuple(len(response.prompt_ids) - 1 for response in responses),
-        max(len(response.response_ids) for response in responses),
-    )
-
-
-def sum_over_tokens(values: Tensor, batch: PaddedResponses) -> Tensor:
-    """One value a response token, [tokens], summed for each response: float64 [n].
-
-    In float32 the sum over a long response would lose what its tokens still hold.
-    """
-    totals = torch.zeros(len(batch.input_ids), dtype=torch.float64, device=values.device)
-    return totals.index_add(0, batch.rows, values.double())
+from entropy_probe.model.padding import PaddedResponses, idle_row, pad_right, sum_over_tokens
+from entropy_probe.ranks.collectives import Ranks
+from entropy_probe.ranks.dealing import deal
+from entropy_probe.ranks.sharding import WHOLE, Sharding
 
 
 @dataclass(frozen=True)
@@ -349,12 +275,6 @@ class Policy:
         return Measured(scores, torch.cat([scores[:0], *found]) if entropies else None)
 
 
-def idle_row(responses: Sequence[Rollout]) -> Rollout:
-    """Two tokens for a rank that has no rows left while others, whose forwards need it, have."""
-    first = responses[0]
-    return Rollout(first.prompt_id, first.prompt_ids[:1], first.response_ids[:1], 0.0)
-
-
 def combine(here: Measured, responses: Sequence[Rollout], rows: range, ranks: Ranks) -> Measured:
     """What every rank has measured of its ``rows``, put together: all ``responses``' values."""
     if ranks.count == 1:
@@ -368,78 +288,6 @@ def combine(here: Measured, responses: Sequence[Rollout], rows: range, ranks: Ra
     return Measured(found[: len(responses)], None if here.entropies is None else found[len(responses) :])
 
 
-HEAD_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Nats by which two ways to the same log-prob or entropy may differ, relative to 1 + its size: GEMMs of other shapes round
-otherwise."""
-
-LOW_PRECISION_HEAD_TOLERANCE = 0.1
-
-
-@dataclass(frozen=True)
-class HeadChoice:
-    """A policy with the head that serves it best; ``reason`` says why it is not the one asked for, or is None."""
-
-    policy: Policy
-    reason: str | None
-
-
-def choose_head(policy: Policy, rows: Sequence[Rollout], *, chunked: bool) -> HeadChoice:
-    """Compute logits of response positions alone, and in chunks where asked, if these rows' log-probs and entropies stay.
-
-    Chunks need more: that the model hands out the head's very logits, bit for bit. A scale or a cap after the head would be
-    left out, and one near 1 would hide in the rounding of bfloat16.
-
-    Args:
-        policy: with the whole head.
-        rows: two short responses to prompts of different lengths.
-        chunked: whether logits are too large to stand in memory.
-    """
-    head = output_head(policy.model)
-    if head is None:
-        return HeadChoice(policy, "the model names no output head: logits of every position, whole")
-    found = replace(policy, head=HeadMode.RESPONSES)
-    with torch.no_grad(), policy.arithmetic():
-        padded = pad_right(rows, policy.device)
-        truth = _columns(policy, padded)
-        try:
-            with head_calls(head, lambda hidden: hidden, stop=False) as calls:
-                logits = policy.model(
-                    input_ids=padded.input_ids, attention_mask=padded.attention_mask, use_cache=False
-                ).logits
-            if len(calls) != 1:
-                return HeadChoice(
-                    policy, f"the model calls its head {len(calls)} times: logits of every position, whole"
-                )
-            modes = [replace(policy, head=HeadMode.CHUNKED)] if chunked and chunkable(head) else []
-            gaps = [float(((_columns(p, padded) - truth).abs() / (1 + truth.abs())).max()) for p in (found, *modes)]
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            if out_of_memory(error):
-                raise
-            return HeadChoice(policy, f"logits of every position, whole: {one_line(error, 80)}")
-    if not gaps[0] <= _head_tolerance(policy):
-        return HeadChoice(
-            policy, f"logits of response positions alone change a log-prob or entropy by {gaps[0]:.1e} of its size"
-        )
-    if not chunked:
-        return HeadChoice(found, None)
-    raw = calls[0].logits
-    same = raw.shape == logits.shape and torch.equal(raw.double(), logits.double())
-    if not (modes and same and gaps[1] <= _head_tolerance(policy)):
-        return HeadChoice(found, "not in chunks: the model's logits are more than one linear layer's output")
-    return HeadChoice(replace(policy, head=HeadMode.CHUNKED), None)
-
-
-def _columns(policy: Policy, batch: PaddedResponses) -> Tensor:
-    """log π and H beside each other: [2, tokens]."""
-    values = policy.token_values(batch, entropies=True)
-    assert values.entropies is not None
-    return torch.stack([values.log_probs, values.entropies])
-
-
-def _head_tolerance(policy: Policy) -> float:
-    return HEAD_TOLERANCE.get(policy.arithmetic_dtype(), LOW_PRECISION_HEAD_TOLERANCE)
-
-
 def check_finite(scores: Tensor, responses: Sequence[Rollout]) -> None:
     """Refuse scores that are not finite.
 
@@ -451,75 +299,4 @@ def check_finite(scores: Tensor, responses: Sequence[Rollout]) -> None:
             raise InputError(
                 f"prompt_id {response.prompt_id!r}: a response has log-probability {score} under this checkpoint; "
                 "the weights are damaged, or it was sampled from another model"
-            )
-
-
-def input_limits(model: nn.Module) -> tuple[int | None, int | None]:
-    """(vocabulary, context length) of the transformers model in ``model``; None where there is none or it sets no limit."""
-    inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if inner is None:
-        return None, None
-    # num_embeddings and not the weight's shape: where weights are sharded, this rank's tensor holds only some rows.
-    embedding = inner.get_input_embeddings()
-    config = inner.config.get_text_config()
-    # An adapter may have put a module of its own in the embedding's place.
-    vocabulary = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else config.vocab_size
-    return vocabulary, getattr(config, "max_position_embeddings", None)
-
-
-def end_token_ids(model: nn.Module) -> tuple[int, ...]:
-    """The ids that the transformers model in ``model`` ends with, by its config and its generation config; () without any.
-
-    Of a generation config these ids, and those of :func:`special_ids`, alone are read: many chat models name their end of turn
-    only there.
-    """
-    return _configured_ids(model, "eos_token_id")
-
-
-def special_ids(model: nn.Module, tokenizer: SpecialIds = SpecialIds()) -> SpecialIds:  # noqa: B008 (frozen)
-    """The ids that pad, end and begin by the configs of the transformers model in ``model`` and by its tokenizer."""
-    end = end_token_ids(model)
-    return SpecialIds(
-        pad=_each_once(_configured_ids(model, "pad_token_id"), tokenizer.pad),
-        end=end,
-        stop=_each_once(end, tokenizer.stop),
-        begin=_each_once(_configured_ids(model, "bos_token_id"), tokenizer.begin),
-        unknown=tokenizer.unknown,
-    )
-
-
-def _configured_ids(model: nn.Module, name: str) -> tuple[int, ...]:
-    """What the text model's config and the generation config call by this name; original Llama's pad of -1 is none."""
-    inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if inner is None:
-        return ()
-    ids: list[object] = []
-    generation = vars(inner).get("generation_config")
-    own = getattr(generation, name, None) if isinstance(generation, GenerationConfig) else None
-    for configured in (getattr(inner.config.get_text_config(), name, None), own):
-        ids.extend(configured if isinstance(configured, list | tuple) else [configured])
-    return _each_once(token for token in ids if isinstance(token, int) and token >= 0)
-
-
-def _each_once(*ids: Iterable[int]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(itertools.chain(*ids)))
-
-
-def check_fits(batch: RolloutBatch, vocabulary: int | None, context_length: int | None) -> None:
-    """Refuse rollouts that the model cannot score; a limit of None is not checked.
-
-    Raises:
-        InputError: a token id outside the vocabulary, or a sequence past the context length; the prompt is named.
-    """
-    for response in batch.responses:
-        ids = (*response.prompt_ids, *response.response_ids)
-        if vocabulary is not None and max(ids) >= vocabulary:
-            raise InputError(
-                f"prompt_id {response.prompt_id!r} holds token id {max(ids)}, but the model's vocabulary has {vocabulary}; "
-                "were these rollouts made with another tokenizer?"
-            )
-        if context_length is not None and len(ids) > context_length:
-            raise InputError(
-                f"prompt_id {response.prompt_id!r} with its response has {len(ids)} tokens; "
-                f"the model's context holds {context_length}"
             )

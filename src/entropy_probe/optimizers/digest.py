@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from entropy_probe.optimizers.adam_preconditioner import AdamState
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.ranks.same_inputs import described, sha256
 
 

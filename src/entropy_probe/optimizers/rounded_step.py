@@ -14,8 +14,8 @@ from torch import Tensor
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.choices import member
 from entropy_probe.errors import InputError
-from entropy_probe.optimizers.adam_preconditioner import AdamState
-from entropy_probe.optimizers.adam_step import adamw_delta
+from entropy_probe.optimizers.adamw_step import adamw_delta
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.stored_precision import (
     NARROW_TYPES,
     Rounding,
@@ -24,7 +24,7 @@ from entropy_probe.optimizers.stored_precision import (
     rounded_to_nearest,
     stepped_in_type,
 )
-from entropy_probe.ranks.collectives import Sharding
+from entropy_probe.ranks.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def rounded_adamw(
         parameters: what this rank holds of θ, by name, in whatever type it is loaded as.
         state: the optimizer's, moments in the type that it keeps them in.
         ascent: Ȳ by name.
-        unrounded: Δθ of :func:`~entropy_probe.optimizers.adam_step.adamw_deltas` from the same.
+        unrounded: Δθ of :func:`~entropy_probe.optimizers.adamw_step.adamw_deltas` from the same.
         clip_factor: of the gradient.
         rule: how weights are rounded.
         sharding: whose elements are whose.

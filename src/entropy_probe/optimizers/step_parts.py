@@ -116,7 +116,7 @@ class StepPrediction:
 
 
 def predict_parts(along: FloatArray, kernel: FloatArray | None, sizes: Sequence[int]) -> StepPrediction:
-    """From the dots of :class:`~entropy_probe.optimizers.adam_step.StepsOfOthers`; two units or more.
+    """From the dots of :class:`~entropy_probe.optimizers.steps_of_others.StepsOfOthers`; two units or more.
 
     Args:
         along: XS_u along momentum, fresh gradient and weight decay of Ȳ_−u with v at t + 1, and the same with v at t, [U, 6].

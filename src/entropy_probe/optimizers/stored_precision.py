@@ -18,7 +18,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from entropy_probe.optimizers.adam_preconditioner import AdamGroup, AdamMoments
+from entropy_probe.optimizers.state import AdamGroup, AdamMoments
 
 STORAGE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Narrowest first; whatever none of them holds is float64."""

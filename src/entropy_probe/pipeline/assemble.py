@@ -20,13 +20,17 @@ from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.data.units import Mode, Units
 from entropy_probe.gradients import Coverage, Plan, Preparation
 from entropy_probe.model.policy import Measured
-from entropy_probe.optimizers.adam_preconditioner import AdamState, PreconditionerTest, ZeroV
-from entropy_probe.optimizers.adam_step import clip_factor, gradient_factors, spread_factors
+from entropy_probe.optimizers.adamw_step import clip_factor
+from entropy_probe.optimizers.gradient_weights import gradient_factors, spread_factors
+from entropy_probe.optimizers.preconditioner import ZeroV
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import Estimate, StepPrediction
+from entropy_probe.optimizers.validation import PreconditionerTest
 from entropy_probe.optimizers.what_if import Fall, WhatIf
 from entropy_probe.pipeline.recorded import Source, TrainersStep
 from entropy_probe.pipeline.settings import ShardingChoice
-from entropy_probe.ranks.collectives import Kind, Payload, Sharding
+from entropy_probe.ranks.collectives import Kind, Payload
+from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.realized.realize import HELD_OUT, SAME, RealizedChange
 from entropy_probe.realized.sweep import SweepCurve
 from entropy_probe.report.schema import (
@@ -65,7 +69,7 @@ from entropy_probe.statistics.intervals import needed_units
 from entropy_probe.statistics.noise import LEAST_UNITS, NoiseParts
 from entropy_probe.statistics.two_batches import TwoBatchStatistics, fold_statistics
 from entropy_probe.statistics.u_statistics import CrossStatistics
-from entropy_probe.targets.scores import EntropyTarget, EntropyUnit, response_entropies
+from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, response_entropies
 
 NOTES = {
     (

@@ -10,21 +10,23 @@ import numpy as np
 from torch import Tensor
 
 from entropy_probe.common.evidence import Evidence
+from entropy_probe.data.groups import by_group
 from entropy_probe.data.rollouts import RolloutBatch, SpecialIds, doubtful_rows
 from entropy_probe.errors import some_of
 from entropy_probe.gradients import Coverage
-from entropy_probe.optimizers.adam_preconditioner import AdamState, Preconditioners, ZeroV
+from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.optimizers.preconditioner import Preconditioners, ZeroV
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import PARTS, StepPrediction
 from entropy_probe.optimizers.stored_precision import Rounding
 from entropy_probe.pipeline.recorded import LENGTH_WEIGHT_OF_LOSS, Source, TrainersStep
-from entropy_probe.ranks.collectives import WHOLE, Sharding
+from entropy_probe.ranks.sharding import WHOLE, Sharding
 from entropy_probe.realized.realize import RealizedChange
 from entropy_probe.realized.sweep import SweepCurve
 from entropy_probe.report import ZeroVSection
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.two_batches import TwoBatchStatistics
 from entropy_probe.statistics.u_statistics import CrossStatistics
-from entropy_probe.targets.scores import LengthWeight, by_group
 
 FEW_UNITS = 10
 OFF_POLICY_PER_TOKEN, OFF_POLICY_PER_RESPONSE = 0.02, 0.1

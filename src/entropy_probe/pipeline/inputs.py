@@ -17,11 +17,15 @@ from entropy_probe.data.rollouts import RolloutBatch, read_batch, same_temperatu
 from entropy_probe.data.units import Units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import VECTOR_SHARE, Plan, Storage
+from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
+from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.pipeline.settings import Settings
-from entropy_probe.ranks.collectives import ALONE, Ranks, Sharding, deal
+from entropy_probe.ranks.collectives import ALONE, Ranks
+from entropy_probe.ranks.dealing import deal
+from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
-from entropy_probe.targets.scores import AdvantageRule, Estimator, LengthWeight, advantages_from_rewards, length_weights
+from entropy_probe.targets.entropy import Estimator
 
 
 def read_evaluation(path: Path, temperature: float | None) -> RolloutBatch:
@@ -165,7 +169,7 @@ def resolve_length_weights(batch: RolloutBatch, rule: LengthWeight, max_completi
     """w_ng of the training loss, with the window's constants from the rollouts where none are given.
 
     Raises:
-        InputError: see :func:`entropy_probe.targets.scores.length_weights`.
+        InputError: see :func:`entropy_probe.losses.length_weights.length_weights`.
     """
     first = batch.responses[0]
     micro_batches = [r.micro_batch for r in batch.responses if r.micro_batch is not None]

@@ -19,9 +19,9 @@ import torch
 from entropy_probe.common.choices import number, shown
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
-from entropy_probe.optimizers.adam_preconditioner import AdamState
+from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.pipeline.settings import OFF, Autocast
-from entropy_probe.targets.scores import LengthWeight
 
 LENGTH_WEIGHT_OF_LOSS = {
     "grpo": LengthWeight.GRPO,

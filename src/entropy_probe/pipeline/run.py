@@ -32,12 +32,16 @@ from entropy_probe.data.rollouts import Rollout, RolloutBatch, as_batch, read_ba
 from entropy_probe.data.rollouts.digest import digest_of_batch
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Preparation, marked, trained_before
+from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.digest import digest_of_model
-from entropy_probe.model.policy import Measured, check_fits, input_limits, special_ids
-from entropy_probe.optimizers.adam_preconditioner import AdamState, validate_preconditioner
-from entropy_probe.optimizers.adam_step import clip_factor, gradient_norm, gradient_weights
+from entropy_probe.model.input_limits import check_fits, input_limits, special_ids
+from entropy_probe.model.policy import Measured
+from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
 from entropy_probe.optimizers.digest import digest_of_adam
+from entropy_probe.optimizers.gradient_weights import gradient_weights
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import predict_parts
+from entropy_probe.optimizers.validation import validate_preconditioner
 from entropy_probe.optimizers.what_if import learning_rate_for_fall
 from entropy_probe.pipeline import diagnostics
 from entropy_probe.pipeline.assemble import (
@@ -72,7 +76,6 @@ from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.same_inputs import check_same_inputs, digest_of_settings
 from entropy_probe.report import ConfigSection, Report
 from entropy_probe.statistics.u_statistics import cross_statistics
-from entropy_probe.targets.scores import LengthWeight
 
 DEFAULTS = Settings()
 
@@ -182,7 +185,7 @@ def probe(
 
     Args:
         model: a causal language model (``model(input_ids=, attention_mask=, use_cache=).logits``), DDP-wrapped or not.
-        adam: its optimizer's state (:func:`entropy_probe.optimizers.adam_preconditioner.state_of_optimizer`).
+        adam: its optimizer's state (:func:`entropy_probe.optimizers.live.state_of_optimizer`).
         batch: rollouts (:func:`entropy_probe.data.rollouts.group_rollouts`), or their rows, which it groups.
         settings: see :class:`Settings`; None takes the defaults. ``dtype`` is the model's own. Where they say nothing, loss,
             clip and mixed precision are as the rows recorded them, but the learning rate is the optimizer's own, which its

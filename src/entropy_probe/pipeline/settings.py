@@ -13,12 +13,14 @@ import torch
 from entropy_probe.common.choices import Check, member, number, optional, settle, shown, truth, whole_number
 from entropy_probe.data.units import Mode
 from entropy_probe.errors import InputError
-from entropy_probe.optimizers.adam_preconditioner import ZeroV
+from entropy_probe.losses.advantages import AdvantageRule
+from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.stored_precision import Rounding
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.scores import AdvantageRule, EntropyUnit, Estimator, LengthWeight
+from entropy_probe.targets.entropy import EntropyUnit, Estimator
 
 
 class ShardingChoice(StrEnum):

@@ -28,12 +28,15 @@ from entropy_probe.gradients import (
     response_parts,
     unit_gradients,
 )
+from entropy_probe.losses.advantages import AdvantageRule
 from entropy_probe.model.policy import Measured, Policy
 from entropy_probe.model.virtual_step import at_least_float32, below_float32
-from entropy_probe.optimizers.adam_preconditioner import AdamState, Preconditioners
-from entropy_probe.optimizers.adam_step import StepsOfOthers, clip_factor, gradient_norm
+from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
+from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.optimizers.rounded_step import RoundingRule
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import Estimate, StepPrediction
+from entropy_probe.optimizers.steps_of_others import StepsOfOthers
 from entropy_probe.optimizers.what_if import (
     WhatIf,
     another_clipping,
@@ -55,7 +58,7 @@ from entropy_probe.pipeline.inputs import (
 )
 from entropy_probe.pipeline.recorded import TrainersStep
 from entropy_probe.pipeline.settings import Settings, dtype_name
-from entropy_probe.ranks.collectives import Sharding
+from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.realized.realize import HELD_OUT, SAME, EntropyMeasure, RealizedChange
 from entropy_probe.realized.resampling import GENERATED_TOGETHER, Resampling, plan_resampling, resample
 from entropy_probe.realized.rows import Realizer
@@ -64,7 +67,7 @@ from entropy_probe.report import CheckpointSection
 from entropy_probe.statistics.noise import LEAST_UNITS, NoiseParts, noise_of
 from entropy_probe.statistics.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
-from entropy_probe.targets.scores import AdvantageRule, EntropyTarget, Estimator
+from entropy_probe.targets.entropy import EntropyTarget, Estimator
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The realised entropy change: take the step, score the same responses again, compare with the linear prediction.
 
-Each step (:mod:`~entropy_probe.optimizers.adam_step` makes them) is realised beside its own prediction. The numerical
-floor says below which size a ΔH is rounding.
+Each step (:mod:`~entropy_probe.optimizers.adamw_step` and :mod:`~entropy_probe.optimizers.preconditioned_step` make them)
+is realised beside its own prediction. The numerical floor says below which size a ΔH is rounding.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
 from entropy_probe.model.policy import Measured, Policy
 from entropy_probe.model.virtual_step import virtual_step
-from entropy_probe.optimizers.adam_step import gradient_norm
+from entropy_probe.optimizers.adamw_step import gradient_norm
 from entropy_probe.optimizers.rounded_step import Kept, mean_kept
-from entropy_probe.ranks.collectives import Sharding
+from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.statistics.importance_sampling import (
     EntropyChange,
     ImportanceWeights,
@@ -33,7 +33,7 @@ from entropy_probe.statistics.importance_sampling import (
     linear_term,
     resampled_change,
 )
-from entropy_probe.targets.scores import EntropyTarget, EntropyUnit, response_entropies
+from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, response_entropies
 
 SAME, HELD_OUT = "same", "held-out"
 """Whether the responses are those that the step was made from."""

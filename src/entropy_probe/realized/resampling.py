@@ -16,10 +16,13 @@ from transformers import GenerationMixin
 from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch, count_cut, group_rollouts
 from entropy_probe.errors import InputError
-from entropy_probe.model.policy import Measured, Policy, check_finite, end_token_ids, input_limits
+from entropy_probe.model.input_limits import end_token_ids, input_limits
+from entropy_probe.model.policy import Measured, Policy, check_finite
 from entropy_probe.model.virtual_step import virtual_step
 from entropy_probe.realized.realize import RealizedChange, Step
-from entropy_probe.sampling.drawing import Prompt, SamplingSettings, check_prompts, sample_rollouts
+from entropy_probe.sampling.drawing import sample_rollouts
+from entropy_probe.sampling.prompts import Prompt, check_prompts
+from entropy_probe.sampling.settings import SamplingSettings
 
 RESAMPLED = "resampled"
 

@@ -18,11 +18,12 @@ from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import Rules, response_dots, weighted_gradient
 from entropy_probe.model.policy import Measured, Policy, check_finite
-from entropy_probe.optimizers.adam_preconditioner import AdamState
-from entropy_probe.optimizers.adam_step import adamw_deltas, clip_factor, gradient_norm, preconditioned_step
+from entropy_probe.optimizers.adamw_step import adamw_deltas, clip_factor, gradient_norm
+from entropy_probe.optimizers.preconditioned_step import preconditioned_step
 from entropy_probe.optimizers.rounded_step import NEAREST, RoundingRule, rounded_adamw
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.realized.realize import HELD_OUT, EntropyMeasure, Predicted, RealizedChange, Step, average, realize
-from entropy_probe.targets.scores import EntropyCoefficients
+from entropy_probe.targets.entropy import EntropyCoefficients
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from entropy_probe.checkpoints import TrainerState
 from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import loss_gradient
+from entropy_probe.losses.advantages import AdvantageRule
+from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.adam_preconditioner import AdamState
-from entropy_probe.optimizers.adam_step import AdamWStep, adamw_step
+from entropy_probe.optimizers.adamw_step import AdamWStep, adamw_step
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.pipeline.recorded import TrainersStep
 from entropy_probe.replay_check.settings import GRADIENT_TOLERANCE, MIXED_TOLERANCE, TOLERANCE
 from entropy_probe.replay_check.update_comparison import GradientComparison, UpdateComparison, compare_updates
-from entropy_probe.targets.scores import AdvantageRule, LengthWeight
 
 COARSE = 0.01
 """Share of the update that storing the weights costs, above which they do not tell whether it was computed right."""
@@ -35,7 +36,7 @@ class Replayed:
         adam: the optimizer's state at θ.
         advantages: A, [N], by ``rule``.
         rule: where they came from.
-        weights: w of :func:`~entropy_probe.targets.scores.length_weights`, [N], by ``length_weight``.
+        weights: w of :func:`~entropy_probe.losses.length_weights.length_weights`, [N], by ``length_weight``.
         trainer: how the step was taken: length weight, clip, mixed precision, learning rate.
         num_generations: responses a prompt, where the rows say.
         ascent: Ȳ.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from entropy_probe.optimizers.adam_preconditioner import AdamGroup, AdamState
-from entropy_probe.optimizers.adam_step import adamw_step
+from entropy_probe.optimizers.adamw_step import adamw_step
+from entropy_probe.optimizers.state import AdamGroup, AdamState
 from entropy_probe.pipeline.recorded import recorded_rates
 from entropy_probe.replay_check.case import Cause, Replayed
 from entropy_probe.replay_check.update_comparison import fitted_factor

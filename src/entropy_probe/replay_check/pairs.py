@@ -7,7 +7,7 @@ from pathlib import Path
 from entropy_probe.checkpoints import ModelFolder, TrainerState, load_adam_state
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
-from entropy_probe.optimizers.adam_preconditioner import AdamState
+from entropy_probe.optimizers.state import AdamState
 
 
 def check_consecutive(before: Path, after: Path, state: TrainerState, state_after: TrainerState) -> None:

@@ -29,9 +29,10 @@ from entropy_probe.common.progress import Clock, Progress, Silent
 from entropy_probe.data.rollouts import read_batch, refuse_unsampled
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, prepare, refuse_cut, unexplained, watched
-from entropy_probe.model.policy import Policy, check_finite, check_fits, special_ids
-from entropy_probe.optimizers.adam_preconditioner import ZeroV
-from entropy_probe.optimizers.adam_step import adamw_step
+from entropy_probe.model.input_limits import check_fits, special_ids
+from entropy_probe.model.policy import Policy, check_finite
+from entropy_probe.optimizers.adamw_step import adamw_step
+from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.pipeline.assemble import versions
 from entropy_probe.pipeline.diagnostics import padding_warnings
 from entropy_probe.pipeline.inputs import free_memory, resolve_advantages, resolve_length_weights

@@ -9,7 +9,7 @@ from entropy_probe.common.evidence import Evidence
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.model.dropout import active_dropout
 from entropy_probe.model.policy import Measured
-from entropy_probe.optimizers.adam_step import gradient_norm
+from entropy_probe.optimizers.adamw_step import gradient_norm
 from entropy_probe.pipeline import diagnostics
 from entropy_probe.pipeline.recorded import SAME_RATE, Source, recorded_count, recorded_rates
 from entropy_probe.replay_check.case import Replayed

@@ -10,6 +10,8 @@ import torch
 
 from entropy_probe.common.choices import Check, member, number, optional, settle
 from entropy_probe.errors import InputError
+from entropy_probe.losses.advantages import AdvantageRule
+from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.pipeline.settings import (
     COUNT,
     POSITIVE,
@@ -18,7 +20,6 @@ from entropy_probe.pipeline.settings import (
     refuse_autocast_elsewhere,
     torch_type,
 )
-from entropy_probe.targets.scores import AdvantageRule, LengthWeight
 
 TOLERANCE = 1e-4
 """Net error up to which the two updates count as one; float32's own is 1e-7 to 2e-5 (measured)."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entropy_probe.optimizers.adam_preconditioner import AdamState
+from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.stored_precision import shrunk_then_added, spacing, storage_type
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_probe.gradients.capture.backward_order import BackwardOrder, outside
 from entropy_probe.gradients.capture.sequences import IDLE, Strip, row_chunks
 from entropy_probe.gradients.vectors.outer_products import MOST_ROWS, SHORT, OuterProducts
-from entropy_probe.ranks.collectives import WHOLE, Sharding
+from entropy_probe.ranks.sharding import WHOLE, Sharding
 
 
 class Contractions:

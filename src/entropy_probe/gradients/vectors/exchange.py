@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors, uninitialised
-from entropy_probe.ranks.collectives import BUCKET, Ranks, Sharding
+from entropy_probe.ranks.collectives import BUCKET, Ranks
+from entropy_probe.ranks.sharding import Sharding
 
 
 class Shards(Protocol):

@@ -15,7 +15,7 @@ from entropy_probe.gradients.capture.backward_order import BackwardOrder, outsid
 from entropy_probe.gradients.capture.sequences import Strip
 from entropy_probe.gradients.vectors.exchange import swapped
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
-from entropy_probe.ranks.collectives import Sharding
+from entropy_probe.ranks.sharding import Sharding
 
 
 class ShardedVectors:

@@ -1,0 +1,87 @@
+"""How the training loss weighs a response by its length: w_ng with a_ng = A_ng w_ng."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from entropy_probe.common.choices import member
+from entropy_probe.data.groups import by_group, repeat_by_group
+from entropy_probe.errors import InputError
+
+
+class LengthWeight(StrEnum):
+    """How the training loss weighs a response by its length; see :func:`length_weights`."""
+
+    GUIDE = "guide"
+    DR_GRPO = "dr_grpo"
+    GRPO = "grpo"
+    DAPO = "dapo"
+    BNPO = "bnpo"
+
+
+def length_weights(
+    lengths: Sequence[int],
+    group_sizes: Sequence[int],
+    rule: LengthWeight,
+    *,
+    max_completion_length: int | None = None,
+    window_tokens: float | None = None,
+    micro_batches: Sequence[int] | None = None,
+) -> Tensor:
+    """w_ng with a_ng = A_ng w_ng and Ȳ = (1/B) Σ_n Σ_g a_ng ∇S_ng; float64 [N].
+
+    ``guide``: 1/(G_n L_n), L_n the prompt's longest response. ``dr_grpo``: 1/(G_n L_max). ``grpo``: 1/(G_n T_ng).
+    ``dapo``: B/ΣT over the accumulation window. ``bnpo``: B/(K ΣT_k) over the response's micro-batch k of K.
+
+    Args:
+        lengths: T_ng, response tokens.
+        group_sizes: G_n.
+        rule: which of the above.
+        max_completion_length: L_max, the trainer's constant (``dr_grpo`` only, required there).
+        window_tokens: ΣT of the window where it is not this batch's (``dapo``).
+        micro_batches: the micro-batch of each response (``bnpo``); one for all if not given.
+
+    Raises:
+        InputError: ``dr_grpo`` without L_max, an L_max shorter than a response, or a rule that is not known.
+    """
+    tokens = torch.tensor(lengths, dtype=torch.float64)
+    sizes = repeat_by_group(group_sizes, group_sizes)
+    prompts = len(group_sizes)
+    match member("length_weight", rule, LengthWeight):
+        case LengthWeight.GUIDE:
+            longest = [float(part.max()) for part in by_group(tokens, group_sizes)]
+            return 1.0 / (sizes * repeat_by_group(longest, group_sizes))
+        case LengthWeight.GRPO:
+            return 1.0 / (sizes * tokens)
+        case LengthWeight.DAPO:
+            window = window_tokens if window_tokens is not None else float(tokens.sum())
+            return torch.full_like(tokens, prompts / window)
+        case LengthWeight.BNPO:
+            if micro_batches is None:
+                return torch.full_like(tokens, prompts / float(tokens.sum()))
+            index = torch.unique(torch.tensor(list(micro_batches)), return_inverse=True)[1]
+            sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, tokens)
+            return prompts / (len(sums) * sums[index])
+        case LengthWeight.DR_GRPO:
+            return 1.0 / (sizes * _trainers_constant(max_completion_length, max(lengths)))
+        case unknown:
+            assert_never(unknown)
+
+
+def _trainers_constant(max_completion_length: int | None, longest: int) -> int:
+    if max_completion_length is None:
+        raise InputError(
+            "length weight dr_grpo divides by the trainer's constant; give max_completion_length (as TRL calls it), as a "
+            "setting or as a column of the rows"
+        )
+    if max_completion_length < longest:
+        raise InputError(
+            f"max_completion_length is {max_completion_length}, but a response has {longest} tokens; "
+            "expected the trainer's constant, at least as long"
+        )
+    return max_completion_length

@@ -1,0 +1,80 @@
+"""Adam's state of an optimizer that is in use."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from entropy_probe.compat.wrappers import held_part, named_parameters, reshard, unwrap
+from entropy_probe.errors import InputError
+from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState, group_from_settings, moments_from_entry
+
+ACCELERATED = ("accelerate.optimizer", "AcceleratedOptimizer")
+"""Module and name of accelerate's wrapper, which need not be there to be known."""
+
+
+def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
+    """The state of a live Adam or AdamW, mapped to the model's names by parameter identity.
+
+    Of a model that FSDP2 has sharded, this rank's rows.
+
+    Accelerate's wrapper will do: what is inside it counts. A trainable parameter without state is left out;
+    :func:`validate_preconditioner` names it.
+
+    Raises:
+        InputError: the optimizer is not Adam or AdamW, is a subclass with a step of its own, or holds a trainable parameter
+            that the model does not.
+    """
+    optimizer = _plain_adam(optimizer)
+    model = unwrap(model)
+    reshard(model)
+    names = {id(p): name for name, p in named_parameters(model)}
+    groups: list[AdamGroup] = []
+    moments: dict[str, AdamMoments] = {}
+    for group in optimizer.param_groups:
+        members = []
+        for p in group["params"]:
+            if not p.requires_grad:
+                continue
+            if id(p) not in names:
+                raise InputError(
+                    f"the optimizer trains a parameter of shape {tuple(p.shape)} that the model does not have"
+                )
+            members.append(names[id(p)])
+            entry = optimizer.state.get(p, {})
+            if "exp_avg_sq" in entry:
+                held = {key: held_part(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+                moments[names[id(p)]] = moments_from_entry(held)
+        coupled = {"decoupled_weight_decay": isinstance(optimizer, torch.optim.AdamW)}
+        groups.append(group_from_settings(coupled | dict(group), members))
+    return AdamState(tuple(groups), moments)
+
+
+def _plain_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
+    """The torch.optim.Adam or AdamW in accelerate's wrappers.
+
+    Raises:
+        InputError: it is another optimizer, or steps otherwise.
+    """
+    while any((cls.__module__, cls.__name__) == ACCELERATED for cls in type(optimizer).__mro__):
+        inner = vars(optimizer).get("optimizer")
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise InputError(
+                f"the optimizer is accelerate's {type(optimizer).__name__} without an optimizer inside; give the "
+                "torch.optim.Adam or AdamW that it steps"
+            )
+        optimizer = inner
+    kind = type(optimizer)
+    # AdamW has been a subclass of Adam only since torch 2.7.
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        raise InputError(f"the optimizer is {kind.__name__}; the probe needs torch.optim.Adam or AdamW")
+    # torch wraps the step of a class for its profiler, schedulers that of an object.
+    own = inspect.unwrap(kind.step)
+    if own not in {inspect.unwrap(torch.optim.Adam.step), inspect.unwrap(torch.optim.AdamW.step)}:
+        raise InputError(
+            f"the optimizer is {kind.__module__}.{kind.__qualname__}, a subclass of Adam with a step of its own "
+            f"({own.__module__}.{own.__qualname__}), which the probe does not know; it needs torch.optim.Adam or AdamW"
+        )
+    return optimizer
