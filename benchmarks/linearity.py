@@ -33,7 +33,7 @@ from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import loss_gradient
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.realized.realize import HELD_OUT, SAME, EntropyMeasure, RealizedChange
 from entropy_probe.realized.rows import Realizer
@@ -153,8 +153,7 @@ def lines(checkpoint: Path, rollouts: Path, prompts: int | None = None) -> list[
     coefficients = resolve_advantages(update, None)[0] * weights / len(update.groups)
     realizer = Realizer(
         policy=policy,
-        preconditioners=Preconditioners(loaded.adam),
-        learning_rates={name: group.learning_rate for name, group in loaded.adam.group_of().items()},
+        geometry=Geometry.of(loaded.adam),
         adam=loaded.adam,
         measures=[EntropyMeasure(EntropyTarget(estimator)) for estimator in (Estimator.RAO_BLACKWELL, Estimator.SCORE)],
         rules=None,

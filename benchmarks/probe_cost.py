@@ -53,10 +53,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.data.units import exact_units
-from entropy_probe.gradients import Preparation, Storage, UnitGradients, prepare, unit_gradients
+from entropy_probe.gradients import Preparation, Storage, UnitGradients, Wanted, prepare, unit_gradients
 from entropy_probe.losses.surrogate import probe_loss
 from entropy_probe.model.padding import PaddedResponses, pad_right
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.optimizers.state import AdamState
@@ -126,7 +127,6 @@ class Case:
     batch: RolloutBatch
     padded: PaddedResponses
     advantage: Tensor
-    rates: dict[str, float]
     memory_bytes: float
     preparation: Preparation | None = None
 
@@ -179,9 +179,8 @@ def make_case(shape: Shape) -> Case:
     optimizer.zero_grad(set_to_none=True)
     advantage = torch.tensor([r.reward - 0.5 for r in rows], dtype=torch.float64) / shape.tokens
     adam = state_of_optimizer(optimizer, model)
-    rates = {name: group.learning_rate for name, group in adam.group_of().items()}
     memory = float(psutil.virtual_memory().available) if shape.memory_bytes is None else shape.memory_bytes
-    case = Case(policy, adam, batch, padded, advantage, rates, memory)
+    case = Case(policy, adam, batch, padded, advantage, memory)
     return replace(case, preparation=preparation(case))
 
 
@@ -229,9 +228,8 @@ def gradients_of(
         exact_units(len(case.batch.groups)),
         EntropyTarget(estimator),
         case.advantage,
-        Preconditioners(case.adam),
-        case.rates,
-        storage=storage,
+        Geometry.of(case.adam),
+        wanted=Wanted(storage),
         rules=case.preparation.rules,
     )
 

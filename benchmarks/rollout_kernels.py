@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from entropy_probe.gradients import Rules, prepare, unit_gradients
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
-from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.sampling.drawing import sample_rollouts
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.settings import SamplingSettings
@@ -42,13 +42,13 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Case:
-    """A policy with rollouts, the trainer's coefficients and P."""
+    """A policy with rollouts, the trainer's coefficients and geometry."""
 
     name: str
     policy: Policy
     batch: RolloutBatch
     advantage: Tensor
-    preconditioners: Mapping[str, Tensor]
+    geometry: Geometry
     rules: Rules
     longest_allowed: int
 
@@ -65,8 +65,7 @@ class Case:
             exact_units(len(self.batch.groups)),
             entropy,
             self.advantage,
-            self.preconditioners,
-            dict.fromkeys(self.preconditioners, 1.0),
+            self.geometry,
             rules=self.rules,
         ).total.kernel
         assert found is not None
@@ -96,7 +95,7 @@ def checkpoint_case(folder: Path, prompts: int, responses: int, seed: int) -> Ca
     batch = group_rollouts(rows, 1.0)
     lengths = [len(r.response_ids) for r in batch.responses]
     weights = length_weights(lengths, batch.group_sizes, LengthWeight.DR_GRPO, max_completion_length=longest)
-    return _case(folder.name, policy, batch, weights, Preconditioners(loaded.adam), longest)
+    return _case(folder.name, policy, batch, weights, Geometry.of(loaded.adam), longest)
 
 
 def random_case(longest: int, prompts: int, *, ends: int = 0, responses: int = 4, seed: int = 0) -> Case:
@@ -138,16 +137,14 @@ def random_case(longest: int, prompts: int, *, ends: int = 0, responses: int = 4
     batch = group_rollouts(rows, 1.0)
     weights = length_weights([len(r.response_ids) for r in batch.responses], batch.group_sizes, LengthWeight.GUIDE)
     name = f"random, {longest} tokens" if not ends else f"random, at most {longest} tokens, ended early"
-    return _case(name, policy, batch, weights, Preconditioners(state_of_optimizer(optimizer, model)), longest)
+    return _case(name, policy, batch, weights, Geometry.of(state_of_optimizer(optimizer, model)), longest)
 
 
-def _case(
-    name: str, policy: Policy, batch: RolloutBatch, weights: Tensor, p: Mapping[str, Tensor], longest: int
-) -> Case:
+def _case(name: str, policy: Policy, batch: RolloutBatch, weights: Tensor, geometry: Geometry, longest: int) -> Case:
     rewards = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
     advantages = advantages_from_rewards(rewards, batch.group_sizes, AdvantageRule.DR_GRPO)
     preparation = prepare(policy, batch, memory_bytes=MEMORY)
-    return Case(name, preparation.applied(policy), batch, advantages * weights, p, preparation.rules, longest)
+    return Case(name, preparation.applied(policy), batch, advantages * weights, geometry, preparation.rules, longest)
 
 
 def u_of(kernel: FloatArray) -> float:

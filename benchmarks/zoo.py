@@ -42,6 +42,7 @@ from entropy_probe.gradients import prepare, unit_gradients
 from entropy_probe.model.float64_mode import Float64Mode
 from entropy_probe.model.language_head import HeadMode
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.targets.entropy import EntropyTarget
 
 EXACT = 1e-9
@@ -537,8 +538,7 @@ def engine(
         units,
         EntropyTarget(),
         advantage_coefficients,
-        preconditioners,
-        dict.fromkeys(preconditioners, 1.0),
+        Geometry.fixed(preconditioners),
         rules=prepared.rules,
     )
     kernel = found.total.kernel

@@ -32,6 +32,7 @@ from entropy_probe.gradients import unit_gradients
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.importance_sampling import Weighting, entropy_change
 from entropy_probe.statistics.intervals import variance_at, variance_parts
 from entropy_probe.targets.entropy import EntropyTarget, Estimator
@@ -58,7 +59,7 @@ def test_outcomes_by_look_up_have_the_engines_kernel(estimator: Estimator) -> No
     a = a * length_weights(lengths, batch.group_sizes, LengthWeight.GRPO)
     p = {name: torch.ones_like(q) for name, q in SUBJECT.policy.named_parameters()}
     found = unit_gradients(
-        Policy(SUBJECT.policy), batch, exact_units(5), EntropyTarget(estimator), a, p, dict.fromkeys(p, 1.0)
+        Policy(SUBJECT.policy), batch, exact_units(5), EntropyTarget(estimator), a, Geometry.fixed(p)
     ).total.kernel
     assert found is not None
     kernel = law.x[chosen] @ law.y[chosen].T

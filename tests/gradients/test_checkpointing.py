@@ -23,6 +23,7 @@ from entropy_probe.gradients.capture.checkpointing import checkpointed_layers
 from entropy_probe.gradients.capture.uses import Capture
 from entropy_probe.gradients.preparation import measure_activations
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.report import Report
 from entropy_probe.targets.entropy import EntropyTarget, Estimator
 from enumerable import EnumerablePolicy
@@ -77,8 +78,7 @@ def test_layers_run_twice_and_keep_less(also_wrapped: bool) -> None:
             exact_units(4),
             EntropyTarget(),
             torch.ones(12, dtype=torch.float64),
-            p,
-            dict.fromkeys(p, 1.0),
+            Geometry.fixed(p),
         )
         calls.clear()
         engine.unit_gradients(Policy(model), *arguments, rules=rules)

@@ -17,6 +17,7 @@ from entropy_probe.gradients.vectors import outer_products as outer
 from entropy_probe.gradients.vectors.contractions import Contractions
 from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.targets.entropy import EntropyTarget
 
@@ -102,7 +103,7 @@ def test_a_direction_contracted_with_its_neighbours_sequence_is_seen(monkeypatch
 def test_a_pass_that_forgot_a_chunk_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """ΣX · P · ΣY is found in the first pass and Σ_u X_u · P · ΣY in the second: the residual compares the two."""
     from entropy_probe.data.units import exact_units
-    from entropy_probe.gradients import Storage
+    from entropy_probe.gradients import Storage, Wanted
     from entropy_probe.statistics.u_statistics import cross_statistics
 
     policy = Policy(support.tiny_model("llama-tied", dtype=torch.float64))
@@ -112,7 +113,7 @@ def test_a_pass_that_forgot_a_chunk_fails_the_self_test(monkeypatch: pytest.Monk
 
     def residual() -> float:
         found = engine.unit_gradients(
-            policy, batch, exact_units(4), EntropyTarget(), a, p, dict.fromkeys(p, 1.0), storage=Storage.STREAMED
+            policy, batch, exact_units(4), EntropyTarget(), a, Geometry.fixed(p), wanted=Wanted(Storage.STREAMED)
         )
         return cross_statistics(found.total).self_test_residual
 

@@ -13,10 +13,11 @@ import support
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.data.units import Units, block_units, exact_units
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import Storage, UnitGradients, engine, prepare, reference, treatments
+from entropy_probe.gradients import Storage, UnitGradients, Wanted, engine, prepare, reference, treatments
 from entropy_probe.gradients.capture.modules import Treatment, first_treatment
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.targets.entropy import EntropyTarget
 
 SCORE = EntropyTarget()
@@ -41,22 +42,22 @@ def both(
     policy = Policy(model, 0.8, microbatch_size=size)
     generator = torch.Generator().manual_seed(1)
     p = {n: torch.rand(q.shape, generator=generator, dtype=torch.float64) + 0.1 for n, q in policy.trainable().items()}
-    rates = {name: 0.5 if "norm" in name else 1.0 for name in p}
+    geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
     a = coefficients(batch)
     return (
-        engine.unit_gradients(policy, batch, units, c, a, p, rates, **more),
-        reference.unit_gradients(policy, batch, units, c, a, p, rates),
+        engine.unit_gradients(policy, batch, units, c, a, geometry, **more),
+        reference.unit_gradients(policy, batch, units, c, a, geometry),
     )
 
 
 def assert_same(found: UnitGradients, expected: UnitGradients, relative: float = RELATIVE) -> None:
-    for rate, dots in expected.dots.items():
+    for group, dots in expected.dots.items():
         scale = float(np.abs(dots.kernel).max())
         for field in ("x_dot_sum", "y_dot_sum", "diagonal"):
-            gap = np.abs(getattr(found.dots[rate], field) - getattr(dots, field)).max()
+            gap = np.abs(getattr(found.dots[group], field) - getattr(dots, field)).max()
             assert gap <= relative * scale * len(dots.sizes), field
-        if found.dots[rate].kernel is not None:
-            assert np.abs(found.dots[rate].kernel - dots.kernel).max() <= relative * scale
+        if found.dots[group].kernel is not None:
+            assert np.abs(found.dots[group].kernel - dots.kernel).max() <= relative * scale
     whole = max(float(y.norm()) for y in expected.ascent.values())
     assert found.ascent.keys() == expected.ascent.keys()
     for name, y in expected.ascent.items():
@@ -70,7 +71,9 @@ def assert_same(found: UnitGradients, expected: UnitGradients, relative: float =
 @pytest.mark.parametrize("family", list(support.CONFIGS))
 def test_the_engine_agrees_with_the_reference(family: str, storage: Storage) -> None:
     batch = support.random_batch(5, [3, 2, 4, 3, 3])
-    found, expected = both(support.tiny_model(family, dtype=torch.float64), batch, exact_units(5), 7, storage=storage)
+    found, expected = both(
+        support.tiny_model(family, dtype=torch.float64), batch, exact_units(5), 7, wanted=Wanted(storage)
+    )
     assert_same(found, expected)
     assert found.coverage.fallback == ()
 
@@ -80,7 +83,7 @@ def test_units_split_over_microbatches_and_blocks_of_prompts_change_nothing(size
     batch = support.random_batch(5, [3, 2, 4, 3, 3])
     model = support.tiny_model("llama-tied", dtype=torch.float64)
     for storage in Storage:
-        assert_same(*both(model, batch, block_units(5, 2), size, storage=storage))
+        assert_same(*both(model, batch, block_units(5, 2), size, wanted=Wanted(storage)))
 
 
 def test_lora_is_captured_without_fallback_and_dora_exactly() -> None:
@@ -134,7 +137,7 @@ def test_the_fallback_is_exact_and_named(monkeypatch: pytest.MonkeyPatch, storag
     monkeypatch.setattr(treatments, "first_treatment", norms_fall_back)
     batch = support.random_batch(4, 3)
     model = support.tiny_model("llama-untied", dtype=torch.float64)
-    found, expected = both(model, batch, exact_units(4), 6, storage=storage)
+    found, expected = both(model, batch, exact_units(4), 6, wanted=Wanted(storage))
     assert_same(found, expected)
     names = {name for name, p in model.named_parameters() if p.dim() == 1}
     assert set(found.coverage.fallback) == names

@@ -15,10 +15,11 @@ import support
 from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.data.units import Mode, block_units, exact_units
-from entropy_probe.gradients import Storage, unit_gradients
+from entropy_probe.gradients import Storage, Wanted, unit_gradients
 from entropy_probe.gradients.plan import make_plan
 from entropy_probe.model.padding import pad_right
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.targets.entropy import Estimator
 from entropy_probe.targets.score import score_coefficients
@@ -136,11 +137,10 @@ def test_streamed_and_stored_agree(setting: tuple[Any, Any], units: Any) -> None
     policy = Policy(model, microbatch_size=4)
     c = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
-    from entropy_probe.optimizers.preconditioner import Preconditioners
-
-    p = Preconditioners(adam)
-    rates = dict.fromkeys(p, 1.0)
-    stored, streamed = (unit_gradients(policy, batch, units, c, a, p, rates, storage=storage) for storage in Storage)
+    geometry = Geometry.of(adam)
+    stored, streamed = (
+        unit_gradients(policy, batch, units, c, a, geometry, wanted=Wanted(storage)) for storage in Storage
+    )
     one, two = cross_statistics(stored.total), cross_statistics(streamed.total)
     assert streamed.total.kernel is None
     for name in ("u_cross", "bars_dot", "diag_sum", "se_plugin", "se_jackknife"):
@@ -158,10 +158,8 @@ def test_gradients_reach_parameters_on_both_sides(setting: tuple[Any, Any]) -> N
     policy = Policy(model)
     c = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
-    from entropy_probe.optimizers.preconditioner import Preconditioners
-
-    p = Preconditioners(adam)
-    found = unit_gradients(policy, batch, exact_units(4), c, a, p, dict.fromkeys(p, 1.0))
+    geometry = Geometry.of(adam)
+    found = unit_gradients(policy, batch, exact_units(4), c, a, geometry)
     assert found.untouched == ()
     assert set(found.ascent) == set(policy.trainable())
     kernel = found.total.kernel
@@ -169,7 +167,7 @@ def test_gradients_reach_parameters_on_both_sides(setting: tuple[Any, Any]) -> N
     assert abs(kernel).min() > 0
     # Coefficients of zero on one side give a kernel of zeros: each side is really used.
     for x, y in ((c * 0, a), (c, a * 0)):
-        empty = unit_gradients(policy, batch, exact_units(4), x, y, p, dict.fromkeys(p, 1.0)).total.kernel
+        empty = unit_gradients(policy, batch, exact_units(4), x, y, geometry).total.kernel
         assert empty is not None
         assert not empty.any()
 

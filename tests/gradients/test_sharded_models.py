@@ -30,6 +30,7 @@ from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
     Storage,
     UnitGradients,
+    Wanted,
     loss_gradient,
     marked,
     prepare,
@@ -44,6 +45,7 @@ from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.model.language_head import HeadMode
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.pipeline.run import probe
 from entropy_probe.pipeline.settings import Settings
@@ -127,8 +129,8 @@ def gradients(
     p = {n: pair.own(n, v) for n, v in whole.items()} if policy.sharding.sharded else whole
     p = {n: v.view(policy.held()[n].shape) for n, v in p.items()}
     a = torch.randn(len(batch.responses), generator=generator, dtype=torch.float64)
-    rates = {name: 0.5 if "norm" in name else 1.0 for name in p}
-    return unit_gradients(policy, batch, exact_units(len(batch.groups)), target, a, p, rates, storage=storage)
+    geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
+    return unit_gradients(policy, batch, exact_units(len(batch.groups)), target, a, geometry, wanted=Wanted(storage))
 
 
 def same_gradients(name: str, target: EntropyTarget, storage: Storage, checkpointed: bool, ranks: Ranks) -> None:
@@ -149,9 +151,9 @@ def assert_same_gradients(pair: Pair, target: EntropyTarget, storage: Storage, c
     assert whole.rules is not None
     assert sharded.rules.treatments == whole.rules.treatments
     close(sharded.scores, whole.scores)
-    for rate, dots in whole.dots.items():
+    for group, dots in whole.dots.items():
         for field in ("x_dot_sum", "y_dot_sum", "diagonal"):
-            mine, theirs = getattr(sharded.dots[rate], field), getattr(dots, field)
+            mine, theirs = getattr(sharded.dots[group], field), getattr(dots, field)
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=RELATIVE * np.abs(theirs).max())
     scale = max(float(y.abs().max()) for y in whole.ascent.values())
     for parameter, y in whole.ascent.items():
@@ -479,7 +481,7 @@ def no_number_in_a_prompt_in_pieces(ranks: Ranks) -> None:
     like = {name: torch.ones_like(held) for name, held in policy.held().items()}
     for target in (SCORE, RAO_BLACKWELL):
         with pytest.raises(InputError, match="prompt_id 'p3'"):
-            unit_gradients(policy, batch, exact_units(4), target, torch.ones(16), like, dict.fromkeys(like, 1.0))
+            unit_gradients(policy, batch, exact_units(4), target, torch.ones(16), Geometry.fixed(like))
 
 
 def no_casts_are_kept(ranks: Ranks) -> None:

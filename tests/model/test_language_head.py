@@ -20,6 +20,7 @@ from entropy_probe.model import language_head
 from entropy_probe.model.head_choice import choose_head
 from entropy_probe.model.language_head import HeadMode
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.targets.entropy import EntropyTarget
 from enumerable import EnumerablePolicy
 
@@ -39,9 +40,7 @@ def gradients(
     generator = torch.Generator().manual_seed(1)
     p = {n: torch.rand(q.shape, generator=generator, dtype=torch.float64) + 0.1 for n, q in policy.trainable().items()}
     units = exact_units(len(batch.groups))
-    found: UnitGradients = backend.unit_gradients(
-        policy, batch, units, c, coefficients(batch), p, dict.fromkeys(p, 1.0)
-    )
+    found: UnitGradients = backend.unit_gradients(policy, batch, units, c, coefficients(batch), Geometry.fixed(p))
     return found
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from entropy_probe import AdamState, state_of_optimizer
 from entropy_probe.optimizers.adamw_step import adamw_step, clip_factor
-from entropy_probe.optimizers.preconditioned_step import preconditioned_step
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.geometry import Geometry
 from oracle import optimizer_step, parts_with_v_at_t
 
 TOLERANCE = 1e-12
@@ -219,9 +218,7 @@ def test_with_v_at_t_the_gradient_part_is_its_factor_of_the_preconditioned_step(
     factor = clip_factor(example.norm, example.max_grad_norm)
     _, gradient, _ = parts_with_v_at_t(example.theta, example.state, example.ascent, factor)
     groups = example.state.group_of()
-    step = preconditioned_step(
-        example.ascent, Preconditioners(example.state), {n: g.learning_rate for n, g in groups.items()}
-    )
+    step = Geometry.of(example.state).step(example.ascent)
     for name, delta in gradient.items():
         beta1, t = groups[name].beta1, example.state.moments[name].step
         share = (1 - beta1) / (1 - beta1 ** (t + 1)) * factor

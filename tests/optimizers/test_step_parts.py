@@ -21,11 +21,12 @@ import support
 from entropy_probe import AdamState, InputError, ProbeResult, Settings, probe, state_of_optimizer
 from entropy_probe.data.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.data.units import Mode, Units, block_units, exact_units
-from entropy_probe.gradients import Storage, UnitGradients, reference, response_dots, unit_gradients
+from entropy_probe.gradients import Storage, UnitGradients, Wanted, reference, response_dots, unit_gradients
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
 from entropy_probe.optimizers.adamw_step import adamw_step, clip_factor, gradient_norm
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.gradient_weights import gradient_factors
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments
 from entropy_probe.optimizers.step_parts import PARTS, StepPrediction, predict_parts
@@ -65,7 +66,8 @@ def looked(units: Units, target: EntropyTarget, storage: Storage) -> UnitGradien
     p = {name: torch.ones_like(q) for name, q in model.named_parameters()}
     policy = Policy(model, microbatch_size=5)
     return unit_gradients(
-        policy, batch, units, target, coefficients(batch), p, dict.fromkeys(p, 1.0), storage=storage, look=look  # type: ignore[arg-type]
+        policy, batch, units, target, coefficients(batch), Geometry.fixed(p),
+        wanted=Wanted(storage, look=look),  # type: ignore[arg-type]
     )  # fmt: skip
 
 

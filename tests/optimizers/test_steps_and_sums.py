@@ -15,12 +15,11 @@ from torch import nn
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
 from entropy_probe.data.units import Mode, block_units, exact_units
-from entropy_probe.gradients import Storage, loss_gradient, reference, response_dots, unit_gradients
+from entropy_probe.gradients import Storage, Wanted, loss_gradient, reference, response_dots, unit_gradients
 from entropy_probe.model.input_limits import check_fits
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import at_least_float32, virtual_step
-from entropy_probe.optimizers.preconditioned_step import preconditioned_step
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.realized.realize import EntropyMeasure, Predicted, Step, realize, rounding_noise
 from entropy_probe.statistics.importance_sampling import entropy_change, linear_term
 from entropy_probe.targets.entropy import EntropyTarget
@@ -33,9 +32,7 @@ def test_the_floor_is_the_largest_of_eight_gaps_and_the_norm_is_the_whole_steps(
     policy = Policy(model)
     scores = policy.scores(batch.responses).numpy()
     linear = loss_gradient(policy, batch.responses, torch.from_numpy(linear_term(scores, batch.group_sizes).on_scores))
-    p = Preconditioners(adam)
-    rates = dict.fromkeys(p, 1e-3)
-    deltas = preconditioned_step(linear, p, rates)
+    deltas = Geometry.of(adam).step(linear)
     changes = response_dots(policy, batch, [deltas])[:, 0, 0].numpy()
     before = policy.measure(batch.responses, entropies=False)
     predicted = float(linear_term(scores, batch.group_sizes).on_scores @ changes)
@@ -98,10 +95,11 @@ def test_products_over_chunks_of_parameters_are_the_products_over_all(
     batch = support.random_batch(4, 3)
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
     p = {name: torch.ones_like(q) for name, q in model.named_parameters()}
-    rates = dict.fromkeys(p, 1.0)
 
     def dots() -> Any:
-        found = unit_gradients(Policy(model), batch, block_units(4, 3), a + 0.3, a, p, rates, storage=storage)
+        found = unit_gradients(
+            Policy(model), batch, block_units(4, 3), a + 0.3, a, Geometry.fixed(p), wanted=Wanted(storage)
+        )
         return found.total
 
     whole = dots()
@@ -132,8 +130,7 @@ def test_a_gradient_that_two_parameters_share_is_summed_once_into_each() -> None
         torch.testing.assert_close(gradient, whole, msg=name)
     p = {name: torch.ones_like(q) for name, q in model.named_parameters()}
     one, all_ = (
-        unit_gradients(Policy(model, microbatch_size=m), batch, exact_units(3), a, a, p, dict.fromkeys(p, 1.0))
-        for m in (1, 6)
+        unit_gradients(Policy(model, microbatch_size=m), batch, exact_units(3), a, a, Geometry.fixed(p)) for m in (1, 6)
     )
     np.testing.assert_allclose(one.total.kernel, all_.total.kernel, rtol=1e-12)
 
@@ -152,6 +149,6 @@ def test_sums_of_gradients_are_kept_in_float64_whatever_the_weights() -> None:
     batch = support.random_batch(4, 3)
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
     p = {name: torch.ones_like(q) for name, q in model.named_parameters()}
-    found = unit_gradients(Policy(model), batch, exact_units(4), a, a, p, dict.fromkeys(p, 1.0))
+    found = unit_gradients(Policy(model), batch, exact_units(4), a, a, Geometry.fixed(p))
     assert {y.dtype for y in found.ascent.values()} == {torch.float64}
     assert {g.dtype for g in loss_gradient(Policy(model), batch.responses, a).values()} == {torch.float64}

@@ -14,7 +14,7 @@ from entropy_probe import AdamState, Settings, probe
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import reference
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.step_parts import Estimate, StepPrediction
 from entropy_probe.optimizers.what_if import (
     another_clipping,
@@ -91,11 +91,10 @@ def test_without_negative_advantages_is_the_u_statistic_of_the_positive_ones(est
     asked = row(report(Settings(estimator=estimator, what_if_no_negatives=True)), "without_negative_advantages")
     a = coefficients(BATCH)
     assert bool((a < 0).any())
-    p, rates = Preconditioners(ADAM), {name: g.learning_rate for name, g in ADAM.group_of().items()}
 
     def statistics(weights: torch.Tensor) -> object:
         dots = reference.unit_gradients(
-            Policy(MODEL), BATCH, exact_units(8), EntropyTarget(estimator), weights, p, rates
+            Policy(MODEL), BATCH, exact_units(8), EntropyTarget(estimator), weights, Geometry.of(ADAM)
         )
         return cross_statistics(dots.step_weighted)
 

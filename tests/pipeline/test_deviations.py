@@ -16,8 +16,7 @@ from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.data.groups import leave_one_out_mean
 from entropy_probe.losses.surrogate import probe_loss
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.preconditioned_step import preconditioned_step
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
 from entropy_probe.targets.entropy import Estimator
 from entropy_probe.targets.score import score_coefficients
@@ -138,8 +137,7 @@ def test_row_5_with_beta1_zero_no_decay_and_the_renewed_state_the_two_steps_are_
     before = {n: q.detach().clone() for n, q in parameters.items()}
     optimizer.step()
     renewed = state_of_optimizer(optimizer, model)
-    rates = dict.fromkeys(parameters, 0.001)
-    ours = preconditioned_step(ascent, Preconditioners(renewed), rates)
+    ours = Geometry.of(renewed).step(ascent)
     for name in parameters:
         torch.testing.assert_close(ours[name], moved[name], rtol=1e-10, atol=1e-15)
         torch.testing.assert_close(parameters[name].detach() - before[name], moved[name], rtol=1e-12, atol=1e-15)

@@ -35,8 +35,8 @@ from entropy_probe.gradients import unit_gradients
 from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.gradients.vectors import exchange
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
-from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState
 from entropy_probe.pipeline.run import ProbeResult, probe, probe_checkpoint
 from entropy_probe.pipeline.settings import Settings, ShardingChoice
@@ -435,11 +435,10 @@ def peak_of_gradients(ranks: Ranks, sharding: ShardingChoice) -> int:
     batch = random_batch(16, 2)
     advantage = torch.ones(len(batch.responses), dtype=torch.float64)
     target = EntropyTarget(Estimator.SCORE, EntropyUnit.PER_RESPONSE)
-    p = Preconditioners(AdamState((group,), moments))
-    rates = dict.fromkeys(names, 1e-3)
+    geometry = Geometry.of(AdamState((group,), moments))
     rules = prove_rules(policy, batch)
     tracemalloc.start()
-    unit_gradients(policy, batch, exact_units(16), target, advantage, p, rates, rules=rules)
+    unit_gradients(policy, batch, exact_units(16), target, advantage, geometry, rules=rules)
     return tracemalloc.get_traced_memory()[1]
 
 

@@ -20,7 +20,7 @@ from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState
 from entropy_probe.pipeline.diagnostics import interval_warnings
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
@@ -315,11 +315,9 @@ class StrongSignal:
     def found(self, seed: int) -> tuple[CrossStatistics, set[str]]:
         """As the probe does up to its first row: the statistics, and the warnings about their interval."""
         batch = self.batch(seed)
-        p = Preconditioners(self.adam)
         y = resolve_advantages(batch, None)[0] * resolve_length_weights(batch, LengthWeight.GUIDE)
         target = EntropyTarget(Settings().estimator, Settings().entropy)
-        rates = {name: group.learning_rate for name, group in self.adam.group_of().items()}
-        gradients = unit_gradients(Policy(self.policy), batch, exact_units(32), target, y, p, rates)
+        gradients = unit_gradients(Policy(self.policy), batch, exact_units(32), target, y, Geometry.of(self.adam))
         statistics, step = cross_statistics(gradients.total), cross_statistics(gradients.step_weighted)
         return statistics, {w.code for w in interval_warnings(statistics, step.ci95_of_minus)}
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 import support
 from entropy_probe.data.rollouts import group_rollouts
 from entropy_probe.data.units import Mode, block_units
-from entropy_probe.gradients import response_parts, unit_gradients
+from entropy_probe.gradients import Wanted, response_parts, unit_gradients
 from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.pipeline.run import probe
 from entropy_probe.pipeline.settings import Settings
@@ -165,13 +166,13 @@ def test_parts_of_responses_add_up_to_the_kernel(estimator: Estimator) -> None:
     policy = Policy(support.tiny_model("llama-tied", dtype=torch.float64), 0.8, microbatch_size=4)
     generator = torch.Generator().manual_seed(1)
     p = {n: torch.rand(q.shape, generator=generator, dtype=torch.float64) + 0.1 for n, q in policy.trainable().items()}
-    rates = {name: 0.5 if "norm" in name else 1.0 for name in p}
+    geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
     a = torch.randn(len(batch.responses), generator=generator, dtype=torch.float64)
     units, target = block_units(14, 7), EntropyTarget(estimator)
-    found = unit_gradients(policy, batch, units, target, a, p, rates, thirds=True)
+    found = unit_gradients(policy, batch, units, target, a, geometry, wanted=Wanted(thirds=True))
     assert found.third_directions is not None
     measured = Measured(found.scores, found.token_entropies)
-    x_parts, y_parts = response_parts(policy, batch, target, measured, a, *found.third_directions)
+    x_parts, y_parts = response_parts(policy, batch, target, measured, a, found.third_directions)
     kernel = found.step_weighted.kernel
     assert kernel is not None
     of_unit = np.array(units.of_rows(batch.group_sizes))

@@ -19,6 +19,7 @@ from entropy_probe.data.units import exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import cross_gradients, reference
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.pipeline.diagnostics import two_batch_warnings
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.two_batches import fold_statistics, folds_of, two_batch_statistics
@@ -165,9 +166,9 @@ def test_two_batches_of_one_file_give_that_files_kernel(target: EntropyTarget) -
     batch = support.random_batch(4, 3)
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
     p = {name: 0.1 + torch.rand_like(q) for name, q in policy.trainable().items()}
-    rates = {name: 0.5 if "norm" in name else 1.0 for name in p}
-    expected = reference.unit_gradients(policy, batch, exact_units(4), target, a, p, rates).step_weighted.kernel
-    found = cross_gradients(policy, batch, batch, target, a, p, rates)
+    geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
+    expected = reference.unit_gradients(policy, batch, exact_units(4), target, a, geometry).step_weighted.kernel
+    found = cross_gradients(policy, batch, batch, target, a, geometry)
     assert expected is not None
     assert np.abs(found.numpy() - expected).max() < 1e-11 * np.abs(expected).max()
 

@@ -20,7 +20,7 @@ from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewar
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
-from entropy_probe.optimizers.preconditioned_step import preconditioned_step
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
 from entropy_probe.targets.score import score_coefficients
 from enumerable import EnumerablePolicy
@@ -136,9 +136,9 @@ def test_delta_h1_is_the_derivative_of_the_entropy_along_the_step(temperature: f
         name: torch.rand(w.shape, generator=generator, dtype=torch.float64) + 0.5
         for name, w in policy.named_parameters()
     }
-    rates = dict.fromkeys(p, eta)
-    gradients = unit_gradients(live, batch, exact_units(2), c, a, p, rates)
-    deltas = preconditioned_step(gradients.ascent, p, rates)
+    geometry = Geometry.fixed(p, eta)
+    gradients = unit_gradients(live, batch, exact_units(2), c, a, geometry)
+    deltas = geometry.step(gradients.ascent)
 
     def entropy(scale: float) -> float:
         with virtual_step(policy, deltas, scale):

@@ -15,11 +15,11 @@ import enumerable
 import support
 from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.data.units import block_units, exact_units
-from entropy_probe.gradients import Storage, batching, unit_gradients
+from entropy_probe.gradients import Storage, Wanted, batching, unit_gradients
 from entropy_probe.model.language_head import HeadMode
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
-from entropy_probe.optimizers.preconditioned_step import preconditioned_step
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.targets.entropy import (
     EntropyCoefficients,
     EntropyRatio,
@@ -173,7 +173,7 @@ def test_the_coefficients_are_those_of_a_loop_over_positions() -> None:
 def test_the_engine_agrees_with_the_reference(family: str, target: EntropyTarget, storage: Storage) -> None:
     model = support.tiny_model(family, dtype=torch.float64)
     batch = support.random_batch(5, [3, 2, 4, 3, 3])
-    assert_same(*both(model, batch, exact_units(5), 7, target, storage=storage))
+    assert_same(*both(model, batch, exact_units(5), 7, target, wanted=Wanted(storage)))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -181,7 +181,7 @@ def test_the_engine_agrees_with_the_reference(family: str, target: EntropyTarget
 def test_small_microbatches_look_ahead_for_what_their_coefficients_need(target: EntropyTarget, size: int) -> None:
     model = support.tiny_model("llama-tied", dtype=torch.float64)
     batch = support.random_batch(5, [3, 2, 4, 3, 3])
-    assert_same(*both(model, batch, block_units(5, 2), size, target, storage=Storage.STREAMED))
+    assert_same(*both(model, batch, block_units(5, 2), size, target, wanted=Wanted(Storage.STREAMED)))
 
 
 @pytest.mark.parametrize("mode", list(HeadMode))
@@ -197,8 +197,7 @@ def test_every_head_gives_the_same_rao_blackwell_vectors(mode: HeadMode) -> None
             exact_units(4),
             EntropyTarget(Estimator.RAO_BLACKWELL),
             a,
-            p,
-            dict.fromkeys(p, 1.0),
+            Geometry.fixed(p),
         )
         for head in (mode, HeadMode.WHOLE)
     )
@@ -227,7 +226,7 @@ def test_delta_h1_per_token_is_the_derivative_of_the_ratio_along_the_step(estima
     p = {name: 0.5 + torch.rand_like(w) for name, w in policy.named_parameters()}
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
     gradients = unit_gradients(Policy(policy), batch, exact_units(2), EntropyTarget(), a, p, dict.fromkeys(p, eta))
-    deltas = preconditioned_step(gradients.ascent, p, dict.fromkeys(p, eta))
+    deltas = Geometry.fixed(p, eta).step(gradients.ascent)
 
     def both_means() -> tuple[Tensor, Tensor]:
         entropy = sum(enumerable.exact_entropy(policy, n, LIMIT) for n in range(2)) / 2

@@ -14,7 +14,7 @@ from entropy_probe.gradients.engine import (
     unit_gradients,
     weighted_gradient,
 )
-from entropy_probe.gradients.interface import Coverage, Look, Looked, Storage, UnitGradients
+from entropy_probe.gradients.interface import Coverage, Directions, Look, Looked, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.plan import VECTOR_SHARE, Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
 from entropy_probe.gradients.reference import loss_gradient
@@ -24,6 +24,7 @@ from entropy_probe.gradients.unreached import refuse_cut, trained_before, unexpl
 __all__ = [
     "VECTOR_SHARE",
     "Coverage",
+    "Directions",
     "Look",
     "Looked",
     "Plan",
@@ -31,6 +32,7 @@ __all__ = [
     "Rules",
     "Storage",
     "UnitGradients",
+    "Wanted",
     "cross_gradients",
     "loss_gradient",
     "make_plan",

@@ -9,7 +9,7 @@ Parameters without a rule get both gradients from autograd, unit by unit, in two
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import assert_never
 
@@ -30,7 +30,7 @@ from entropy_probe.gradients.coefficients import (
     Found,
     UpdateSide,
 )
-from entropy_probe.gradients.interface import Look, Looked, Storage, UnitGradients
+from entropy_probe.gradients.interface import DOTS_ALONE, Directions, Look, Looked, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.passes import Passes, most_open_units
 from entropy_probe.gradients.products import (
     Dots,
@@ -47,6 +47,7 @@ from entropy_probe.gradients.unreached import unexplained
 from entropy_probe.gradients.vectors.exchange import Shards, exchanged, reached_anywhere
 from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
 from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.dealing import deal
 from entropy_probe.targets.entropy import EntropyCoefficients, EntropyTarget
 
@@ -57,14 +58,10 @@ def unit_gradients(
     units: Units,
     entropy: EntropyTarget | Tensor,
     advantage_coefficients: Tensor,
-    preconditioners: Mapping[str, Tensor],
-    learning_rates: Mapping[str, float],
+    geometry: Geometry,
     *,
-    storage: Storage = Storage.STORED,
-    vector_dtype: torch.dtype | None = None,
-    thirds: bool = False,
+    wanted: Wanted = DOTS_ALONE,
     rules: Rules | None = None,
-    look: Callable[[Mapping[str, Tensor]], Look] | None = None,
     progress: Progress | None = None,
 ) -> UnitGradients:
     """XS_u and YS_u for every unit, and their dots under P.
@@ -78,14 +75,9 @@ def unit_gradients(
         entropy: what X estimates, from the scores and entropies of this very forward; or its coefficients, one a response
             [N] or one a response token [tokens], flat.
         advantage_coefficients: a_i, [N].
-        preconditioners: P by parameter name.
-        learning_rates: η by parameter name; dots are kept apart by it.
-        storage: keep all vectors (and get the kernel), or stream them in two passes.
-        vector_dtype: of stored vectors; None takes the weights', float32 at least.
-        thirds: whether to find the directions of :mod:`entropy_probe.statistics.noise`, three units or more, where vectors
-            are stored.
+        geometry: P and η, and the type of stored vectors; dots are kept apart by its dot groups.
+        wanted: whether vectors are stored, and what else is taken of them.
         rules: of an earlier call on this very model; None proves them first.
-        look: from Ȳ, what else to take dots of unit vectors with. Stored vectors are at hand; streamed, it is a third pass.
         progress: told of every microbatch.
 
     Raises:
@@ -97,7 +89,7 @@ def unit_gradients(
     parameters = policy.trainable()
     rules = _proved(policy, batch, rules)
     shapes = {name: p.shape for name, p in parameters.items()}
-    dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
+    dtype = geometry.vector_dtype(policy.dtype)
     units_of_rank = units.deal(batch.positions, sharding.ranks.count)
     passes = Passes(
         policy,
@@ -109,10 +101,10 @@ def unit_gradients(
         [units.prompts(share) for share in units_of_rank],
     )
     every, own = range(len(units.ranges)), units_of_rank[sharding.ranks.rank]
-    directions: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] | None = None
+    directions: Directions | None = None
     shards: Shards | None = None
     y_sums: dict[str, Tensor] = {}
-    if storage is Storage.STORED:
+    if wanted.storage is Storage.STORED:
         held = every if sharding.sharded else own
         vectors = passes.vectors(shapes, len(held), dtype)
         vectors.open(held)
@@ -128,19 +120,19 @@ def unit_gradients(
         else:
             if sharding.replicated:
                 y_sums = own_sums(vectors, own, sharding)
-                if thirds:
-                    directions = third_directions(vectors, own, units.sizes, preconditioners, learning_rates, sharding)
+                if wanted.thirds:
+                    directions = third_directions(vectors, own, units.sizes, geometry, sharding)
             shards = exchanged(vectors, units_of_rank, sharding)
-        dots = stored_dots(shards, units.sizes, preconditioners, learning_rates, sharding.ranks)
+        dots = stored_dots(shards, units.sizes, geometry, sharding.ranks)
         if not sharding.replicated:
             y_sums = dots.y_sums
-            if thirds:
-                directions = third_directions(shards, every, units.sizes, preconditioners, learning_rates, sharding)
-    elif storage is Storage.STREAMED:
-        dots, reached = _streamed(passes, units, shapes, dtype, preconditioners, learning_rates, progress)
+            if wanted.thirds:
+                directions = third_directions(shards, every, units.sizes, geometry, sharding)
+    elif wanted.storage is Storage.STREAMED:
+        dots, reached = _streamed(passes, units, shapes, dtype, geometry, progress)
         y_sums = dots.y_sums
     else:
-        assert_never(storage)
+        assert_never(wanted.storage)
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     prompts = len(batch.groups)
@@ -148,14 +140,14 @@ def unit_gradients(
         name: y_sums[name].div_(prompts).view(sharding.held(name, shapes[name])) for name in shapes if name in y_sums
     }
     looked = None
-    if look is not None:
+    if wanted.look is not None:
         if shards is not None:
-            asked = look(ascent)
+            asked = wanted.look(ascent)
             along, kernel = looked_along(shards, every, ascent, asked), looked_kernel(shards, every, ascent, asked)
             numbers = sharding.ranks.sum_numbers(torch.cat([along, kernel.to(along)], dim=1).cpu().numpy())
             looked = Looked(numbers[:, : asked.count], numbers[:, asked.count :])
         else:
-            looked = Looked(_third_pass(passes, len(every), shapes, dtype, ascent, look(ascent), progress), None)
+            looked = Looked(_third_pass(passes, len(every), shapes, dtype, ascent, wanted.look(ascent), progress), None)
     untouched = tuple(name for name in parameters if name not in reached)
     ran = reached_anywhere(passes.ran, list(shapes), sharding.ranks) if untouched else set()
     return UnitGradients(
@@ -201,14 +193,13 @@ def _streamed(
     units: Units,
     shapes: Mapping[str, torch.Size],
     dtype: torch.dtype,
-    preconditioners: Mapping[str, Tensor],
-    learning_rates: Mapping[str, float],
+    geometry: Geometry,
     progress: Progress,
 ) -> tuple[Dots, set[str]]:
     """Two passes: sums and diagonal from the vectors of a few units at a time, then every unit's dots with the sums."""
     rounds = passes.rounds()
     vectors = passes.vectors(shapes, most_open_units(rounds), dtype)
-    sums = StreamedSums(preconditioners, learning_rates, vectors.arithmetic, len(units.ranges), passes.policy.sharding)
+    sums = StreamedSums(geometry, vectors.arithmetic, len(units.ranges), passes.policy.sharding)
     for turn in progress.track(rounds, "unit gradients, first pass", len(rounds)):
         vectors.open(turn.open)
         passes.backward(turn, vectors)
@@ -232,10 +223,8 @@ def cross_gradients(
     update: RolloutBatch,
     target: EntropyTarget,
     advantage_coefficients: Tensor,
-    preconditioners: Mapping[str, Tensor],
-    learning_rates: Mapping[str, float],
+    geometry: Geometry,
     *,
-    vector_dtype: torch.dtype | None = None,
     rules: Rules | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -247,17 +236,15 @@ def cross_gradients(
         update: its prompts' Y are taken.
         target: what X estimates.
         advantage_coefficients: a, of the update batch's responses.
-        preconditioners: P by parameter name.
-        learning_rates: η by parameter name.
+        geometry: P and η, and the type of stored vectors.
         rules: of an earlier call on this very model; None proves them first.
-        vector_dtype: of stored vectors; None takes the weights', float32 at least.
         progress: told of every microbatch.
     """
     progress = progress if progress is not None else Silent()
     rules = _proved(policy, evaluation, rules)
     parameters = policy.trainable()
     counts = (len(evaluation.groups), len(update.groups))
-    dtype = vector_dtype if vector_dtype is not None else torch.promote_types(policy.dtype, torch.float32)
+    dtype = geometry.vector_dtype(policy.dtype)
     shapes = {name: p.shape for name, p in parameters.items()}
     sharding = policy.sharding
     shares = [deal(part.positions, sharding.ranks.count) for part in (evaluation, update)]
@@ -292,7 +279,7 @@ def cross_gradients(
     vectors.settle(held)
     shards = vectors if isinstance(vectors, ShardedVectors) else exchanged(vectors, units_of_rank, sharding)
     rows, columns = range(counts[0]), range(counts[0], sum(counts))
-    return cross_kernel(shards, rows, columns, preconditioners, learning_rates, sharding.ranks)
+    return cross_kernel(shards, rows, columns, geometry, sharding.ranks)
 
 
 def weighted_gradient(
@@ -371,8 +358,7 @@ def response_parts(
     target: EntropyTarget,
     measured: Measured,
     advantage_coefficients: Tensor,
-    x_directions: Sequence[Mapping[str, Tensor]],
-    y_directions: Sequence[Mapping[str, Tensor]],
+    directions: Directions,
     *,
     rules: Rules | None = None,
     progress: Progress | None = None,
@@ -385,23 +371,22 @@ def response_parts(
         target: what X estimates.
         measured: scores, and entropies where the target needs them, as found at θ.
         advantage_coefficients: a, [N].
-        x_directions: V by parameter name.
-        y_directions: W by parameter name.
+        directions: V and W.
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
     """
     found = Found(measured.scores, measured.entropies)
     x = EntropySide(batch, target).of_rows(range(len(batch.responses)), found)
     ones = EntropyCoefficients(torch.ones(len(batch.responses), dtype=torch.float64))
-    of_x = slice(0, len(x_directions))
-    of_y = slice(of_x.stop, of_x.stop + len(y_directions))
-    directions = [*x_directions, *y_directions]
+    of_x = slice(0, len(directions.of_x))
+    of_y = slice(of_x.stop, of_x.stop + len(directions.of_y))
+    every = [*directions.of_x, *directions.of_y]
     if x.entropies is None:
         # Coefficients a response stand outside of dS_i · V_k, which is then all that is needed.
-        dots = _contracted(policy, batch, directions, [ones], [slice(0, of_y.stop)], rules, progress)
+        dots = _contracted(policy, batch, every, [ones], [slice(0, of_y.stop)], rules, progress)
         dots[:, of_x] *= x.log_probs.double()[:, None]
     else:
-        dots = _contracted(policy, batch, directions, [x, ones], [of_x, of_y], rules, progress)
+        dots = _contracted(policy, batch, every, [x, ones], [of_x, of_y], rules, progress)
     return dots[:, of_x], dots[:, of_y] * advantage_coefficients.double()[:, None]
 
 

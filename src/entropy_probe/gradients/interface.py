@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.gradients.treatments import Rules
+from entropy_probe.optimizers.base import DotGroup
 from entropy_probe.statistics.u_statistics import UnitDots
 
 
@@ -51,6 +52,34 @@ class Look(Protocol):
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What is done with unit vectors besides their dots with each other.
+
+    Attributes:
+        storage: keep all of them (and get the kernel), or stream them in two passes.
+        thirds: whether to find the directions of :mod:`entropy_probe.statistics.noise`, three units or more; where vectors are
+            stored.
+        look: from Ȳ, what else to take dots of them with. Stored vectors are at hand; streamed, it is a third pass.
+    """
+
+    storage: Storage = Storage.STORED
+    thirds: bool = False
+    look: Callable[[Mapping[str, Tensor]], Look] | None = None
+
+
+DOTS_ALONE = Wanted()
+"""Vectors are stored, and nothing else is taken of them."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What responses are contracted with, each direction by parameter name: ``of_x`` their parts of X, ``of_y`` those of Y."""
+
+    of_x: Sequence[Mapping[str, Tensor]]
+    of_y: Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class Looked:
     """``along``: XS_u · V_uk, [U, K]. ``kernel``: XS_u · J YS_w with J elementwise, [U, U]; None where streamed. Without P."""
 
@@ -64,7 +93,7 @@ class UnitGradients:
 
     Attributes:
         scores: S of every response as this backend's own forward found it, float64 [N], on the CPU.
-        dots: by learning rate, the dots over the parameters that have it; their sum is the dots over all parameters.
+        dots: by dot group, the dots over its parameters; their sum is the dots over all parameters.
         token_entropies: H_t of every response token by the same forward, flat [tokens]; None where X did not need them.
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
@@ -76,19 +105,19 @@ class UnitGradients:
         coverage: how parameters got their gradients.
         rules: for the next call on the same model; None where the backend has none.
         looked: the dots of the ``look`` that was asked for.
-        zero_v: by learning rate Σ_{u≠w} XS_u · (1/ε) YS_w over elements with v = 0, in ``dots`` or left out of them.
+        zero_v: by dot group Σ_{u≠w} XS_u · (1/ε) YS_w over elements with v = 0, in ``dots`` or left out of them.
     """
 
-    dots: Mapping[float, UnitDots]
+    dots: Mapping[DotGroup, UnitDots]
     ascent: Mapping[str, Tensor]
     untouched: tuple[str, ...]
     scores: Tensor
     token_entropies: Tensor | None = None
-    third_directions: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] | None = None
+    third_directions: Directions | None = None
     coverage: Coverage = Coverage()
     rules: Rules | None = None
     looked: Looked | None = None
-    zero_v: Mapping[float, float] = field(default_factory=dict)
+    zero_v: Mapping[DotGroup, float] = field(default_factory=dict)
     cut: tuple[str, ...] = ()
 
     @property
@@ -102,19 +131,19 @@ class UnitGradients:
 
     @property
     def step_weighted(self) -> UnitDots:
-        """Σ over learning rates η · dots: the inner product in which δH₁ = −U_cross."""
-        return self.weighted({rate: rate for rate in self.dots})
+        """Σ over dot groups η · dots: the inner product in which δH₁ = −U_cross."""
+        return self.weighted({group: group.learning_rate for group in self.dots})
 
     @property
     def delta_h1_of_zero_v(self) -> float:
-        """−Σ over learning rates η · zero_v / D, D = B² − Σ s_u²: what elements with v = 0 add to δH₁ under P = 1/ε."""
+        """−Σ over dot groups η · zero_v / D, D = B² − Σ s_u²: what elements with v = 0 add to δH₁ under P = 1/ε."""
         sizes = next(iter(self.dots.values())).sizes
         pairs = float(sizes.sum() ** 2 - (sizes**2).sum())
-        return -sum(rate * dot for rate, dot in self.zero_v.items()) / pairs + 0.0
+        return -sum(group.learning_rate * dot for group, dot in self.zero_v.items()) / pairs + 0.0
 
-    def weighted(self, weights: Mapping[float, float]) -> UnitDots:
-        """Σ over learning rates weight · dots."""
-        parts = [dots.scaled(weights[rate]) for rate, dots in self.dots.items()]
+    def weighted(self, weights: Mapping[DotGroup, float]) -> UnitDots:
+        """Σ over dot groups weight · dots; a group without a weight, as one that no gradient reaches, counts as 0."""
+        parts = [dots.scaled(weights.get(group, 0.0)) for group, dots in self.dots.items()]
         total = parts[0]
         for part in parts[1:]:
             total = total + part

@@ -5,7 +5,7 @@ Of several ranks each has the elements of its own spans, or the sums of its own 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from entropy_probe.common.arrays import FloatArray
-from entropy_probe.gradients.interface import Look
+from entropy_probe.gradients.interface import Directions, Look
 from entropy_probe.gradients.vectors.contractions import Contractions
 from entropy_probe.gradients.vectors.exchange import Shards
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors, uninitialised
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.base import DotGroup
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.sharding import WHOLE, Sharding
 from entropy_probe.statistics.noise import THIRDS
@@ -29,18 +30,17 @@ CHUNK = 1 << 19
 
 @dataclass(frozen=True)
 class Dots:
-    """Unit dots and :func:`zero_v_dots` by learning rate, and Σ_u Y_u by parameter, of the elements that are here."""
+    """Unit dots and :func:`zero_v_dots` by dot group, and Σ_u Y_u by parameter, of the elements that are here."""
 
-    dots: dict[float, UnitDots]
+    dots: dict[DotGroup, UnitDots]
     y_sums: dict[str, Tensor]
-    zero_v: dict[float, float]
+    zero_v: dict[DotGroup, float]
 
 
 def stored_dots(
     vectors: Shards,
     sizes: Sequence[int],
-    preconditioners: Mapping[str, Tensor],
-    learning_rates: Mapping[str, float],
+    geometry: Geometry,
     ranks: Ranks = ALONE,
 ) -> Dots:
     """K_uw = X_u · P · Y_w from all units' vectors; ΣX · P · ΣY is taken from the sums, apart from K. Summed over ranks."""
@@ -50,82 +50,76 @@ def stored_dots(
     # One buffer for all chunks: memory that is allocated anew is paged in anew, which costs more than the products.
     buffer = torch.empty((2, len(units), width), dtype=torch.float64, device=device)
     weights = torch.empty(width, dtype=torch.float64, device=device)
-    kernels = {
-        rate: torch.zeros((len(units),) * 2, dtype=torch.float64, device=device) for rate in learning_rates.values()
-    }
-    sum_dots = {rate: torch.zeros((), dtype=torch.float64, device=device) for rate in kernels}
+    groups = geometry.dot_groups
+    kernels = {group: torch.zeros((len(units),) * 2, dtype=torch.float64, device=device) for group in groups}
+    sum_dots = {group: torch.zeros((), dtype=torch.float64, device=device) for group in groups}
     y_sums = {
         name: uninitialised((values.shape[-1],), torch.float64, device) for name, values in vectors.values.items()
     }
 
-    def multiply(rate: float, pieces: Sequence[tuple[str, slice]], used: int) -> None:
+    def multiply(group: DotGroup, pieces: Sequence[tuple[str, slice]], used: int) -> None:
         x, y = buffer[:, :, :used]
         x_sum, y_sum, p = x.sum(0), y.sum(0), weights[:used]
         start = 0
         for name, part in pieces:
             y_sums[name][part] = y_sum[start : start + part.stop - part.start]
             start += part.stop - part.start
-        sum_dots[rate] += torch.dot(x_sum.mul_(p), y_sum)
+        sum_dots[group] += torch.dot(x_sum.mul_(p), y_sum)
         x *= p
-        kernels[rate].addmm_(x, y.T)
+        kernels[group].addmm_(x, y.T)
 
-    for rate in kernels:
+    for group in groups:
         pieces: list[tuple[str, slice]] = []
         used = 0
-        for name in (name for name in vectors.values if learning_rates[name] == rate):
+        for name in (name for name in vectors.values if geometry.groups[name] == group):
             values = vectors.of(name, units)
             for part in _chunks(values.shape[-1], width):
                 count = part.stop - part.start
                 if used + count > width:
-                    multiply(rate, pieces, used)
+                    multiply(group, pieces, used)
                     pieces, used = [], 0
                 x, y = buffer[:, :, used : used + count]
                 x.copy_(values[:, 0, part])
                 y.copy_(values[:, 1, part])
-                weights[used : used + count] = _p_chunk(preconditioners, name, _moved(part, vectors.first(name))).to(
-                    device
-                )
+                weights[used : used + count] = geometry.metric.chunk(name, _moved(part, vectors.first(name))).to(device)
                 pieces.append((name, part))
                 used += count
         if pieces:
-            multiply(rate, pieces, used)
-    of_zeros = zero_v_dots(vectors, units, preconditioners, learning_rates)
+            multiply(group, pieces, used)
+    of_zeros = zero_v_dots(vectors, units, geometry)
     found = [
-        torch.cat([kernel.flatten(), sum_dots[rate][None], of_zeros[rate][None].to(kernel)]).cpu().numpy()
-        for rate, kernel in kernels.items()
+        torch.cat([kernel.flatten(), sum_dots[group][None], of_zeros[group][None].to(kernel)]).cpu().numpy()
+        for group, kernel in kernels.items()
     ]
     together = dict(zip(kernels, ranks.sum_numbers(np.stack(found)), strict=True))
     dots = {
-        rate: UnitDots.from_kernel(numbers[:-2].reshape((len(units),) * 2), sizes, float(numbers[-2]))
-        for rate, numbers in together.items()
+        group: UnitDots.from_kernel(numbers[:-2].reshape((len(units),) * 2), sizes, float(numbers[-2]))
+        for group, numbers in together.items()
     }
     return Dots(
         dots,
         {name: y for name, y in y_sums.items() if name in vectors.reached},
-        {rate: float(numbers[-1]) for rate, numbers in together.items()},
+        {group: float(numbers[-1]) for group, numbers in together.items()},
     )
 
 
 def zero_v_dots(
     vectors: Shards,
     units: Sequence[int],
-    preconditioners: Mapping[str, Tensor],
-    learning_rates: Mapping[str, float],
-) -> dict[float, Tensor]:
-    """By learning rate Σ_{u≠w} X_u · (1/ε) Y_w over the elements with v = 0 that are here, whether or not P has them; scalars.
+    geometry: Geometry,
+) -> dict[DotGroup, Tensor]:
+    """By dot group Σ_{u≠w} X_u · (1/ε) Y_w over the elements with v = 0 that are here, whether or not P has them; scalars.
 
-    Parameters without such an element are passed by, and so is a plain mapping of P, which knows nothing of v.
+    Parameters without such an element are passed by.
     """
-    found = {rate: torch.zeros((), dtype=torch.float64) for rate in learning_rates.values()}
-    if not isinstance(preconditioners, Preconditioners):
-        return found
-    for name in (name for name in vectors.values if name in preconditioners.with_zeros):
+    found = {group: torch.zeros((), dtype=torch.float64) for group in geometry.dot_groups}
+    for name in (name for name in vectors.values if name in geometry.metric.with_zeros):
         values = vectors.of(name, units)
         for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
-            p = preconditioners.guides_zeros(name, _moved(part, vectors.first(name))).to(values.device)
+            p = geometry.metric.guides_zeros(name, _moved(part, vectors.first(name))).to(values.device)
             x, y = values[:, 0, part].double(), values[:, 1, part].double()
             pairs = torch.dot(x.sum(0) * p, y.sum(0)) - torch.dot((x * y).sum(0), p)
-            found[learning_rates[name]] += pairs.cpu()
+            found[geometry.groups[name]] += pairs.cpu()
     return found
 
 
@@ -145,11 +139,10 @@ def third_directions(
     vectors: Shards,
     units: Sequence[int],
     sizes: Sequence[int],
-    preconditioners: Mapping[str, Tensor],
-    learning_rates: Mapping[str, float],
+    geometry: Geometry,
     sharding: Sharding = WHOLE,
-) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """η P Ȳᵈ and η P X̄ᵈ, the means over the prompts of each third d of the units
+) -> Directions:
+    """η P Ȳᵈ for parts of X and η P X̄ᵈ for parts of Y, the means over the prompts of each third d of the units
     (:mod:`~entropy_probe.statistics.noise`), laid flat.
 
     In the dtype of the vectors' arithmetic.
@@ -158,8 +151,7 @@ def third_directions(
         vectors: of all units; or, of replicated ranks, of this rank's, whole.
         units: that are there, in order and without gaps.
         sizes: of all units.
-        preconditioners: P.
-        learning_rates: η.
+        geometry: P and η.
         sharding: who has the others.
     """
     prompts = [sum(sizes[third::THIRDS]) for third in range(THIRDS)]
@@ -177,20 +169,19 @@ def third_directions(
     x_directions, y_directions = ([dict[str, Tensor]() for _ in range(THIRDS)] for _ in range(2))
     for name, found in sums.items():
         for part in _chunks(found.shape[-1], CHUNK):
-            p = learning_rates[name] * _p_chunk(preconditioners, name, part).to(found)
+            p = geometry.learning_rate(name) * geometry.metric.chunk(name, part).to(found)
             for third in range(THIRDS):
                 found[third, :, part] *= p / prompts[third]
         for third in range(THIRDS):
             y_directions[third][name], x_directions[third][name] = found[third]
-    return x_directions, y_directions
+    return Directions(x_directions, y_directions)
 
 
 def cross_kernel(
     vectors: Shards,
     rows: Sequence[int],
     columns: Sequence[int],
-    preconditioners: Mapping[str, Tensor],
-    learning_rates: Mapping[str, float],
+    geometry: Geometry,
     ranks: Ranks = ALONE,
 ) -> Tensor:
     """V_u · η P V_w for units u of ``rows`` and w of ``columns``, from their first channels: float64 [rows, columns]."""
@@ -199,8 +190,10 @@ def cross_kernel(
     for name in vectors.values:
         left, right = vectors.of(name, rows)[:, 0], vectors.of(name, columns)[:, 0]
         for part in _chunks(left.shape[-1], max(1, CHUNK // (len(rows) + len(columns)))):
-            p = _p_chunk(preconditioners, name, _moved(part, vectors.first(name)))
-            kernel.addmm_(left[:, part].double() * (learning_rates[name] * p.to(kernel)), right[:, part].double().T)
+            p = geometry.metric.chunk(name, _moved(part, vectors.first(name)))
+            kernel.addmm_(
+                left[:, part].double() * (geometry.learning_rate(name) * p.to(kernel)), right[:, part].double().T
+            )
     return torch.from_numpy(ranks.sum_numbers(kernel.cpu().numpy()))
 
 
@@ -246,33 +239,25 @@ def _wide_chunks(vectors: Shards, units: Sequence[int], name: str) -> Iterator[t
         yield part, values[:, 0, part].to(vectors.arithmetic), values[:, 1, part].to(vectors.arithmetic)
 
 
-def _p_chunk(preconditioners: Mapping[str, Tensor], name: str, part: slice) -> Tensor:
-    if isinstance(preconditioners, Preconditioners):
-        return preconditioners.chunk(name, part)
-    return preconditioners[name].flatten()[part]
-
-
 @dataclass
 class StreamedSums:
     """ΣX, ΣY and the diagonal, from the vectors of some units at a time; then the directions of the second pass.
 
     Attributes:
-        preconditioners: P.
-        learning_rates: η.
+        geometry: P and η.
         arithmetic: of the second pass.
         units: of all ranks, how many.
         sharding: replicated ranks add their own units' whole vectors, others all units' elements of their spans.
     """
 
-    preconditioners: Mapping[str, Tensor]
-    learning_rates: Mapping[str, float]
+    geometry: Geometry
     arithmetic: torch.dtype
     units: int
     sharding: Sharding = WHOLE
     x_sums: dict[str, Tensor] = field(default_factory=dict)
     y_sums: dict[str, Tensor] = field(default_factory=dict)
-    _diagonal: dict[float, FloatArray] = field(default_factory=dict)
-    _zero_v: dict[float, float] = field(default_factory=dict)
+    _diagonal: dict[DotGroup, FloatArray] = field(default_factory=dict)
+    _zero_v: dict[DotGroup, float] = field(default_factory=dict)
 
     def add(self, vectors: Shards, units: Sequence[int]) -> None:
         """ΣX += X_u, ΣY += Y_u, and X_u · P · Y_u for these units."""
@@ -292,13 +277,13 @@ class StreamedSums:
                 else:
                     self.x_sums[name][part] += x.sum(0)
                     self.y_sums[name][part] += y.sum(0)
-                p = _p_chunk(self.preconditioners, name, part).to(values.device, torch.float64)
+                p = self.geometry.metric.chunk(name, part).to(values.device, torch.float64)
                 own = x.mul_(y)
                 diagonal += own.mv(p)
-                if name in self._with_zeros:
+                if name in self.geometry.metric.with_zeros:
                     self._add_zero_v(name, -float(torch.dot(own.sum(0), self._guides_zeros(name, part, own))))
-            rate = self.learning_rates[name]
-            self._diagonal.setdefault(rate, np.zeros(self.units))[list(units)] += diagonal.cpu().numpy()
+            group = self.geometry.groups[name]
+            self._diagonal.setdefault(group, np.zeros(self.units))[list(units)] += diagonal.cpu().numpy()
 
     def reduce(self, vectors: Shards) -> None:
         """Over ranks: ΣX and ΣY once each, and the diagonals."""
@@ -316,7 +301,7 @@ class StreamedSums:
         for name, x_sum in self.x_sums.items():
             directions = uninitialised((2, len(x_sum)), self.arithmetic, x_sum.device)
             for part in _chunks(len(x_sum), CHUNK):
-                p = _p_chunk(self.preconditioners, name, part).to(x_sum.device, torch.float64)
+                p = self.geometry.metric.chunk(name, part).to(x_sum.device, torch.float64)
                 directions[0, part] = self.y_sums[name][part] * p
                 directions[1, part] = x_sum[part] * p
             found[name] = directions
@@ -325,16 +310,18 @@ class StreamedSums:
     def finish(self, contractions: Contractions, sizes: Sequence[int], reached: Collection[str]) -> Dots:
         """After the second pass: D_u0 = X_u · P ΣY and D_u1 = Y_u · P ΣX by parameter."""
         ranks = self.sharding.ranks
-        names = {rate: [name for name in self.x_sums if self.learning_rates[name] == rate] for rate in self._diagonal}
-        totals = [torch.stack([contractions.values[name] for name in names[rate]]).sum(0) for rate in names]
+        names = {
+            group: [name for name in self.x_sums if self.geometry.groups[name] == group] for group in self._diagonal
+        }
+        totals = [torch.stack([contractions.values[name] for name in names[group]]).sum(0) for group in names]
         summed = ranks.sum_numbers(torch.stack(totals).cpu().numpy())
-        of_sums = [sum(self._sum_dot(name) for name in names[rate]) for rate in names]
-        of_zeros = [self._zero_v.get(rate, 0.0) for rate in names]
+        of_sums = [sum(self._sum_dot(name) for name in names[group]) for group in names]
+        of_zeros = [self._zero_v.get(group, 0.0) for group in names]
         sum_dots, zero_v = ranks.sum_numbers(np.array([of_sums, of_zeros]))
         dots = {}
-        for rate, total, sum_dot in zip(names, summed, sum_dots, strict=True):
+        for group, total, sum_dot in zip(names, summed, sum_dots, strict=True):
             along_y, along_x = total.T.tolist()
-            dots[rate] = UnitDots.streamed(sizes, along_y, along_x, self._diagonal[rate].tolist(), float(sum_dot))
+            dots[group] = UnitDots.streamed(sizes, along_y, along_x, self._diagonal[group].tolist(), float(sum_dot))
         y_sums = {name: y for name, y in self.y_sums.items() if name in reached}
         return Dots(dots, y_sums, dict(zip(names, zero_v.tolist(), strict=True)))
 
@@ -344,26 +331,19 @@ class StreamedSums:
         span = self.sharding.own(name) if self.sharding.replicated else slice(0, len(x_sum))
         total = torch.zeros((), dtype=torch.float64, device=x_sum.device)
         for part in (_moved(part, span.start) for part in _chunks(span.stop - span.start, CHUNK)):
-            p = _p_chunk(self.preconditioners, name, part).to(x_sum.device, torch.float64)
+            p = self.geometry.metric.chunk(name, part).to(x_sum.device, torch.float64)
             total += torch.dot(x_sum[part] * p, y_sum[part])
-            if name in self._with_zeros:
+            if name in self.geometry.metric.with_zeros:
                 zeros = self._guides_zeros(name, part, x_sum)
                 self._add_zero_v(name, float(torch.dot(x_sum[part] * zeros, y_sum[part])))
         return float(total)
 
-    @property
-    def _with_zeros(self) -> frozenset[str]:
-        """As :func:`zero_v_dots` has it: none of a plain mapping of P."""
-        p = self.preconditioners
-        return p.with_zeros if isinstance(p, Preconditioners) else frozenset()
-
     def _guides_zeros(self, name: str, part: slice, like: Tensor) -> Tensor:
-        assert isinstance(self.preconditioners, Preconditioners)
-        return self.preconditioners.guides_zeros(name, part).to(like)
+        return self.geometry.metric.guides_zeros(name, part).to(like)
 
     def _add_zero_v(self, name: str, pairs: float) -> None:
-        rate = self.learning_rates[name]
-        self._zero_v[rate] = self._zero_v.get(rate, 0.0) + pairs
+        group = self.geometry.groups[name]
+        self._zero_v[group] = self._zero_v.get(group, 0.0) + pairs
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

@@ -18,12 +18,13 @@ from entropy_probe.data.rollouts import Rollout, RolloutBatch
 from entropy_probe.data.units import Units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.capture.checkpointing import checkpointing
-from entropy_probe.gradients.interface import Storage, UnitGradients
+from entropy_probe.gradients.interface import DOTS_ALONE, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.unreached import unexplained, watched
 from entropy_probe.losses.surrogate import probe_loss
 from entropy_probe.model.padding import pad_right
 from entropy_probe.model.policy import Measured, Policy, check_finite
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.base import DotGroup
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.u_statistics import UnitDots
 from entropy_probe.targets.entropy import (
     EntropyCoefficients,
@@ -43,10 +44,9 @@ def unit_gradients(
     units: Units,
     entropy: EntropyTarget | Tensor,
     advantage_coefficients: Tensor,
-    preconditioners: Mapping[str, Tensor],
-    learning_rates: Mapping[str, float],
+    geometry: Geometry,
     *,
-    storage: Storage = Storage.STORED,
+    wanted: Wanted = DOTS_ALONE,
     progress: Progress | None = None,
 ) -> UnitGradients:
     """XS_u and YS_u for every unit, and their dots under P.
@@ -57,9 +57,8 @@ def unit_gradients(
         units: a partition of its prompts.
         entropy: what X estimates; or its coefficients, one a response [N] or one a response token [tokens], flat.
         advantage_coefficients: a_i, [N].
-        preconditioners: P by parameter name.
-        learning_rates: η by parameter name; dots are kept apart by it.
-        storage: keep all vectors (and get the kernel), or stream them in two passes.
+        geometry: P and η; dots are kept apart by its dot groups. Vectors are of the weights' type, float32 at least.
+        wanted: its ``storage`` alone: keep all vectors (and get the kernel), or stream them in two passes.
         progress: told of every unit.
 
     Raises:
@@ -67,9 +66,9 @@ def unit_gradients(
     """
     progress = progress if progress is not None else Silent()
     parameters = policy.trainable()
-    segments = _segments(parameters, learning_rates)
+    segments = _segments(parameters, geometry)
     dtype = torch.promote_types(policy.dtype, torch.float32)
-    roots = {name: p.sqrt().to(policy.device, dtype) for name, p in preconditioners.items()}
+    roots = {name: geometry.metric[name].sqrt().to(policy.device, dtype) for name in parameters}
     responses = batch.responses
     starts = [0, *itertools.accumulate(batch.group_sizes)]
     spans = [slice(starts[unit.start], starts[unit.stop]) for unit in units.ranges]
@@ -85,9 +84,9 @@ def unit_gradients(
 
     ascent_sum: dict[str, Tensor] = {}
     reached: set[str] = set()
-    zero_v = _ZeroV(preconditioners, learning_rates)
+    zero_v = _ZeroV(geometry)
 
-    def vectors(span: slice, *, first_pass: bool) -> tuple[dict[float, Tensor], dict[float, Tensor]]:
+    def vectors(span: slice, *, first_pass: bool) -> tuple[dict[DotGroup, Tensor], dict[DotGroup, Tensor]]:
         x_grads, y_grads = _two_gradients(
             policy,
             parameters,
@@ -109,9 +108,9 @@ def unit_gradients(
         return progress.track(spans, description, len(spans))
 
     with watched(policy) as ran:
-        if storage is Storage.STORED:
+        if wanted.storage is Storage.STORED:
             dots = _stored(lambda: (vectors(s, first_pass=True) for s in track("unit gradients")), segments, sizes)
-        elif storage is Storage.STREAMED:
+        elif wanted.storage is Storage.STREAMED:
             dots = _streamed(
                 lambda: (vectors(s, first_pass=True) for s in track("unit gradients, first pass")),
                 lambda: (vectors(s, first_pass=False) for s in track("unit gradients, second pass")),
@@ -119,7 +118,7 @@ def unit_gradients(
                 sizes,
             )
         else:
-            assert_never(storage)
+            assert_never(wanted.storage)
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     untouched = tuple(name for name in parameters if name not in reached)
@@ -223,82 +222,84 @@ def _add(
             totals[name] = grad.to(dtype, copy=True)
 
 
-def _segments(parameters: Mapping[str, nn.Parameter], learning_rates: Mapping[str, float]) -> dict[float, list[str]]:
-    segments: dict[float, list[str]] = {}
+def _segments(parameters: Mapping[str, nn.Parameter], geometry: Geometry) -> dict[DotGroup, list[str]]:
+    segments: dict[DotGroup, list[str]] = {}
     for name in parameters:
-        segments.setdefault(learning_rates[name], []).append(name)
+        segments.setdefault(geometry.groups[name], []).append(name)
     return segments
 
 
 def _flat(
     grads: Mapping[str, Tensor],
     roots: Mapping[str, Tensor],
-    segments: Mapping[float, Sequence[str]],
+    segments: Mapping[DotGroup, Sequence[str]],
     parameters: Mapping[str, nn.Parameter],
-) -> dict[float, Tensor]:
-    """P^½ g laid end to end, one vector a learning rate; zeros where autograd gave None."""
+) -> dict[DotGroup, Tensor]:
+    """P^½ g laid end to end, one vector a dot group; zeros where autograd gave None."""
     return {
-        rate: torch.cat(
+        group: torch.cat(
             [
                 (grads[name] * roots[name]).flatten() if name in grads else torch.zeros_like(roots[name]).flatten()
                 for name in names
             ]
         )
-        for rate, names in segments.items()
+        for group, names in segments.items()
     }
 
 
-PassOfVectors = Callable[[], Iterable[tuple[dict[float, Tensor], dict[float, Tensor]]]]
+PassOfVectors = Callable[[], Iterable[tuple[dict[DotGroup, Tensor], dict[DotGroup, Tensor]]]]
 
 
 def _stored(
-    one_pass: PassOfVectors, segments: Mapping[float, Sequence[str]], sizes: Sequence[int]
-) -> dict[float, UnitDots]:
-    xs: dict[float, list[Tensor]] = {rate: [] for rate in segments}
-    ys: dict[float, list[Tensor]] = {rate: [] for rate in segments}
+    one_pass: PassOfVectors, segments: Mapping[DotGroup, Sequence[str]], sizes: Sequence[int]
+) -> dict[DotGroup, UnitDots]:
+    xs: dict[DotGroup, list[Tensor]] = {group: [] for group in segments}
+    ys: dict[DotGroup, list[Tensor]] = {group: [] for group in segments}
     sums = _Sums(segments)
     for x, y in one_pass():
         sums.add(x, y)
-        for rate in segments:
-            xs[rate].append(x[rate])
-            ys[rate].append(y[rate])
+        for group in segments:
+            xs[group].append(x[group])
+            ys[group].append(y[group])
     return {
-        rate: UnitDots.from_kernel(_product(xs[rate], ys[rate]).cpu().numpy(), sizes, sums.dot(rate))
-        for rate in segments
+        group: UnitDots.from_kernel(_product(xs[group], ys[group]).cpu().numpy(), sizes, sums.dot(group))
+        for group in segments
     }
 
 
 def _streamed(
-    first_pass: PassOfVectors, second_pass: PassOfVectors, segments: Mapping[float, Sequence[str]], sizes: Sequence[int]
-) -> dict[float, UnitDots]:
+    first_pass: PassOfVectors,
+    second_pass: PassOfVectors,
+    segments: Mapping[DotGroup, Sequence[str]],
+    sizes: Sequence[int],
+) -> dict[DotGroup, UnitDots]:
     sums = _Sums(segments)
-    diagonal: dict[float, list[float]] = {rate: [] for rate in segments}
-    x_dot_sum: dict[float, list[float]] = {rate: [] for rate in segments}
-    y_dot_sum: dict[float, list[float]] = {rate: [] for rate in segments}
+    diagonal: dict[DotGroup, list[float]] = {group: [] for group in segments}
+    x_dot_sum: dict[DotGroup, list[float]] = {group: [] for group in segments}
+    y_dot_sum: dict[DotGroup, list[float]] = {group: [] for group in segments}
     for x, y in first_pass():
         sums.add(x, y)
-        for rate in segments:
-            diagonal[rate].append(_dot(x[rate], y[rate]))
+        for group in segments:
+            diagonal[group].append(_dot(x[group], y[group]))
     for x, y in second_pass():
-        for rate in segments:
-            x_dot_sum[rate].append(_dot(x[rate], sums.y[rate]))
-            y_dot_sum[rate].append(_dot(y[rate], sums.x[rate]))
+        for group in segments:
+            x_dot_sum[group].append(_dot(x[group], sums.y[group]))
+            y_dot_sum[group].append(_dot(y[group], sums.x[group]))
     return {
-        rate: UnitDots.streamed(sizes, x_dot_sum[rate], y_dot_sum[rate], diagonal[rate], sums.dot(rate))
-        for rate in segments
+        group: UnitDots.streamed(sizes, x_dot_sum[group], y_dot_sum[group], diagonal[group], sums.dot(group))
+        for group in segments
     }
 
 
 class _ZeroV:
-    """Σ_{u≠w} XS_u · (1/ε) YS_w over elements with v = 0, by learning rate; none of a plain mapping of P."""
+    """Σ_{u≠w} XS_u · (1/ε) YS_w over elements with v = 0, by dot group."""
 
-    def __init__(self, preconditioners: Mapping[str, Tensor], learning_rates: Mapping[str, float]) -> None:
-        self._rates = learning_rates
-        self._weights: dict[str, Tensor] = {}
-        if isinstance(preconditioners, Preconditioners):
-            for name in preconditioners.with_zeros:
-                every = slice(0, preconditioners[name].numel())
-                self._weights[name] = preconditioners.guides_zeros(name, every)
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._weights = {
+            name: geometry.metric.guides_zeros(name, slice(0, geometry.metric[name].numel()))
+            for name in geometry.metric.with_zeros
+        }
         self._sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def add(self, x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> None:
@@ -308,31 +309,31 @@ class _ZeroV:
             before = self._sums.get(name)
             self._sums[name] = found if before is None else tuple(a + b for a, b in zip(before, found, strict=True))  # type: ignore[assignment]
 
-    def dots(self) -> dict[float, float]:
-        found = dict.fromkeys(self._rates.values(), 0.0)
+    def dots(self) -> dict[DotGroup, float]:
+        found = dict.fromkeys(self._geometry.dot_groups, 0.0)
         for name, (x, y, diagonal) in self._sums.items():
-            found[self._rates[name]] += float((self._weights[name] * (x * y - diagonal)).sum())
+            found[self._geometry.groups[name]] += float((self._weights[name] * (x * y - diagonal)).sum())
         return found
 
 
 class _Sums:
     """ΣXS and ΣYS in float64, apart from the unit vectors: the self-test's second road."""
 
-    def __init__(self, segments: Mapping[float, Sequence[str]]) -> None:
-        self.x: dict[float, Tensor] = {}
-        self.y: dict[float, Tensor] = {}
+    def __init__(self, segments: Mapping[DotGroup, Sequence[str]]) -> None:
+        self.x: dict[DotGroup, Tensor] = {}
+        self.y: dict[DotGroup, Tensor] = {}
         self._segments = segments
 
-    def add(self, x: Mapping[float, Tensor], y: Mapping[float, Tensor]) -> None:
-        for rate in self._segments:
-            for sums, part in ((self.x, x[rate]), (self.y, y[rate])):
-                if rate in sums:
-                    sums[rate] += part
+    def add(self, x: Mapping[DotGroup, Tensor], y: Mapping[DotGroup, Tensor]) -> None:
+        for group in self._segments:
+            for sums, part in ((self.x, x[group]), (self.y, y[group])):
+                if group in sums:
+                    sums[group] += part
                 else:
-                    sums[rate] = part.to(torch.float64, copy=True)
+                    sums[group] = part.to(torch.float64, copy=True)
 
-    def dot(self, rate: float) -> float:
-        return _dot(self.x[rate], self.y[rate])
+    def dot(self, group: DotGroup) -> float:
+        return _dot(self.x[group], self.y[group])
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

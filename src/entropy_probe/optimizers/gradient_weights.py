@@ -1,4 +1,8 @@
-"""The weight of a fresh gradient in Adam's step, at this step and over the steps to come."""
+"""The weight of a fresh gradient in Adam's step, at this step and over the steps to come.
+
+With v held at t, step t + 1 of a parameter is η P times (1 − β₁) / (1 − β₁^{t+1}) of its fresh gradient, and step t + 1 + k
+holds (1 − β₁) β₁^k / (1 − β₁^{t+1+k}) of it. Source: docs/method.md, section 6.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,39 @@ from collections.abc import Collection
 
 import numpy as np
 
+from entropy_probe.optimizers.base import DotGroup
 from entropy_probe.optimizers.state import AdamState
 
 
-def gradient_factors(state: AdamState, names: Collection[str]) -> dict[float, float] | None:
-    """(1 − β₁) / (1 − β₁^{t+1}), the share of the fresh gradient in the step, by learning rate, of parameters with a gradient.
+def dot_groups(state: AdamState) -> dict[str, DotGroup]:
+    """The dot group of every parameter, by name, in the order of the optimizer's groups.
 
-    None where parameters of one learning rate differ in it: their dots are not told apart.
+    Groups that agree in η, β₁ and t share one. A group whose parameters are at steps of their own shares with none.
     """
-    found: dict[float, float] = {}
-    for name, group in state.group_of().items():
+    found: dict[str, DotGroup] = {}
+    first: dict[tuple[float, float, int], DotGroup] = {}
+    for index, group in enumerate(state.groups):
+        own = DotGroup(index, group.learning_rate)
+        steps = {state.moments[name].step for name in group.names if name in state.moments}
+        if len(steps) == 1:
+            own = first.setdefault((group.learning_rate, group.beta1, steps.pop()), own)
+        found |= dict.fromkeys(group.names, own)
+    return found
+
+
+def gradient_factors(state: AdamState, names: Collection[str]) -> dict[DotGroup, float] | None:
+    """(1 − β₁) / (1 − β₁^{t+1}), the share of the fresh gradient in the step, by dot group, of parameters with a gradient.
+
+    None where parameters of one group differ in it, since they are at steps of their own: their dots are not told apart.
+    """
+    found: dict[DotGroup, float] = {}
+    groups = state.group_of()
+    for name, own in dot_groups(state).items():
         if name not in names:
             continue
-        factor = (1.0 - group.beta1) / (1.0 - group.beta1 ** (state.moments[name].step + 1))
-        if not math.isclose(found.setdefault(group.learning_rate, factor), factor, rel_tol=1e-9):
+        beta1 = groups[name].beta1
+        factor = (1.0 - beta1) / (1.0 - beta1 ** (state.moments[name].step + 1))
+        if not math.isclose(found.setdefault(own, factor), factor, rel_tol=1e-9):
             return None
     return found
 
@@ -55,7 +78,9 @@ def _sum_of_weights(beta1: float, step: int) -> float:
         chunk = min(2 * chunk, 1 << 20)
 
 
-def gradient_weights(state: AdamState, names: Collection[str], clip_factor: float) -> dict[float, float] | None:
-    """By learning rate η, the weight η (1 − β₁) / (1 − β₁^{t+1}) · clip of P Ȳ in the step with v at t; None as above."""
+def gradient_weights(state: AdamState, names: Collection[str], clip_factor: float) -> dict[DotGroup, float] | None:
+    """By dot group, the weight η (1 − β₁) / (1 − β₁^{t+1}) · clip of P Ȳ in the step with v at t; None as above."""
     factors = gradient_factors(state, names)
-    return None if factors is None else {rate: rate * factor * clip_factor for rate, factor in factors.items()}
+    if factors is None:
+        return None
+    return {group: group.learning_rate * factor * clip_factor for group, factor in factors.items()}

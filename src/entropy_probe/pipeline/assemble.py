@@ -392,7 +392,7 @@ def _adamw(
     factors = gradient_factors(adam, names)
     factor: float | list[float] | None = None
     if factors is None:
-        told = "parameters of one learning rate differ in β₁ or in their number of steps"
+        told = "parameters of one parameter group differ in their number of steps"
         why |= dict.fromkeys(("gradient_factor", "u_statistic", "u_statistic_se"), told)
     else:
         distinct = list(dict.fromkeys(factors.values()))

@@ -39,6 +39,7 @@ from entropy_probe.model.policy import Measured
 from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
 from entropy_probe.optimizers.digest import digest_of_adam
 from entropy_probe.optimizers.gradient_weights import gradient_weights
+from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import predict_parts
 from entropy_probe.optimizers.validation import validate_preconditioner
@@ -347,7 +348,9 @@ def _probe_as_marked(
     what_ifs = asked_what_ifs(settings, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
     fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
     trained = trained_before(gradients.untouched, adam, policy.sharding)
-    without_v = diagnostics.elements_without_v(gradients.ascent, task.preconditioners, policy.sharding)
+    without_v = diagnostics.elements_without_v(
+        gradients.ascent, Preconditioners(adam, settings.zero_v), policy.sharding
+    )
     zero_v = describe_zero_v(settings.zero_v, without_v, gradients.delta_h1_of_zero_v)
 
     warnings = [

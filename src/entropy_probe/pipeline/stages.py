@@ -17,10 +17,12 @@ from entropy_probe.common.progress import Clock, Progress
 from entropy_probe.data.rollouts import RolloutBatch, SpecialIds
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import (
+    Directions,
     Plan,
     Preparation,
     Rules,
     UnitGradients,
+    Wanted,
     cross_gradients,
     make_plan,
     prepare,
@@ -32,7 +34,7 @@ from entropy_probe.losses.advantages import AdvantageRule
 from entropy_probe.model.policy import Measured, Policy
 from entropy_probe.model.virtual_step import at_least_float32, below_float32
 from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.rounded_step import RoundingRule
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import Estimate, StepPrediction
@@ -105,10 +107,8 @@ class Task:
         advantages: A_ng, [N].
         advantage_rule: that gave them.
         coefficients: a_ng = A_ng w_ng, [N].
-        preconditioners: P by name.
-        learning_rates: η by name.
+        geometry: P and η by name, and the type of unit vectors.
         plan: units, and whether their vectors are stored.
-        vector_dtype: of unit vectors.
         memory_bytes: that may be used, of one rank.
         resampling: None where no fresh responses are asked for.
         progress: told of long work.
@@ -121,13 +121,16 @@ class Task:
     advantages: Tensor
     advantage_rule: AdvantageRule
     coefficients: Tensor
-    preconditioners: Preconditioners
-    learning_rates: Mapping[str, float]
+    geometry: Geometry
     plan: Plan
-    vector_dtype: torch.dtype
     memory_bytes: float
     resampling: Resampling | None
     progress: Progress
+
+    @property
+    def vector_dtype(self) -> torch.dtype:
+        """Of unit vectors."""
+        return self.geometry.vector_dtype(self.policy.dtype)
 
 
 def make_task(
@@ -161,13 +164,13 @@ def make_task(
     )
     ranks = subject.sharding.ranks
     memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
-    vector_dtype = settings.vector_dtype or torch.promote_types(policy.dtype, torch.float32)
+    geometry = Geometry.of(subject.adam, settings.zero_v, settings.vector_dtype)
     plan = make_plan(
         settings.mode,
         settings.blocks,
         prompts=len(batch.groups),
         parameters=sum(parameter.numel() for parameter in trainable.values()),
-        bytes_per_value=vector_dtype.itemsize,
+        bytes_per_value=geometry.vector_dtype(policy.dtype).itemsize,
         memory_bytes=memory,
         most_held=partial(units_on_a_rank, subject.sharding, batch),
     )
@@ -196,10 +199,8 @@ def make_task(
         advantages=advantages,
         advantage_rule=rule,
         coefficients=coefficients,
-        preconditioners=Preconditioners(subject.adam, settings.zero_v),
-        learning_rates={name: group.learning_rate for name, group in subject.adam.group_of().items()},
+        geometry=geometry,
         plan=plan,
-        vector_dtype=vector_dtype,
         memory_bytes=memory,
         resampling=resampling,
         progress=progress,
@@ -225,13 +226,13 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
         units,
         task.target,
         task.coefficients,
-        task.preconditioners,
-        task.learning_rates,
-        storage=task.plan.storage,
-        vector_dtype=task.vector_dtype,
-        thirds=settings.noise and len(units.ranges) >= LEAST_UNITS and len(set(units.sizes)) == 1,
+        task.geometry,
+        wanted=Wanted(
+            task.plan.storage,
+            thirds=settings.noise and len(units.ranges) >= LEAST_UNITS and len(set(units.sizes)) == 1,
+            look=steps_of_others,
+        ),
         rules=rules,
-        look=steps_of_others,
         progress=task.progress,
     )
     refuse_cut(found.cut, task.subject.adam, policy.sharding)
@@ -253,9 +254,7 @@ def against_evaluation(task: Task, evaluation: RolloutBatch, rules: Rules | None
         batch,
         task.target,
         task.coefficients,
-        task.preconditioners,
-        task.learning_rates,
-        vector_dtype=task.vector_dtype,
+        task.geometry,
         rules=rules,
         progress=task.progress,
     )
@@ -290,8 +289,7 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
     with at_least_float32(model):
         realizer = Realizer(
             replace(policy, autocast=None),
-            task.preconditioners,
-            task.learning_rates,
+            task.geometry,
             task.subject.adam,
             measures,
             rules if same_arithmetic else None,
@@ -331,21 +329,19 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
 def noise_by_responses(
     task: Task,
     gradients: UnitGradients,
-    directions: tuple[Sequence[Mapping[str, Tensor]], Sequence[Mapping[str, Tensor]]],
+    directions: Directions,
     statistics: CrossStatistics,
     rules: Rules | None,
 ) -> NoiseParts | None:
     """How much of the error is within prompts and how much between them, from ``directions`` of thirds of the units."""
     batch = task.subject.batch
-    x_directions, y_directions = directions
     of_x, of_y = response_parts(
         task.policy,
         batch,
         task.target,
         Measured(gradients.scores, gradients.token_entropies),
         task.coefficients,
-        x_directions,
-        y_directions,
+        directions,
         rules=rules,
         progress=task.progress,
     )
@@ -360,10 +356,8 @@ def without_negatives(task: Task, rules: Rules | None) -> CrossStatistics:
         task.plan.units,
         task.target,
         task.coefficients.clamp(min=0.0),
-        task.preconditioners,
-        task.learning_rates,
-        storage=task.plan.storage,
-        vector_dtype=task.vector_dtype,
+        task.geometry,
+        wanted=Wanted(task.plan.storage),
         rules=rules,
         progress=task.progress,
     )

@@ -1,6 +1,6 @@
 """The realised entropy change: take the step, score the same responses again, compare with the linear prediction.
 
-Each step (:mod:`~entropy_probe.optimizers.adamw_step` and :mod:`~entropy_probe.optimizers.preconditioned_step` make them)
+Each step (:mod:`~entropy_probe.optimizers.geometry` and :mod:`~entropy_probe.optimizers.adamw_step` make them)
 is realised beside its own prediction. The numerical floor says below which size a ΔH is rounding.
 """
 

@@ -19,7 +19,7 @@ from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import Rules, response_dots, weighted_gradient
 from entropy_probe.model.policy import Measured, Policy, check_finite
 from entropy_probe.optimizers.adamw_step import adamw_deltas, clip_factor, gradient_norm
-from entropy_probe.optimizers.preconditioned_step import preconditioned_step
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.rounded_step import NEAREST, RoundingRule, rounded_adamw
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.realized.realize import HELD_OUT, EntropyMeasure, Predicted, RealizedChange, Step, average, realize
@@ -32,8 +32,7 @@ class Realizer:
 
     Attributes:
         policy: the model at θ, weights in float32 or better, without autocast.
-        preconditioners: P by name.
-        learning_rates: η by name.
+        geometry: P and η by name, of the preconditioned step.
         adam: the optimizer's state.
         measures: which entropies are compared before and after.
         rules: of this very policy, or None.
@@ -43,8 +42,7 @@ class Realizer:
     """
 
     policy: Policy
-    preconditioners: Mapping[str, Tensor]
-    learning_rates: Mapping[str, float]
+    geometry: Geometry
     adam: AdamState
     measures: Sequence[EntropyMeasure]
     rules: Rules | None
@@ -71,7 +69,7 @@ class Realizer:
         theta, sharding = self.policy.held(), self.policy.sharding
         adamw = adamw_deltas(theta, self.adam, ascent, max_grad_norm=self.max_grad_norm, sharding=sharding)
         steps = [
-            Step("preconditioned", "virtual", preconditioned_step(ascent, self.preconditioners, self.learning_rates)),
+            Step("preconditioned", "virtual", self.geometry.step(ascent)),
             Step("adamw", "virtual", adamw),
         ]
         factor = clip_factor(gradient_norm(ascent, sharding), self.max_grad_norm)
