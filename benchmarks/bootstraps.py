@@ -6,8 +6,9 @@ from enum import StrEnum
 
 import numpy as np
 
-from entropy_probe.statistics.intervals import FloatArray
-from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
+from entropy_probe.common.arrays import FloatArray
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.statistics.unit_dots import UnitDots
 
 
 class Bootstrap(StrEnum):

@@ -31,7 +31,6 @@ from coverage import LIMIT
 from enumerated_prompts import PromptLaw, Subject, make_subject, narrowed, prompt_law, true_u_cross
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rollout_kernels import (
@@ -50,6 +49,7 @@ from rollout_kernels import (
 
 import enumerable
 from entropy_probe.checkpoints import load_checkpoint
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.data.bundled_run import demo_files, demo_folder
 from entropy_probe.data.rollouts import read_batch
 from entropy_probe.data.units import exact_units
@@ -61,7 +61,6 @@ from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, i
 from entropy_probe.statistics.two_batches import two_batch_statistics
 from entropy_probe.targets.entropy import EntropyTarget, Estimator
 
-FloatArray = NDArray[np.float64]
 UNITS = (8, 16, 32, 128)
 SAMPLES = 4
 METHODS = (DEFAULT_METHOD, IntervalMethod.NORMAL, IntervalMethod.T, IntervalMethod.JACKKNIFE_T)

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -34,13 +33,15 @@ from bootstraps import Bootstrap, bootstrap_interval
 from rollout_kernels import checkpoint_case
 
 import enumerable
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.data.bundled_run import demo_files
-from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, interval, known_shortfall, variance_parts
+from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, interval
+from entropy_probe.statistics.shortfall import known_shortfall
 from entropy_probe.statistics.two_batches import two_batch_statistics
+from entropy_probe.statistics.variance import decompose, variance_at
 from entropy_probe.targets.entropy import EntropyTarget, Estimator
 from enumerable import EnumerablePolicy
 
-FloatArray = NDArray[np.float64]
 UNITS = (4, 8, 16, 32, 64, 128)
 TWO_BATCHES = ((4, 4), (4, 16), (16, 4), (8, 8), (8, 32), (32, 8), (16, 16), (16, 64), (64, 16), (32, 32), (64, 64))
 LIMIT = 3
@@ -345,16 +346,16 @@ def measure(family: Family, units: int, replicates: int, seed: int, tick: Callab
     ends: dict[IntervalMethod | Bootstrap, list[tuple[float, float]]] = {method: [] for method in METHODS}
     for start in range(0, replicates, CHUNK):
         for offset, kernel in enumerate(family.draw(min(CHUNK, replicates - start), units, rng)):
-            u_cross = float((kernel.sum() - np.trace(kernel)) / (units * (units - 1)))
-            values.append(u_cross)
-            degenerate.append(2.0 * variance_parts(kernel, u_cross)[1] / (units * (units - 1)))
-            told.append(known_shortfall(kernel) is not None)
+            found = decompose(kernel)
+            values.append(found.u_cross)
+            degenerate.append(variance_at(units, 0.0, found.tau_squared))
+            told.append(known_shortfall(found.row_means) is not None)
             for method in METHODS:
                 if isinstance(method, IntervalMethod):
                     ends[method].append(interval(kernel, method))
                 elif start + offset < BOOTSTRAP_REPLICATES:
-                    found = bootstrap_interval(kernel, method, replicates=RESAMPLES, seed=start + offset)
-                    ends[method].append(found)
+                    resampled = bootstrap_interval(kernel, method, replicates=RESAMPLES, seed=start + offset)
+                    ends[method].append(resampled)
         tick(min(CHUNK, replicates - start))
     deviation = float(np.std(values))
     return Cell(

@@ -33,7 +33,8 @@ from entropy_probe.losses.surrogate import probe_loss
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.statistics.unit_dots import UnitDots
 from entropy_probe.targets.entropy import Estimator
 from entropy_probe.targets.score import score_coefficients
 

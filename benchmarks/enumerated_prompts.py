@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "oracles"
 from coverage import LIMIT, policy_rewards
 
 import enumerable
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
-from entropy_probe.statistics.intervals import variance_at
+from entropy_probe.statistics.variance import variance_at
 from entropy_probe.targets.entropy import EntropyTarget, Estimator, entropy_coefficients
 from enumerable import EnumerablePolicy
 
-FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 TOKENS = 3
 

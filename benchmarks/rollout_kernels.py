@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entropy_probe import group_rollouts
 from entropy_probe.checkpoints import load_checkpoint
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.data.bundled_run import demo_files, demo_folder
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.data.units import exact_units
@@ -28,11 +28,10 @@ from entropy_probe.sampling.drawing import sample_rollouts
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.settings import SamplingSettings
 from entropy_probe.sampling.tokenizer import end_tokens, load_tokenizer
-from entropy_probe.statistics.intervals import variance_at, variance_parts
+from entropy_probe.statistics.variance import decompose, variance_at
 from entropy_probe.targets.entropy import EntropyTarget
 from entropy_probe.targets.rao_blackwell import entropy_to_come, leave_one_out_by_position
 
-FloatArray = NDArray[np.float64]
 MEMORY = 8e9
 GROUP = 16
 """Prompts in the disjoint groups of which U_cross is taken directly, and in the smaller of the two batches compared."""
@@ -234,7 +233,7 @@ def compare(case: Case, score: FloatArray, rao_blackwell: FloatArray, replicates
     units = len(score)
     kernels = (score, rao_blackwell)
     counts = rng.multinomial(units, np.full(units, 1.0 / units), size=replicates).astype(np.float64)
-    parts = [variance_parts(k, u_of(k)) for k in kernels]
+    parts = [decompose(k).parts for k in kernels]
     resampled = [weighted_parts(symmetric(k), counts) for k in kernels]
     Figure = Callable[[FloatArray, FloatArray, FloatArray, FloatArray], FloatArray]
 
@@ -412,13 +411,13 @@ def compare_baselines(case: Case, rao_blackwell: FloatArray, replicates: int, se
         "fitted to F_t out of fold": by_value,
         "fitted to the projection out of fold": by_projection,
     }
-    reference = variance_parts(rao_blackwell, u_of(rao_blackwell))
+    reference = decompose(rao_blackwell).parts
     counts = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1.0 / prompts), size=replicates)
     resampled_reference = weighted_parts(symmetric(rao_blackwell), counts.astype(np.float64))
     spread = float(_projections(rao_blackwell).std(ddof=1))
     result = []
     for name, kernel in found.items():
-        parts = variance_parts(kernel, u_of(kernel))
+        parts = decompose(kernel).parts
         resampled = weighted_parts(symmetric(kernel), counts.astype(np.float64))
         ratios = []
         for at in (GROUP, LARGER):

@@ -34,7 +34,7 @@ from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.importance_sampling import Weighting, entropy_change
-from entropy_probe.statistics.intervals import variance_at, variance_parts
+from entropy_probe.statistics.variance import decompose, variance_at
 from entropy_probe.targets.entropy import EntropyTarget, Estimator
 
 SUBJECT = make_subject("policy", seed=3, contexts=2)
@@ -83,7 +83,7 @@ def test_short_formulas() -> None:
     rng = np.random.default_rng(2)
     kernel = rng.normal(size=(300, 3)) @ rng.normal(size=(3, 300)) + 0.3 * rng.normal(size=(300, 1))
     zeta1, tau_squared = weighted_parts(symmetric(kernel), np.ones((1, 300)))
-    expected = variance_parts(kernel, u_of(kernel))
+    expected = decompose(kernel).parts
     assert tau_squared[0] == pytest.approx(expected[1], rel=0.01)
     assert zeta1[0] == pytest.approx(expected[0], abs=0.02 * (expected[0] + expected[1]))
     values = torch.tensor([4.0, 2.0, 0.0, 6.0, 0.0], dtype=torch.float64)

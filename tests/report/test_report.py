@@ -28,8 +28,9 @@ from entropy_probe.report import Report, write_report_folder
 from entropy_probe.report.schema import AdamWSection
 from entropy_probe.report.sentences import clipping_words, headline, preconditioned_sentence, quantity
 from entropy_probe.report.text import print_report
-from entropy_probe.statistics.intervals import interval, variance_at, variance_parts
+from entropy_probe.statistics.intervals import interval
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
+from entropy_probe.statistics.variance import decompose, variance_at
 from entropy_probe.targets.entropy import EntropyTarget, Estimator
 from enumerable import EnumerablePolicy
 
@@ -101,9 +102,7 @@ def test_the_interval_and_the_error_are_of_delta_h1(result: ProbeResult) -> None
     assert result.kernel is not None
     low, high = interval(result.kernel)
     assert first.delta_h1_ci95 == pytest.approx([-1e-4 * high, -1e-4 * low], rel=1e-9)
-    assert first.delta_h1_se == pytest.approx(
-        1e-4 * variance_at(12, *variance_parts(result.kernel, first.u_cross)) ** 0.5
-    )
+    assert first.delta_h1_se == pytest.approx(1e-4 * variance_at(12, *decompose(result.kernel).parts) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +318,7 @@ class StrongSignal:
         target = EntropyTarget(Settings().estimator, Settings().entropy)
         gradients = unit_gradients(Policy(self.policy), batch, exact_units(32), target, y, Geometry.of(self.adam))
         statistics, step = cross_statistics(gradients.total), cross_statistics(gradients.step_weighted)
-        return statistics, {w.code for w in interval_warnings(statistics, step.ci95_of_minus)}
+        return statistics, {w.code for w in interval_warnings(statistics, step.negated.ci95)}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from entropy_probe.ranks.collectives import Kind, Payload, Ranks
 from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.report import Report, plots
 from entropy_probe.report.text import print_report
-from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.statistics.unit_dots import UnitDots
 from entropy_probe.targets.entropy import Estimator
 
 

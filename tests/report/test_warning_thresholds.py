@@ -24,7 +24,8 @@ from entropy_probe.pipeline.recorded import trainers_step
 from entropy_probe.realized.realize import EntropyMeasure, RealizedChange
 from entropy_probe.report import ZeroVSection
 from entropy_probe.statistics.importance_sampling import EntropyChange, ImportanceWeights, pareto_k_limit
-from entropy_probe.statistics.u_statistics import CrossStatistics, UnitDots, cross_statistics
+from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
+from entropy_probe.statistics.unit_dots import UnitDots
 from entropy_probe.targets.entropy import EntropyTarget
 
 

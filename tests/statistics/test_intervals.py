@@ -20,18 +20,13 @@ import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
 from entropy_probe.data.units import Mode
 from entropy_probe.report import Report
-from entropy_probe.statistics.intervals import (
-    DEFAULT_METHOD,
-    MOST_UNITS,
-    IntervalMethod,
-    interval,
-    known_shortfall,
-    needed_units,
-    row_mean_shape,
-    variance_at,
-    variance_parts,
-)
-from entropy_probe.statistics.u_statistics import CrossStatistics, UnitDots, cross_statistics
+from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, interval
+from entropy_probe.statistics.needed_units import MOST_UNITS, needed_units
+from entropy_probe.statistics.shortfall import known_shortfall
+from entropy_probe.statistics.skewness import row_mean_shape
+from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
+from entropy_probe.statistics.unit_dots import UnitDots
+from entropy_probe.statistics.variance import decompose, variance_at
 
 METHODS = [*IntervalMethod, *Bootstrap]
 
@@ -65,6 +60,10 @@ def statistics(kernel: np.ndarray) -> CrossStatistics:
     return cross_statistics(UnitDots.from_kernel(kernel, [1] * len(kernel)))
 
 
+def told(kernel: np.ndarray) -> str | None:
+    return known_shortfall(decompose(kernel).row_means)
+
+
 def symmetric(kernel: np.ndarray) -> np.ndarray:
     h = 0.5 * (kernel + kernel.T)
     np.fill_diagonal(h, 0.0)
@@ -76,7 +75,7 @@ def test_parts_give_the_reported_variance_back(seed: int) -> None:
     # Both sides of the floor: signal and noise only.
     kernel = kernels(7, 1, 1.0 if seed % 2 else 0.0, 1.0, seed)[0]
     found = statistics(kernel)
-    zeta1, tau_squared = variance_parts(kernel, found.u_cross)
+    zeta1, tau_squared = decompose(kernel).parts
     assert zeta1 >= 0.0
     assert tau_squared >= 0.0
     assert variance_at(7, zeta1, tau_squared) == pytest.approx(found.variance, rel=1e-12)
@@ -85,7 +84,7 @@ def test_parts_give_the_reported_variance_back(seed: int) -> None:
 @pytest.mark.parametrize("signal", [0.0, 1.0])
 def test_parts_are_near_hoeffdings(signal: float) -> None:
     draws, dim = 300, 6
-    parts = np.mean([variance_parts(k, statistics(k).u_cross) for k in kernels(24, draws, signal, 1.0, 3)], axis=0)
+    parts = np.mean([decompose(k).parts for k in kernels(24, draws, signal, 1.0, 3)], axis=0)
     # g = ½ (X·μ + Y·μ) − μ², Cov(X, Y) = ¼ I; h has variance ½ (E(X·Y')² + E X·Y' Y·X') − μ⁴ for independent units.
     zeta1 = signal**2 * 0.25 * 2 * (1 + 0.25)
     total = 0.5 * (dim + 2 * signal**2 + dim * 0.25**2 + 2 * 0.25 * signal**2)
@@ -208,7 +207,7 @@ def test_the_order_of_units_does_not_matter() -> None:
     turned = kernel[np.ix_(order, order)]
     for method in IntervalMethod:
         assert interval(turned, method) == pytest.approx(interval(kernel, method), rel=1e-10)
-    assert known_shortfall(turned) == known_shortfall(kernel)
+    assert told(turned) == told(kernel)
     # A bootstrap draws other units; its ends agree to the noise of 999 resamples.
     low, high = ends(kernel, Bootstrap.BOOTSTRAP)
     assert ends(turned, Bootstrap.BOOTSTRAP) == pytest.approx((low, high), abs=0.1 * (high - low))
@@ -286,7 +285,7 @@ def test_constant_and_zero_kernels_have_intervals_of_one_point(method: IntervalM
 
 
 def test_bad_arguments_are_refused() -> None:
-    for function in (interval, known_shortfall, lambda k: variance_parts(k, 0.0)):
+    for function in (interval, decompose):
         for shape in ((3, 3), (4, 5)):
             with pytest.raises(ValueError, match="square one of 4 units"):
                 function(np.ones(shape))
@@ -320,12 +319,12 @@ def test_the_percentile_bootstrap_is_too_wide_for_degenerate_kernels() -> None:
 def test_a_shortfall_is_told_where_the_interval_falls_short_and_not_where_it_does_not() -> None:
     heavy = kernels(32, 400, 1.0, 0.5, 3, sigma=1.0)
     assert coverage(heavy, 1.0, DEFAULT_METHOD) < 0.93
-    told = [known_shortfall(k) for k in heavy]
-    assert np.mean([text is not None for text in told]) > 0.7
-    assert any("skewness" in text for text in told if text is not None)
+    of_heavy = [told(k) for k in heavy]
+    assert np.mean([text is not None for text in of_heavy]) > 0.7
+    assert any("skewness" in text for text in of_heavy if text is not None)
     light = kernels(32, 400, 1.0, 0.5, 4)
-    assert np.mean([known_shortfall(k) is not None for k in light]) < 0.1
-    assert "31 units" in str(known_shortfall(light[0][:31, :31]))
+    assert np.mean([told(k) is not None for k in light]) < 0.1
+    assert "31 units" in str(told(light[0][:31, :31]))
 
 
 def probed(**settings: Any) -> Report:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 import support
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.data.rollouts import group_rollouts
 from entropy_probe.data.units import Mode, block_units
 from entropy_probe.gradients import Wanted, response_parts, unit_gradients
@@ -21,7 +21,6 @@ from entropy_probe.pipeline.settings import Settings
 from entropy_probe.statistics.noise import LEAST_UNITS, THIRDS, NoiseParts, noise_parts, within_covariance
 from entropy_probe.targets.entropy import EntropyTarget, Estimator
 
-FloatArray = NDArray[np.float64]
 PROMPTS, RESPONSES, DIM = 24, 6, 5
 REPLICATES = 3000
 

@@ -10,12 +10,11 @@ import pytest
 from test_u_statistics import dots_of
 
 import oracle
-from entropy_probe.statistics.intervals import interval, interval_variance, unbiased_variance
-from entropy_probe.statistics.u_statistics import (
-    UnitDots,
-    cross_statistics,
-    jackknife_variance,
-)
+from entropy_probe.statistics.intervals import interval
+from entropy_probe.statistics.jackknife import jackknife_variance
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.statistics.unit_dots import UnitDots
+from entropy_probe.statistics.variance import interval_variance, unbiased_variance
 
 
 def test_se_this_step_equals_its_double_loop() -> None:

@@ -138,11 +138,12 @@ def test_folds_pair_a_fold_with_the_others_alone() -> None:
     first = np.mean([kernel[n, m] for n in (0, 2, 4) for m in (1, 3, 5)])
     second = np.mean([kernel[n, m] for n in (1, 3, 5) for m in (0, 2, 4)])
     assert found.by_fold == pytest.approx((first, second))
-    assert found.mean == pytest.approx((first + second) / 2)
+    assert found.estimate.value == pytest.approx((first + second) / 2)
     spoilt = kernel + 1e6 * np.eye(6)  # the diagonal is never used
-    assert fold_statistics(spoilt, folds).mean == pytest.approx(found.mean)
-    assert found.se is not None
-    assert fold_statistics(kernel, folds_of(6, 6)).se is None
+    assert fold_statistics(spoilt, folds).estimate.value == pytest.approx(found.estimate.value)
+    assert found.estimate.se is not None
+    alone = fold_statistics(kernel, folds_of(6, 6)).estimate
+    assert alone.null_reasons(se="delta_h1_se") == {"delta_h1_se": "a fold of one prompt cannot be left empty"}
 
 
 @pytest.mark.parametrize(
@@ -155,9 +156,9 @@ def test_fold_statistics_equal_those_with_every_prompt_left_out_in_turn(folds: l
     kernel = np.random.default_rng(6).normal(size=(10, 10)) + 3.0 * np.eye(10)
     mean, by_fold, se = oracle.folds_one_left_out(kernel, folds)
     found = fold_statistics(kernel, folds)
-    assert found.mean == pytest.approx(mean, rel=1e-12)
+    assert found.estimate.value == pytest.approx(mean, rel=1e-12)
     assert found.by_fold == pytest.approx(by_fold, rel=1e-12)
-    assert found.se == pytest.approx(se, rel=1e-12)
+    assert found.estimate.se == pytest.approx(se, rel=1e-12)
 
 
 @pytest.mark.parametrize("target", [EntropyTarget(), RAO_BLACKWELL], ids=["score", "rao-blackwell"])

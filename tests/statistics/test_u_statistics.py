@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import oracle
-from entropy_probe.statistics.intervals import interval_variance, unbiased_variance
-from entropy_probe.statistics.u_statistics import (
-    UnitDots,
-    cross_statistics,
-    delete_one,
-    jackknife_variance,
-)
+from entropy_probe.statistics.jackknife import delete_one, jackknife_variance
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.statistics.unit_dots import UnitDots
+from entropy_probe.statistics.variance import interval_variance, unbiased_variance
 
 
 def unit_sums(vectors: np.ndarray, sizes: list[int]) -> np.ndarray:

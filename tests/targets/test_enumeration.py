@@ -21,7 +21,8 @@ from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
 from entropy_probe.optimizers.geometry import Geometry
-from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.statistics.unit_dots import UnitDots
 from entropy_probe.targets.score import score_coefficients
 from enumerable import EnumerablePolicy
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.gradients.treatments import Rules
 from entropy_probe.optimizers.base import DotGroup
-from entropy_probe.statistics.u_statistics import UnitDots
+from entropy_probe.statistics.unit_dots import UnitDots
 
 
 class Storage(StrEnum):

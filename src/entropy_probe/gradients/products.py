@@ -22,7 +22,7 @@ from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.sharding import WHOLE, Sharding
 from entropy_probe.statistics.noise import THIRDS
-from entropy_probe.statistics.u_statistics import UnitDots
+from entropy_probe.statistics.unit_dots import UnitDots
 
 CHUNK = 1 << 19
 """Float64 elements, over all units, that a product is taken over at a time: 4 MiB."""

@@ -25,7 +25,7 @@ from entropy_probe.model.padding import pad_right
 from entropy_probe.model.policy import Measured, Policy, check_finite
 from entropy_probe.optimizers.base import DotGroup
 from entropy_probe.optimizers.geometry import Geometry
-from entropy_probe.statistics.u_statistics import UnitDots
+from entropy_probe.statistics.unit_dots import UnitDots
 from entropy_probe.targets.entropy import (
     EntropyCoefficients,
     EntropyTarget,

@@ -13,7 +13,7 @@ the row x_u of the U-statistic, and its rows are averaged as there, by ω_u; tho
 Errors are those of what *this* step does, given the update: SE² = U/(U−1) Σ_u (Σ_k a_k d_uk)² for a combination a of the parts,
 d_uk being a unit's share in part k less that of the mean, so that parts which share X are not taken for independent; and
 a_gradient² times the noise that X_u and Y_u share through their responses
-(:func:`~entropy_probe.statistics.u_statistics.shared_noise` of XS_u · J YS_w, J = ∂Δ/∂Ȳ of the gradient's part), the sum
+(:func:`~entropy_probe.statistics.this_step.shared_noise` of XS_u · J YS_w, J = ∂Δ/∂Ȳ of the gradient's part), the sum
 clipped at 0. Without that matrix, or with unequal units, a combination that holds the gradient has no error. Everything in
 nats.
 Source: docs/method.md, section 6.
@@ -21,32 +21,21 @@ Source: docs/method.md, section 6.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from entropy_probe.common.arrays import FloatArray
-from entropy_probe.statistics.intervals import t_quantile
-from entropy_probe.statistics.u_statistics import shared_noise
+from entropy_probe.statistics.estimate import Estimate
+from entropy_probe.statistics.quantiles import t_quantile
+from entropy_probe.statistics.this_step import shared_noise
 
 PARTS = ("momentum", "gradient", "weight_decay")
+"""What an AdamW step is the sum of."""
 LEAST_UNITS = 3
+"""Units below which their spread is not known."""
 TOO_FEW = "two units tell nothing of their spread; give three units or more"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its standard error, nats; ``why_not`` says why there is none."""
-
-    value: float
-    se: float | None
-    why_not: str = ""
-
-    def scaled(self, factor: float) -> Estimate:
-        """Of ``factor`` times the same."""
-        return Estimate(factor * self.value + 0.0, None if self.se is None else abs(factor) * self.se, self.why_not)
 
 
 @dataclass(frozen=True)
@@ -68,18 +57,18 @@ class StepPrediction:
     why_not: str
 
     def of(self, momentum: float = 0.0, gradient: float = 0.0, weight_decay: float = 0.0) -> Estimate:
-        """Of a combination of the parts."""
+        """What a combination of the parts does, nats; its 95 % interval is value ± t SE, t with U − 1 degrees of freedom."""
         factors = np.array([momentum, gradient, weight_decay])
         value = float(factors @ self.values) + 0.0
         units = len(self.deviations)
         if units < LEAST_UNITS:
-            return Estimate(value, None, TOO_FEW)
+            return Estimate(value, why_not=TOO_FEW)
         variance = float(((self.deviations @ factors) ** 2).sum()) * units / (units - 1)
         if gradient != 0.0:
             if self.shared_noise is None:
-                return Estimate(value, None, self.why_not)
+                return Estimate(value, why_not=self.why_not)
             variance += gradient**2 * self.shared_noise
-        return Estimate(value, math.sqrt(max(0.0, variance)))
+        return Estimate.from_variance(value, variance, t_quantile(units))
 
     @property
     def parts(self) -> dict[str, Estimate]:
@@ -91,26 +80,14 @@ class StepPrediction:
         """The whole step."""
         return self.of(1.0, 1.0, 1.0)
 
-    def ci95(self, estimate: Estimate) -> tuple[float, float] | None:
-        """value ± t SE, t with U − 1 degrees of freedom; None without an error."""
-        if estimate.se is None:
-            return None
-        half_width = t_quantile(len(self.deviations)) * estimate.se
-        return estimate.value - half_width, estimate.value + half_width
-
-    def is_resolved(self, estimate: Estimate) -> bool:
-        """Whether its 95 % interval excludes zero."""
-        interval = self.ci95(estimate)
-        return interval is not None and not interval[0] <= 0.0 <= interval[1]
-
     def most(self) -> str | None:
         """The part that is more than half of the total, where the errors can tell that; else None."""
         total = self.total
-        if not self.is_resolved(total):
+        if not total.excludes_zero:
             return None
         for name in PARTS:
             excess = self.of(**{part: float(part == name) - 0.5 for part in PARTS})
-            if excess.value * total.value > 0 and self.is_resolved(excess):
+            if excess.value * total.value > 0 and excess.excludes_zero:
                 return name
         return None
 

@@ -24,7 +24,7 @@ from entropy_probe.optimizers.adamw_step import clip_factor
 from entropy_probe.optimizers.gradient_weights import gradient_factors, spread_factors
 from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.state import AdamState
-from entropy_probe.optimizers.step_parts import Estimate, StepPrediction
+from entropy_probe.optimizers.step_parts import StepPrediction
 from entropy_probe.optimizers.validation import PreconditionerTest
 from entropy_probe.optimizers.what_if import Fall, WhatIf
 from entropy_probe.pipeline.recorded import Source, TrainersStep
@@ -65,7 +65,7 @@ from entropy_probe.report.sentences import (
     stored_sentence,
 )
 from entropy_probe.statistics.importance_sampling import entropy_estimate
-from entropy_probe.statistics.intervals import needed_units
+from entropy_probe.statistics.needed_units import needed_units
 from entropy_probe.statistics.noise import LEAST_UNITS, NoiseParts
 from entropy_probe.statistics.two_batches import TwoBatchStatistics, fold_statistics
 from entropy_probe.statistics.u_statistics import CrossStatistics
@@ -259,18 +259,16 @@ def _first_order(
     zero_v: ZeroVSection,
 ) -> FirstOrder:
     """Without its sentence, which the optimizer's own step is in too."""
-    rates = adam.learning_rates
+    rates, delta_h1 = adam.learning_rates, step.negated
     reasons = {name: why for name, why in statistics.null_reasons.items() if name not in {"variance", "ci95"}}
-    if statistics.ci95 is None:
-        reasons["delta_h1_se"] = reasons["delta_h1_ci95"] = statistics.null_reasons["ci95"]
+    reasons |= delta_h1.null_reasons(se="delta_h1_se", ci95="delta_h1_ci95")
     if step.se_this_step is None:
         reasons["delta_h1_se_this_step"] = reasons["se_this_step"]
     return FirstOrder(
         estimator=target.estimator.value,
         entropy=target.unit.value,
         u_cross=statistics.u_cross,
-        # + 0.0 turns the −0.0 of a zero learning rate into 0.0.
-        delta_h1=-step.u_cross + 0.0,
+        delta_h1=delta_h1.value,
         learning_rate=rates[0] if len(rates) == 1 else list(rates),
         bars_dot=statistics.bars_dot,
         diag_sum=statistics.diag_sum,
@@ -284,8 +282,8 @@ def _first_order(
         se_plugin_guide=statistics.se_plugin_guide,
         zeta1_plugin=statistics.zeta1_plugin,
         zeta1_jackknife=statistics.zeta1_jackknife,
-        delta_h1_se=step.se,
-        delta_h1_ci95=None if step.ci95_of_minus is None else list(step.ci95_of_minus),
+        delta_h1_se=delta_h1.se,
+        delta_h1_ci95=None if delta_h1.ci95 is None else list(delta_h1.ci95),
         delta_h1_se_this_step=step.se_this_step,
         interval_method=statistics.interval_method,
         self_test_residual=statistics.self_test_residual,
@@ -338,10 +336,12 @@ def _noise(parts: NoiseParts | None, step: CrossStatistics, *, asked: bool) -> N
 
 def _two_batches(found: TwoBatchStatistics, evaluation: RolloutBatch | None) -> TwoBatchSection:
     assert evaluation is not None
+    delta_h1 = found.negated
+    assert delta_h1.ci95 is not None
     return TwoBatchSection(
-        delta_h1=-found.mean + 0.0,
+        delta_h1=delta_h1.value,
         delta_h1_se=found.se,
-        delta_h1_ci95=[-found.ci95[1] + 0.0, -found.ci95[0] + 0.0],
+        delta_h1_ci95=list(delta_h1.ci95),
         variance_evaluation=found.evaluation,
         variance_update=found.update,
         variance_product=found.product,
@@ -356,8 +356,9 @@ def _folds(folds: Sequence[int], kernel: FloatArray | None, plan: Plan) -> FoldS
         why = "needs the matrix of prompts' dots: mode exact, with vectors stored"
         return FoldSection(count, None, None, [], {"delta_h1": why, "delta_h1_se": why})
     found = fold_statistics(kernel, folds)
-    reasons = {} if found.se is not None else {"delta_h1_se": "a fold of one prompt cannot be left empty"}
-    return FoldSection(count, -found.mean + 0.0, found.se, [-value + 0.0 for value in found.by_fold], reasons)
+    delta_h1 = found.estimate.scaled(-1.0)
+    reasons = delta_h1.null_reasons(se="delta_h1_se")
+    return FoldSection(count, delta_h1.value, delta_h1.se, [-value + 0.0 for value in found.by_fold], reasons)
 
 
 def _stored(realized: Sequence[RealizedChange], unit: str) -> list[str]:
@@ -376,18 +377,12 @@ def _adamw(
     gradient_norm: float,
     trainer: TrainersStep,
 ) -> AdamWSection:
-    def reasons(estimate: Estimate) -> dict[str, str]:
-        return {} if estimate.se is not None else {"se": estimate.why_not}
-
     parts = {
-        name: AdamWPart(estimate.value, estimate.se, float(at_t) + 0.0, reasons(estimate))
+        name: AdamWPart(estimate.value, estimate.se, float(at_t) + 0.0, estimate.null_reasons(se="se"))
         for (name, estimate), at_t in zip(step.parts.items(), step.values_v_at_t, strict=True)
     }
     total = step.total
-    why = reasons(total)
-    if total.se is None:
-        why["ci95"] = total.why_not
-    interval = step.ci95(total)
+    why = total.null_reasons(se="se", ci95="ci95")
     spread = spread_factors(adam, names, clip_factor(gradient_norm, trainer.max_grad_norm))
     factors = gradient_factors(adam, names)
     factor: float | list[float] | None = None
@@ -402,12 +397,12 @@ def _adamw(
             why["u_statistic_se"] = gradient.null_reasons["se_this_step"]
     if trainer.max_grad_norm is None:
         why["max_grad_norm"] = NOT_CLIPPED[trainer.max_grad_norm_source]
-    resolved = [name for name, estimate in step.parts.items() if step.is_resolved(estimate)]
+    resolved = [name for name, estimate in step.parts.items() if estimate.excludes_zero]
     return AdamWSection(
         parts=parts,
         total=total.value,
         se=total.se,
-        ci95=None if interval is None else list(interval),
+        ci95=None if total.ci95 is None else list(total.ci95),
         v_at_t=float(step.values_v_at_t.sum()) + 0.0,
         spread_factor=spread[0] if len(spread) == 1 else spread,
         gradient_factor=factor,
@@ -422,7 +417,7 @@ def _adamw(
             total.value,
             total.se,
             resolved,
-            total_resolved=step.is_resolved(total),
+            total_resolved=total.excludes_zero,
             most=step.most(),
         ),
         null_reasons=why,
@@ -431,27 +426,27 @@ def _adamw(
 
 def _what_if(found: WhatIf) -> WhatIfRow:
     reasons = {} if found.asked is not None else {"asked": "no number is asked about"}
-    for name, estimate in (("delta_h1", found.delta_h1), ("adamw", found.adamw)):
-        if estimate is None:
-            reasons |= dict.fromkeys((name, f"{name}_se"), found.why_not)
-        elif estimate.se is None:
-            reasons[f"{name}_se"] = estimate.why_not
+    reasons |= found.delta_h1.null_reasons(value="delta_h1", se="delta_h1_se")
+    reasons |= found.adamw.null_reasons(value="adamw", se="adamw_se")
     return WhatIfRow(
         found.name,
         found.asked,
-        None if found.delta_h1 is None else found.delta_h1.value + 0.0,
-        None if found.delta_h1 is None else found.delta_h1.se,
-        None if found.adamw is None else found.adamw.value,
-        None if found.adamw is None else found.adamw.se,
+        found.delta_h1.value,
+        found.delta_h1.se,
+        found.adamw.value,
+        found.adamw.se,
         reasons,
     )
 
 
 def _fall(found: Fall) -> FallSection:
-    reasons = {}
-    if found.multiple is None:
-        reasons = dict.fromkeys(("learning_rate_multiple", "learning_rate_multiple_ci95"), found.why_not)
-    return FallSection(found.nats, found.multiple, None if found.ci95 is None else list(found.ci95), reasons)
+    multiple = found.multiple
+    return FallSection(
+        found.nats,
+        multiple.value,
+        None if multiple.ci95 is None else list(multiple.ci95),
+        multiple.null_reasons(value="learning_rate_multiple", ci95="learning_rate_multiple_ci95"),
+    )
 
 
 def _unit_id(batch: RolloutBatch, prompts: range, mode: Mode) -> Any:

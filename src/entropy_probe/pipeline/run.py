@@ -356,7 +356,7 @@ def _probe_as_marked(
     warnings = [
         *subject.notes,
         *diagnostics.learning_rate_warnings(adam, trainer, subject.facts.stored_learning_rates),
-        *diagnostics.interval_warnings(statistics, step_statistics.ci95_of_minus),
+        *diagnostics.interval_warnings(statistics, step_statistics.negated.ci95),
         *diagnostics.two_batch_warnings(two_batches),
         *diagnostics.own_step_warnings(step),
         *diagnostics.advantage_warnings(task.advantages, batch.group_sizes),

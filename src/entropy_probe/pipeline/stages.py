@@ -37,7 +37,7 @@ from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.rounded_step import RoundingRule
 from entropy_probe.optimizers.state import AdamState
-from entropy_probe.optimizers.step_parts import Estimate, StepPrediction
+from entropy_probe.optimizers.step_parts import StepPrediction
 from entropy_probe.optimizers.steps_of_others import StepsOfOthers
 from entropy_probe.optimizers.what_if import (
     WhatIf,
@@ -374,15 +374,11 @@ def asked_what_ifs(
     max_grad_norm: float | None,
 ) -> list[WhatIf]:
     """Those that need no number, and those that the settings give one for."""
-
-    def estimate(found: CrossStatistics) -> Estimate:
-        return Estimate(-found.u_cross, found.se, "" if found.se is not None else found.null_reasons["variance"])
-
     found = [no_momentum(step)]
     if positive is not None:
-        found.append(without_negative_advantages(estimate(positive)))
+        found.append(without_negative_advantages(positive.negated))
     if (rate := settings.what_if_learning_rate) is not None:
-        found.append(another_learning_rate(step, estimate(delta_h1), adam.learning_rates, rate))
+        found.append(another_learning_rate(step, delta_h1.negated, adam.learning_rates, rate))
     if (limit := settings.what_if_max_grad_norm) is not None:
         factors = (clip_factor(norm, max_grad_norm), clip_factor(norm, limit))
         found.append(another_clipping(step, *factors, limit))

@@ -150,9 +150,9 @@ class AdamWSection:
 
     Errors are those of what this step does, given the update. ``u_statistic`` is δH₁ times ``gradient_factor`` (1 − β₁) /
     (1 − β₁^{t+1}) and ``clip_factor``: the gradient's part with v before this gradient, as in δH₁. ``gradient_factor`` is a
-    list where parameter groups differ in it. ``ci95`` is the total's. ``spread_factor`` times δH₁ is what this batch does in all,
-    over the steps to come; a list where parameters differ in it. ``max_grad_norm_source`` says where the clip is known from:
-    given, recorded (in the rows) or unknown, and then nothing is clipped.
+    list where parameter groups differ in it. ``ci95`` is the total's. ``spread_factor`` times δH₁ is what this batch does
+    in all, over the steps to come; a list where parameters differ in it. ``max_grad_norm_source`` says where the clip is
+    known from: given, recorded (in the rows) or unknown, and then nothing is clipped.
     """
 
     parts: Mapping[str, AdamWPart]

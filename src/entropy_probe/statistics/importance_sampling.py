@@ -54,7 +54,7 @@ def _prompt_by_prompt(weighting: Weighting) -> bool:
 
 
 LOW_ESS_FRACTION = 0.3
-"""The guide's threshold: below it, resample at θ⁺ or smooth."""
+"""ESS / N below which importance weights say little: draw fresh responses at θ⁺, or smooth the weights."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ImportanceWeights:
 
     @property
     def is_low(self) -> bool:
-        """Whether ESS / N is under the guide's threshold."""
+        """Whether ESS / N is below ``LOW_ESS_FRACTION``."""
         return self.ess_fraction < LOW_ESS_FRACTION
 
 

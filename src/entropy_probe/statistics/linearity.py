@@ -26,7 +26,9 @@ LINEAR_TOLERANCE = 0.1
 """Share of the linear term by which a realised change may differ from it and still count as linear."""
 
 MOST_FACTORS = 1000
+"""Factors that a sweep may have at most."""
 HALVINGS = 20
+"""Times that a step of a finite difference is halved at most."""
 
 
 @dataclass(frozen=True)

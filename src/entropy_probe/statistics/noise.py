@@ -1,22 +1,33 @@
-"""Where the noise of δH₁ comes from: the responses that X is made of, those that Y is made of, or the prompts.
+"""Where the noise of δH₁ comes from: X's sampling noise, Y's sampling noise, or real differences between prompts.
 
-Hoeffding's parts of V (:mod:`~entropy_probe.statistics.intervals`) are the linear 4 ζ₁/U and the product's 2 τ²/(U(U−1)).
-The linear one is Var(x_u + y_u)/U with x_u = X_u · E[Y] and y_u = Y_u · E[X], in the inner product η P. Within a prompt
-both are sums over responses, x_n = Σ_g ξ_ng and y_n = Σ_g ψ_ng, which are drawn independently, so that with
+**What is split.** The variance V of U_cross has a linear part 4 ζ₁/U and a product part 2 τ²/(U(U−1))
+(:mod:`~entropy_probe.statistics.variance`). A unit contributes x_u + y_u to the linear part, where x_u = X_u · E[Y] and
+y_u = Y_u · E[X] in the inner product η P, and that part is Var(x_u + y_u)/U. More responses a prompt lower the sampling noise
+within prompts; only more prompts lower the differences between them. So the linear part is split in two.
+
+**Within a prompt** X_n and Y_n are sums over its G responses, which are drawn independently: x_n = Σ_g ξ_ng and
+y_n = Σ_g ψ_ng. The sampling covariance of two such sums is estimated by
 
     c_n(l, r) = G/(G−1) Σ_g (l_g − l̄)(r_g − r̄)
 
-B⁻² Σ_n c_n(ξ, ξ) is X's share of V, B⁻² Σ_n c_n(ψ, ψ) Y's, 2 B⁻² Σ_n c_n(ξ, ψ) what they share through their responses, and
-the rest of 4 ζ₁/U is real differences between prompts. E[Y] is not known, and Ȳ in its place would bring the prompt's own Y_n,
-and its noise squared. So units are dealt to three thirds: a prompt of one third is contracted with the mean Ȳᵇ of a second on
-one side and Ȳᶜ of the last on the other, c_n(ξᵇ, ξᶜ), which are independent of it and of each other.
+and four parts of 4 ζ₁/U follow:
 
-The product is [tr(Var X · Var Y) + tr(Cov(X, Y)²)] / (U(U−1)). What the two thirds disagree by, Δξ = ξᵇ − ξᶜ and Δψ = ψᵇ − ψᶜ,
-says how much of it has X's sampling noise in it: c_n(Δξ, Δξ) is tr(Var X_n · Var(Ȳᵇ − Ȳᶜ)) in expectation, and c_n(Δξ, Δψ) the
-like of the second term.
+    entropy_gradient   B⁻² Σ_n c_n(ξ, ξ)       X's sampling noise
+    update             B⁻² Σ_n c_n(ψ, ψ)       Y's sampling noise
+    shared             2 B⁻² Σ_n c_n(ξ, ψ)     what the two share, because they come from the same responses
+    prompts            the rest                 real differences between prompts
 
-Unbiased for Y with given advantages; for X, whose leave-one-out mean ties responses together, up to a relative 1/G.
-Source: docs/method.md, section 5; Hoeffding (1948).
+**Thirds.** E[X] and E[Y] are not known. Putting the batch's mean Ȳ in place of E[Y] would be biased: Ȳ holds the prompt's own
+Y_n, and its noise would be squared. So the units are dealt to three thirds. A prompt's X is contracted twice, with the mean
+Ȳᵇ of a second third and with the mean Ȳᶜ of the last one. Both are independent of the prompt and of each other, so c_n(ξᵇ,
+ξᶜ) is unbiased where c_n(ξ, ξ) would not be. Y is treated likewise.
+
+**The product part** is [tr(Var X · Var Y) + tr(Cov(X, Y)²)] / (U(U−1)). How much of it has X's sampling noise in it follows
+from the differences of the two thirds, Δξ = ξᵇ − ξᶜ and Δψ = ψᵇ − ψᶜ: the mean of c_n(Δξ, Δξ) is tr(Var X_n · Var(Ȳᵇ − Ȳᶜ)),
+and that of c_n(Δξ, Δψ) is the same for the second term.
+
+The parts are unbiased for Y with given advantages. X's leave-one-out mean ties the responses of a prompt together, which leaves
+a relative error of at most 1/G. Source: docs/method.md, section 5; Hoeffding (1948).
 """
 
 from __future__ import annotations
@@ -29,11 +40,13 @@ import numpy as np
 
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.statistics.importance_sampling import group_starts
-from entropy_probe.statistics.intervals import variance_at
 from entropy_probe.statistics.u_statistics import CrossStatistics
+from entropy_probe.statistics.variance import variance_at
 
 THIRDS = 3
+"""Parts that the units are dealt to, so that two of them are independent of any prompt."""
 LEAST_UNITS = 2 * THIRDS
+"""Units below which the noise is not split: two in every third."""
 
 
 @dataclass(frozen=True)

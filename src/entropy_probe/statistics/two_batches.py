@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from entropy_probe.common.arrays import FloatArray
-from entropy_probe.statistics.intervals import row_mean_shape, satterthwaite, skew_extension, student_quantile
+from entropy_probe.statistics.estimate import Estimate
+from entropy_probe.statistics.quantiles import satterthwaite, student_quantile
+from entropy_probe.statistics.skewness import lengthened, row_mean_shape, skew_extension
 
 FEW_PROMPTS = 16
 """Prompts in the smaller batch below which coverage was measured to depend on the kernel."""
@@ -45,13 +47,19 @@ class TwoBatchStatistics:
         """Square root of the variance."""
         return math.sqrt(self.variance)
 
+    @property
+    def negated(self) -> Estimate:
+        """Minus the mean: where K is in the η-weighted inner product, δH₁ in nats."""
+        return Estimate(self.mean, self.se, self.ci95).scaled(-1.0)
+
 
 def two_batch_statistics(kernel: FloatArray) -> TwoBatchStatistics:
     """From K [B_E, B_U], two prompts or more on either side.
 
     The variance V is at least the product's, which it holds in truth: where the first two terms cancel, V would be 0 otherwise.
-    The interval is that of :func:`entropy_probe.statistics.intervals.interval` for two samples: with share w = evaluation
-    / (evaluation + update), s = (V − product) / V, κ and G₁ the sample excess kurtosis and skewness of row and of column means,
+    The interval is ``skewed_t`` (:mod:`entropy_probe.statistics.intervals.skewed_t`) for two samples: with share
+    w = evaluation / (evaluation + update), s = (V − product) / V, κ and G₁ the sample excess kurtosis and skewness of row and
+    of column means,
 
         half width t_ν √V,  1/ν = w²/ν_E + (1−w)²/ν_U,  ν_E and ν_U as there from s² κ  (Satterthwaite 1946)
         further by min(1.5, |γ| (2 t² + 1) / 6) √V on γ's side,  γ = 2 [G₁ evaluation^{3/2} / √B_E + … update … U] / V^{3/2}
@@ -85,9 +93,8 @@ def two_batch_statistics(kernel: FloatArray) -> TwoBatchStatistics:
         third = skewness_x * evaluation**1.5 / math.sqrt(rows) + skewness_y * update**1.5 / math.sqrt(columns)
         skewness = 2.0 * third / variance**1.5
     further = skew_extension(skewness, student_quantile(0.975, degrees(0.0, 0.0))) * math.sqrt(variance)
-    low = mean - half_width - (further if skewness < 0.0 else 0.0)
-    high = mean + half_width + (further if skewness > 0.0 else 0.0)
-    return TwoBatchStatistics(mean, variance, evaluation, update, product, (low, high), _shortfall(rows, columns))
+    ci95 = lengthened(mean, half_width, further, skewness)
+    return TwoBatchStatistics(mean, variance, evaluation, update, product, ci95, _shortfall(rows, columns))
 
 
 def _shape(means: FloatArray) -> tuple[float, float]:
@@ -106,11 +113,13 @@ def _shortfall(rows: int, columns: int) -> str | None:
 
 @dataclass(frozen=True)
 class FoldStatistics:
-    """``by_fold`` is mean X of each fold against mean Y of the others; ``mean`` their mean, ``se`` its delete-one error."""
+    """``by_fold`` is mean X of each fold against mean Y of the others; ``estimate`` their mean with its delete-one error.
 
-    mean: float
+    No interval is given: its coverage was not measured.
+    """
+
+    estimate: Estimate
     by_fold: tuple[float, ...]
-    se: float | None
 
 
 def folds_of(prompts: int, folds: int) -> list[int]:
@@ -131,8 +140,8 @@ def fold_statistics(kernel: FloatArray, folds: Sequence[int]) -> FoldStatistics:
         folds: of every prompt, [B]; two folds or more.
 
     Returns:
-        The error is the delete-one jackknife over prompts (it counts the degenerate part twice, so it is conservative); None
-        where a fold would be left empty.
+        Folds in ascending order. The error is the delete-one jackknife over prompts (it counts the degenerate part twice, so it
+        is conservative); None where a fold would be left empty.
     """
     _, fold_of, sizes = np.unique(np.asarray(folds), return_inverse=True, return_counts=True)
     prompts, everyone = len(fold_of), np.arange(len(fold_of))
@@ -143,10 +152,11 @@ def fold_statistics(kernel: FloatArray, folds: Sequence[int]) -> FoldStatistics:
     outside = of_row.sum(axis=1)
     sums = np.bincount(fold_of, weights=outside)
     by_fold = sums / (sizes * (prompts - sizes))
-    error = None
+    error, why_not = None, "a fold of one prompt cannot be left empty"
     if sizes.min() >= 2:
         left = (sums[:, None] - of_column) / (sizes * (prompts - sizes - 1))[:, None]
         left[fold_of, everyone] = (sums[fold_of] - outside) / ((sizes - 1) * (prompts - sizes))[fold_of]
         means = left.mean(axis=0)
         error = math.sqrt((prompts - 1) / prompts * float(((means - means.mean()) ** 2).sum()))
-    return FoldStatistics(float(by_fold.mean()), tuple(by_fold.tolist()), error)
+        why_not = "the coverage of an interval over folds was not measured"
+    return FoldStatistics(Estimate(float(by_fold.mean()), error, None, why_not), tuple(by_fold.tolist()))
