@@ -14,7 +14,8 @@ from entropy_probe.losses.rows import LossRows
 class GMPO:
     """ℓ = −A exp( mean_t s · min(s log ρ_t, s clip(log ρ_t, −ε_low, ε_high)) ), s the sign of A.
 
-    A is the response's mean advantage; the loss of a whole response stands at each of its tokens. Source: arXiv 2507.20673; verl's ``geo_mean``.
+    A is the response's mean advantage; the loss of a whole response stands at each of its tokens.
+    Source: arXiv 2507.20673; verl's ``geo_mean``.
     """
 
     epsilon_low: float = 0.4
