@@ -120,7 +120,8 @@ def test_outputs_that_could_not_be_written_are_refused_before_the_work(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr(importlib.import_module("entropy_probe.cli.app"), "probe_checkpoint", work)
+    for command in ("run", "demo"):
+        monkeypatch.setattr(importlib.import_module(f"entropy_probe.cli.{command}"), "probe_checkpoint", work)
     run = ["run", place.checkpoint, "--rollouts", place.rollouts]
     refuse(place, [*run, "--out", place.rollouts], "rollouts.jsonl", "is a file")
     refuse(place, [*run, "--out", place.root / "missing" / "report"], "missing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import entropy_probe
 import support
 from entropy_probe import InputError, ReplaySettings, Settings, ShardingChoice, probe, probe_checkpoint
-from entropy_probe import replay_check as replaying
+from entropy_probe.common.fields import about
 from entropy_probe.data.units import Mode
 from entropy_probe.gradients.plan import make_plan
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
@@ -21,8 +22,8 @@ from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.optimizers.rounded_step import RoundingRule
 from entropy_probe.optimizers.stored_precision import Rounding
-from entropy_probe.pipeline import settings as probing
 from entropy_probe.pipeline.inputs import resolve_advantages
+from entropy_probe.pipeline.settings import PARTS, POSITIONS, Analyses, Compute, Loss
 from entropy_probe.ranks.same_inputs import digest_of_settings
 from entropy_probe.statistics.importance_sampling import Weighting, entropy_change, linear_term
 from entropy_probe.statistics.linearity import SweepRange
@@ -140,9 +141,55 @@ def test_numbers_of_other_libraries_are_taken_as_pythons_own() -> None:
     assert (found.learning_rate, found.blocks, found.max_grad_norm, found.memory_bytes) == (0.5, 8, 0.0, 1e9)
 
 
-def test_every_field_of_both_settings_is_checked() -> None:
-    for record, checks in ((Settings, probing.CHECKS), (ReplaySettings, replaying.settings.CHECKS)):
-        assert {field.name for field in dataclasses.fields(record)} == set(checks)
+def test_every_field_of_both_settings_has_a_check_and_a_line_of_help() -> None:
+    for record in (Settings, ReplaySettings):
+        for field in dataclasses.fields(record):
+            said = about(field)
+            assert said.check(field.name, field.default) == field.default
+            assert said.help.endswith(".")
+            assert "\n" not in said.help
+            assert f"    {field.name}: {said.help}" in (record.__doc__ or "").splitlines()
+
+
+def test_every_field_of_the_settings_is_one_parts_own_and_the_parts_hold_what_was_given() -> None:
+    names = [field.name for part in PARTS for field in dataclasses.fields(part)]
+    assert sorted(names) == sorted({field.name for field in dataclasses.fields(Settings)})
+    settings = Settings(length_weight="dapo", estimator="score", dtype="float64", sweep="0.1:10:9")  # type: ignore[arg-type]
+    for part, record in zip(PARTS, (settings.loss, settings.target, settings.compute, settings.analyses), strict=True):
+        assert type(record) is part
+        assert record == part(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(part)})
+    assert settings.loss.length_weight is LengthWeight.DAPO
+    assert settings.target.estimator is Estimator.SCORE
+    assert settings.compute.dtype is torch.float64
+    assert settings.analyses.sweep == SweepRange(0.1, 10.0, 9)
+
+
+def test_a_part_refuses_by_itself_what_the_settings_refuse() -> None:
+    for part, wrong in (
+        (Loss, {"max_grad_norm": -1.0}),
+        (Compute, {"dtype": "float64", "vector_dtype": "float32"}),
+        (Compute, {"dtype": "float64", "autocast": "float16"}),
+        (Compute, {"seed": 2**63}),
+        (Analyses, {"resample_batch": 3}),
+    ):
+        with pytest.raises(InputError) as alone:
+            part(**wrong)  # type: ignore[arg-type]
+        with pytest.raises(InputError) as whole:
+            Settings(**wrong)  # type: ignore[arg-type]
+        assert str(alone.value) == str(whole.value)
+
+
+def test_fields_keep_their_places_for_a_call_by_position_and_are_replaced_one_by_one() -> None:
+    assert tuple(inspect.signature(Settings).parameters)[: len(POSITIONS)] == POSITIONS
+    found = Settings(Mode.BLOCK, 3, Estimator.SCORE)
+    assert (found.mode, found.blocks, found.estimator) == (Mode.BLOCK, 3, Estimator.SCORE)
+    other = dataclasses.replace(found, dtype=torch.float64)
+    assert type(other) is Settings
+    assert other == Settings(mode=Mode.BLOCK, blocks=3, estimator=Estimator.SCORE, dtype=torch.float64)
+    assert tuple(inspect.signature(ReplaySettings).parameters) == (
+        "length_weight", "advantage", "max_completion_length", "max_grad_norm", "learning_rate", "dtype", "autocast",
+        "microbatch_size", "memory_bytes",
+    )  # fmt: skip
 
 
 def test_a_sweep_may_be_text_and_nothing_else() -> None:

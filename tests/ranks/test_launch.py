@@ -34,7 +34,8 @@ from entropy_probe.report import plots
 from spoiled import Place
 from support import Outcome, fingerprint, random_batch, run_command, tiny_model, trained_optimizer
 
-APP = importlib.import_module("entropy_probe.cli.app")
+RUN = importlib.import_module("entropy_probe.cli.run")
+SAMPLE = importlib.import_module("entropy_probe.cli.sample")
 FORK = multiprocessing.get_context("fork")
 PROMPTLY = 8.0
 """Seconds: the others look five times a second, and have one to end by themselves."""
@@ -85,7 +86,7 @@ class Pair:
             work(ranks)
             return self.result
 
-        self.monkeypatch.setattr(APP, "probe_checkpoint", probed)
+        self.monkeypatch.setattr(RUN, "probe_checkpoint", probed)
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = store.port
         if not agent:
@@ -315,13 +316,13 @@ def test_two_ranks_sample_what_one_process_does(pair: Pair, sharding: ShardingCh
 def test_ranks_with_different_prompts_are_told_so(pair: Pair) -> None:
     (pair.place.root / "prompts.jsonl").write_text('{"prompt_ids": [3, 4]}\n')
     (pair.place.root / "even_rewards.py").write_text(REWARDS)
-    read = APP.read_prompts
+    read = SAMPLE.read_prompts
 
     def other(path: Path, tokenizer: Any) -> list[Any]:
         found = read(path, tokenizer)
         return found if os.environ["RANK"] == "0" else found * 2
 
-    pair.monkeypatch.setattr(APP, "read_prompts", other)
+    pair.monkeypatch.setattr(SAMPLE, "read_prompts", other)
     command = ["sample", pair.place.checkpoint, "--prompts", "prompts.jsonl", "--reward", "even_rewards:one"]
     outcomes = pair.run(wait_in_a_collective, *command, "--responses", "3", "--out", "two.jsonl", "--device", "cpu")
     assert codes(outcomes) == [2, 2]
@@ -404,7 +405,7 @@ def test_one_process_starts_nothing(place: Place, monkeypatch: pytest.MonkeyPatc
         assert not dist.is_initialized()
         return result
 
-    monkeypatch.setattr(APP, "probe_checkpoint", work)
+    monkeypatch.setattr(RUN, "probe_checkpoint", work)
     handler = signal.getsignal(signal.SIGTERM)
     assert run_command("run", place.checkpoint, "--rollouts", place.rollouts).code == 0
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -446,6 +447,6 @@ def test_sharding_of_the_command_line_reaches_the_probe(place: Place, monkeypatc
         seen.append(named["sharding"])
         raise InputError("reached")
 
-    monkeypatch.setattr(APP, "probe_checkpoint", work)
+    monkeypatch.setattr(RUN, "probe_checkpoint", work)
     run_command("run", place.checkpoint, "--rollouts", place.rollouts, "--sharding", "fsdp2")
     assert seen == [ShardingChoice.FSDP2]

@@ -1,19 +1,19 @@
-"""Choices of the command line and the torch objects that they name."""
+"""Options that several commands have, their choices, and the panels that a command's help lists options in."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from entropy_probe.common.devices import choose_device
+from entropy_probe.pipeline.settings import Compute, ShardingChoice
 
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+FILES, OUTPUT, COMPUTE = "Files", "Output", Compute.__name__
+"""Panels; those of settings have the names of their parts."""
 
 
 class ExactDType(StrEnum):
@@ -21,11 +21,6 @@ class ExactDType(StrEnum):
 
     FLOAT32 = "float32"
     FLOAT64 = "float64"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The torch type."""
-        return TORCH_DTYPES[self.value]
 
 
 class DType(StrEnum):
@@ -38,7 +33,7 @@ class DType(StrEnum):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch type."""
-        return TORCH_DTYPES[self.value]
+        return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[self.value]
 
 
 class Autocast(StrEnum):
@@ -64,3 +59,42 @@ class Device(StrEnum):
             InputError: cuda was asked for and is not there.
         """
         return choose_device(self.value)
+
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Trainer or TRL checkpoint.")
+]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the base model, for an adapter checkpoint; for full weights without a config.json, as accelerate's "
+        "shards are, the model that training started from: of that the configuration alone is read.",
+        rich_help_panel=FILES,
+    ),
+]
+FreezeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--freeze",
+        metavar="PATTERN",
+        help="Parameters that training left alone: a regular expression searched in their names; repeatable.",
+        rich_help_panel=FILES,
+    ),
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option(help="Of rows that declare none; else 1.", rich_help_panel=FILES)
+]
+DTypeOption = Annotated[DType, typer.Option(help="Type of weights and arithmetic.", rich_help_panel=COMPUTE)]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.", rich_help_panel=COMPUTE)]
+ShardingOption = Annotated[
+    ShardingChoice,
+    typer.Option(help="What torchrun's ranks hold: all parameters each, or FSDP2's shards.", rich_help_panel=COMPUTE),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the report as JSON.", rich_help_panel=OUTPUT),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Write report.json, kernel.npy and plots there.", rich_help_panel=OUTPUT),
+]

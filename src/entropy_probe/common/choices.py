@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import Enum, StrEnum
 from numbers import Integral, Real
 from pathlib import Path
@@ -126,13 +126,3 @@ def settings_of(value: object, default: T) -> T:
 def optional(check: Check) -> Check:
     """The same check, where None is a value too."""
     return lambda what, value: None if value is None else check(what, value)
-
-
-def settle(settings: object, checks: Mapping[str, Check]) -> None:
-    """Put what the checks make of them into the fields of a frozen dataclass, from its ``__post_init__``.
-
-    Raises:
-        InputError: a field holds what it may not.
-    """
-    for name, check in checks.items():
-        object.__setattr__(settings, name, check(name, getattr(settings, name)))

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -21,7 +21,8 @@ from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.optimizers.state import AdamState
-from entropy_probe.pipeline.settings import OFF, Autocast
+from entropy_probe.pipeline.settings import StepSettings
+from entropy_probe.pipeline.torch_types import OFF
 
 LENGTH_WEIGHT_OF_LOSS = {
     "grpo": LengthWeight.GRPO,
@@ -48,34 +49,6 @@ class Source(StrEnum):
     GIVEN = "given"
     RECORDED = "recorded"
     UNKNOWN = "unknown"
-
-
-class Asked(Protocol):
-    """What a caller may say of the trainer; None leaves it to the rows."""
-
-    @property
-    def length_weight(self) -> LengthWeight | None:
-        """Of the training loss."""
-
-    @property
-    def max_completion_length(self) -> int | None:
-        """Dr. GRPO's constant."""
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """At which the gradient is clipped; 0 does not clip."""
-
-    @property
-    def learning_rate(self) -> float | None:
-        """Of every parameter group."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and arithmetic."""
-
-    @property
-    def autocast(self) -> Autocast:
-        """Mixed precision over float32 weights."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +108,7 @@ class TrainersStep:
         return AdamState(tuple(scaled), adam.moments)
 
 
-def trainers_step(batch: RolloutBatch, asked: Asked, *, assumed: LengthWeight | None) -> TrainersStep:
+def trainers_step(batch: RolloutBatch, asked: StepSettings, *, assumed: LengthWeight | None) -> TrainersStep:
     """What the rows say of the trainer, under what a caller says.
 
     Args:
@@ -256,7 +229,7 @@ def _length_weight(
     return assumed, Source.UNKNOWN
 
 
-def _autocast(batch: RolloutBatch, asked: Asked) -> torch.dtype | None:
+def _autocast(batch: RolloutBatch, asked: StepSettings) -> torch.dtype | None:
     if asked.autocast is not None:
         return None if asked.autocast == OFF else asked.autocast
     if asked.dtype is not torch.float32:

@@ -54,14 +54,7 @@ from entropy_probe.pipeline.assemble import (
 )
 from entropy_probe.pipeline.inputs import read_evaluation
 from entropy_probe.pipeline.recorded import Source, TrainersStep, trainers_step
-from entropy_probe.pipeline.settings import (
-    OFF,
-    Settings,
-    ShardingChoice,
-    autocast_name,
-    dtype_name,
-    refuse_unused_constant,
-)
+from entropy_probe.pipeline.settings import Settings, ShardingChoice, refuse_unused_constant
 from entropy_probe.pipeline.stages import (
     Subject,
     Task,
@@ -73,6 +66,7 @@ from entropy_probe.pipeline.stages import (
     realize_steps,
     without_negatives,
 )
+from entropy_probe.pipeline.torch_types import OFF, autocast_name, dtype_name
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.same_inputs import check_same_inputs, digest_of_settings
 from entropy_probe.report import ConfigSection, Report
@@ -345,7 +339,7 @@ def _probe_as_marked(
     if settings.what_if_no_negatives:
         with clock.stage("what-if"):
             positive = without_negatives(task, rules)
-    what_ifs = asked_what_ifs(settings, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
+    what_ifs = asked_what_ifs(settings.analyses, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
     fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
     trained = trained_before(gradients.untouched, adam, policy.sharding)
     without_v = diagnostics.elements_without_v(

@@ -1,22 +1,28 @@
-"""How to probe: what a caller or a command line may choose, and which values are refused before anything is read."""
+"""How to probe: what a caller or a command line may choose, and which values are refused before anything is read.
+
+Settings have four parts: the trainer's loss and step, the target that is differentiated, how it is computed, and which
+analyses go with it. A field stands in its part alone, with its type, default, check and help; the command line builds its
+options from them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from entropy_probe.common.choices import Check, member, number, optional, settle, shown, truth, whole_number
+from entropy_probe.common.choices import member, number, optional, shown, truth, whole_number
+from entropy_probe.common.fields import Part, described, setting
 from entropy_probe.data.units import Mode
 from entropy_probe.errors import InputError
 from entropy_probe.losses.advantages import AdvantageRule
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.stored_precision import Rounding
+from entropy_probe.pipeline.torch_types import Autocast, autocast_setting, dtype_name, torch_type
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.linearity import SweepRange
@@ -28,108 +34,6 @@ class ShardingChoice(StrEnum):
 
     REPLICATED = "replicated"
     FSDP2 = "fsdp2"
-
-
-OFF: Final = "off"
-"""No mixed precision, whatever the rows say of the trainer."""
-
-Autocast = torch.dtype | Literal["off"] | None
-"""Mixed precision over float32 weights: of a type, off, or None: as the rows say of the trainer."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to probe.
-
-    Names and torch types may be given as text, as on the command line: ``Settings(length_weight="dapo", dtype="float64")``.
-    What says how the trainer takes its step (length weight, clip, mixed precision, learning rate) is by default what the
-    rows say, where they do (:mod:`entropy_probe.pipeline.recorded`).
-
-    Attributes:
-        mode: EXACT, BLOCK, or by memory.
-        blocks: number of blocks; implies BLOCK.
-        estimator: of the entropy and its gradient.
-        entropy: per response, or per token (H/T̄).
-        weighting: over which responses the realised change normalises its importance weights.
-        target_se: a standard error of δH₁, nats, to say how many prompts would reach.
-        noise: also say where the noise of δH₁ comes from, by a forward and one or two backwards more.
-        interval: how the 95 % interval of δH₁ is made; None takes skewed_t, or jackknife_t where vectors are streamed or units
-            are of unequal size.
-        split: folds of prompts; the step from all others is realised on each, and δH₁ is taken across them.
-        sweep: factors of the learning rate at which every step is realised too, on the same and on evaluation rollouts; or
-            the text LOW:HIGH:COUNT, such as 0.1:10:9.
-        resample: also draw fresh responses after each step, at the rollouts' temperature and length limit.
-        resample_batch: fresh responses drawn at a time; None takes 32. Memory grows with it, and others are drawn.
-        learning_rate: of every parameter group. None: of a checkpoint as the rows recorded it, else as the optimizer holds it.
-        advantage: None takes the rollouts' own if they have any, else dr_grpo.
-        length_weight: of the training loss. None: by the rows' loss_type, and the guide's where they name none.
-        max_completion_length: Dr. GRPO's constant; None takes the rollouts' own. Also the limit of fresh responses.
-        dtype: of weights and arithmetic, where a checkpoint is loaded.
-        autocast: mixed precision over float32 weights, for the gradients only; None: as recorded, "off": none.
-        microbatch_size: responses in one forward; None takes what fits.
-        memory_bytes: what the probe may use; None takes what is free.
-        vector_dtype: of stored unit vectors; None takes that of the weights, float32 at least. bfloat16 halves the memory.
-        gradient_checkpointing: layers keep their inputs alone and run once more in the backward; a live model's own setting
-            counts too.
-        seed: of the validator's test vectors, of fresh responses and of stochastic rounding.
-        max_grad_norm: at which the trainer clips the gradient; 0 does not clip. None: as recorded, else no clipping.
-        weight_rounding: of an optimizer that holds the weights in bfloat16 or float16; the checkpoint does not say.
-        what_if_learning_rate: to say what a step at this learning rate would do.
-        what_if_max_grad_norm: to say what a step clipped at this norm would do.
-        what_if_no_negatives: to say what the update from responses with advantages above zero alone would do: one more pass.
-        what_if_fall: nats, to say which multiple of the learning rate would lower the entropy by them.
-        zero_v: P of elements whose v is 0: left out of δH₁ and its step, or 1/ε as the guide has it.
-    """
-
-    mode: Mode = Mode.AUTO
-    blocks: int | None = None
-    estimator: Estimator = Estimator.RAO_BLACKWELL
-    entropy: EntropyUnit = EntropyUnit.PER_RESPONSE
-    weighting: Weighting = Weighting.GLOBAL
-    target_se: float | None = None
-    noise: bool = True
-    interval: IntervalMethod | None = None
-    split: int | None = None
-    sweep: SweepRange | None = None
-    resample: bool = False
-    resample_batch: int | None = None
-    learning_rate: float | None = None
-    advantage: AdvantageRule | None = None
-    length_weight: LengthWeight | None = None
-    max_completion_length: int | None = None
-    dtype: torch.dtype = torch.float32
-    autocast: Autocast = None
-    microbatch_size: int | None = None
-    memory_bytes: float | None = None
-    vector_dtype: torch.dtype | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    max_grad_norm: float | None = None
-    weight_rounding: Rounding = Rounding.NEAREST
-    what_if_learning_rate: float | None = None
-    what_if_max_grad_norm: float | None = None
-    what_if_no_negatives: bool = False
-    what_if_fall: float | None = None
-    zero_v: ZeroV = ZeroV.LEAVE_OUT
-
-    def __post_init__(self) -> None:
-        """Put text into the fields' own types, and refuse values that cannot be meant."""
-        settle(self, CHECKS)
-        if self.resample_batch is not None and not self.resample:
-            raise InputError(
-                f"resample_batch is {self.resample_batch}, but no fresh responses are asked for: ask for them by resample, or "
-                "drop it"
-            )
-        if self.seed >= 2**63:
-            raise InputError(f"seed is {shown(self.seed)}; expected 0 to 2^63 - 1")
-        if self.length_weight is not None and not self.resample:
-            refuse_unused_constant(self.max_completion_length, self.length_weight)
-        if self.vector_dtype is not None and (self.dtype is torch.float64) is not (self.vector_dtype is torch.float64):
-            raise InputError(
-                f"vectors in {dtype_name(self.vector_dtype)} with arithmetic in {dtype_name(self.dtype)}: "
-                "float64 goes with float64 alone"
-            )
-        refuse_autocast_elsewhere(self.autocast, self.dtype)
 
 
 def refuse_unused_constant(constant: int | None, weight: LengthWeight) -> None:
@@ -145,57 +49,6 @@ def refuse_unused_constant(constant: int | None, weight: LengthWeight) -> None:
         )
 
 
-def refuse_autocast_elsewhere(autocast: Autocast, dtype: torch.dtype) -> None:
-    """Refuse mixed precision over other weights than those of float32.
-
-    Raises:
-        InputError: as it says.
-    """
-    if isinstance(autocast, torch.dtype) and dtype is not torch.float32:
-        raise InputError(
-            f"autocast to {dtype_name(autocast)} over {dtype_name(dtype)} weights; mixed precision is over float32 weights: "
-            "set dtype float32, or leave autocast out"
-        )
-
-
-def torch_type(what: str, value: object, among: Sequence[torch.dtype]) -> torch.dtype:
-    """One of these torch types, from itself or from its name, with ``torch.`` before it or not.
-
-    Raises:
-        InputError: none of them; they are listed.
-    """
-    for known in among:
-        if value is known or (isinstance(value, str) and value in {str(known), dtype_name(known)}):
-            return known
-    raise InputError(f"{what} is {shown(value)}; known are {', '.join(map(dtype_name, among))}")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As in ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def autocast_setting(what: str, value: object) -> Autocast:
-    """A field of the type :data:`Autocast`.
-
-    Raises:
-        InputError: anything else.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str) and value == OFF:
-        return OFF
-    try:
-        return torch_type(what, value, (torch.bfloat16, torch.float16))
-    except InputError as error:
-        raise InputError(f"{error}, {OFF}") from error
-
-
-def autocast_name(autocast: Autocast) -> str | None:
-    """As in ``bfloat16``, or off."""
-    return dtype_name(autocast) if isinstance(autocast, torch.dtype) else autocast
-
-
 def sweep_setting(what: str, value: object) -> SweepRange:
     """Factors of the learning rate, from themselves or from text.
 
@@ -209,39 +62,286 @@ def sweep_setting(what: str, value: object) -> SweepRange:
     return value
 
 
+def seed_number(what: str, value: object) -> int:
+    """A seed of torch's generators.
+
+    Raises:
+        InputError: anything else.
+    """
+    seed = whole_number(what, value, least=0)
+    if seed >= 2**63:
+        raise InputError(f"{what} is {shown(seed)}; expected 0 to 2^63 - 1")
+    return seed
+
+
 POSITIVE = optional(partial(number, above=True))
 COUNT = optional(partial(whole_number, least=1))
 
-CHECKS: Mapping[str, Check] = {
-    "mode": partial(member, kind=Mode),
-    "blocks": optional(whole_number),
-    "estimator": partial(member, kind=Estimator),
-    "entropy": partial(member, kind=EntropyUnit),
-    "weighting": partial(member, kind=Weighting),
-    "target_se": POSITIVE,
-    "noise": truth,
-    "interval": optional(partial(member, kind=IntervalMethod)),
-    "split": optional(whole_number),
-    "sweep": optional(sweep_setting),
-    "resample": truth,
-    "resample_batch": COUNT,
-    "learning_rate": optional(number),
-    "advantage": optional(partial(member, kind=AdvantageRule)),
-    "length_weight": optional(partial(member, kind=LengthWeight)),
-    "max_completion_length": COUNT,
-    "dtype": partial(torch_type, among=(torch.float32, torch.float64, torch.bfloat16, torch.float16)),
-    "autocast": autocast_setting,
-    "microbatch_size": COUNT,
-    "memory_bytes": POSITIVE,
-    "vector_dtype": optional(partial(torch_type, among=(torch.float32, torch.float64, torch.bfloat16))),
-    "gradient_checkpointing": truth,
-    "seed": partial(whole_number, least=0),
-    "max_grad_norm": optional(number),
-    "weight_rounding": partial(member, kind=Rounding),
-    "what_if_learning_rate": POSITIVE,
-    "what_if_max_grad_norm": POSITIVE,
-    "what_if_no_negatives": truth,
-    "what_if_fall": POSITIVE,
-    "zero_v": partial(member, kind=ZeroV),
-}
-"""What each field may hold; how many blocks or folds the prompts allow is looked at where they are known."""
+
+@described
+@dataclass(frozen=True)
+class TrainersLoss(Part):
+    """The trainer's loss, clip and learning rate; None takes what the rows say (:mod:`entropy_probe.pipeline.recorded`)."""
+
+    length_weight: LengthWeight | None = setting(
+        None,
+        optional(partial(member, kind=LengthWeight)),
+        "How the training loss weighs lengths. Default: by the rows' loss_type; where they name none, a probe takes guide.",
+    )
+    advantage: AdvantageRule | None = setting(
+        None,
+        optional(partial(member, kind=AdvantageRule)),
+        "Rule of the advantages. Default: given where the rows have them, else dr_grpo.",
+    )
+    max_completion_length: int | None = setting(
+        None,
+        COUNT,
+        "Constant of length weight dr_grpo; also the limit of fresh responses. Default: the rows' own.",
+        "L",
+    )
+    max_grad_norm: float | None = setting(
+        None,
+        optional(number),
+        "Norm at which the trainer clips the gradient; 0 for no clipping. Default: as the rows recorded it, else none.",
+        "X",
+    )
+    learning_rate: float | None = setting(
+        None,
+        optional(number),
+        "Learning rate of every parameter group. Default: as the rows of a checkpoint recorded it, else the optimizer's own.",
+        "X",
+    )
+
+
+@described
+@dataclass(frozen=True)
+class Arithmetic(Part):
+    """In which types the step is computed, and how much of it at a time."""
+
+    dtype: torch.dtype = setting(
+        torch.float32,
+        partial(torch_type, among=(torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+        "Type of weights and arithmetic, where a checkpoint is loaded.",
+    )
+    autocast: Autocast = setting(
+        None,
+        autocast_setting,
+        "Mixed precision over float32 weights, for the gradients alone. Default: as the rows recorded it, else none.",
+    )
+    microbatch_size: int | None = setting(None, COUNT, "Responses in one forward. Default: what fits.", "N")
+    memory_bytes: float | None = setting(
+        None,
+        POSITIVE,
+        "Memory that may be used: unit vectors take at most half of it, activations a quarter. Default: what is free.",
+        "BYTES",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse mixed precision over other weights than those of float32."""
+        super().__post_init__()
+        if isinstance(self.autocast, torch.dtype) and self.dtype is not torch.float32:
+            raise InputError(
+                f"autocast to {dtype_name(self.autocast)} over {dtype_name(self.dtype)} weights; mixed precision is over "
+                "float32 weights: set dtype float32, or leave autocast out"
+            )
+
+
+@dataclass(frozen=True)
+class StepSettings(Arithmetic, TrainersLoss):
+    """What a probe and a replay are both told: how the trainer takes its step, and in which arithmetic to repeat it."""
+
+
+@described
+@dataclass(frozen=True)
+class Loss(TrainersLoss):
+    """How the trainer takes its step: its loss, clip and learning rate, and how its optimizer rounds."""
+
+    weight_rounding: Rounding = setting(
+        Rounding.NEAREST,
+        partial(member, kind=Rounding),
+        "How the optimizer rounds weights that it holds in bfloat16 or float16; the checkpoint does not say.",
+    )
+
+
+@described
+@dataclass(frozen=True)
+class Target(Part):
+    """What is differentiated, along which step, and what is realised."""
+
+    estimator: Estimator = setting(
+        Estimator.RAO_BLACKWELL,
+        partial(member, kind=Estimator),
+        "Estimator of the entropy and its gradient; score: from the responses' log-probs alone, with more noise.",
+    )
+    entropy: EntropyUnit = setting(
+        EntropyUnit.PER_RESPONSE,
+        partial(member, kind=EntropyUnit),
+        "Entropy per response, or per token: H over the mean length.",
+    )
+    weighting: Weighting = setting(
+        Weighting.GLOBAL,
+        partial(member, kind=Weighting),
+        "Over which responses the realised change normalises its importance weights.",
+    )
+    zero_v: ZeroV = setting(
+        ZeroV.LEAVE_OUT,
+        partial(member, kind=ZeroV),
+        "Elements with v = 0: left out of P, δH₁ and its step, or with P = 1/ε (guide).",
+    )
+
+
+@described
+@dataclass(frozen=True)
+class Compute(Arithmetic):
+    """How it is computed: units, types, memory and the seed."""
+
+    mode: Mode = setting(
+        Mode.AUTO,
+        partial(member, kind=Mode),
+        "exact: a prompt is a unit; block: a run of prompts is one; auto: by memory.",
+    )
+    blocks: int | None = setting(None, optional(whole_number), "Number of blocks; implies mode block.", "M")
+    vector_dtype: torch.dtype | None = setting(
+        None,
+        optional(partial(torch_type, among=(torch.float32, torch.float64, torch.bfloat16))),
+        "Type of stored unit vectors; bfloat16 halves their memory. Default: that of the weights, float32 at least.",
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        truth,
+        "Recompute layers in the backward: less memory, a forward more. A live model's own setting counts too.",
+    )
+    seed: int = setting(
+        0,
+        seed_number,
+        "Seed of the preconditioner's test vectors, of fresh responses and of stochastic rounding.",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse vectors of float64 beside other arithmetic, and the reverse."""
+        super().__post_init__()
+        if self.vector_dtype is not None and (self.dtype is torch.float64) is not (self.vector_dtype is torch.float64):
+            raise InputError(
+                f"vectors in {dtype_name(self.vector_dtype)} with arithmetic in {dtype_name(self.dtype)}: "
+                "float64 goes with float64 alone"
+            )
+
+
+@described
+@dataclass(frozen=True)
+class Analyses(Part):
+    """What is found out beside the prediction: its error, the range of the step, other steps."""
+
+    target_se: float | None = setting(
+        None,
+        POSITIVE,
+        "Say how many prompts would bring the standard error of δH₁ down to this.",
+        "NATS",
+    )
+    noise: bool = setting(
+        True, truth, "Say where the noise of δH₁ comes from; a forward and one or two backwards more."
+    )
+    interval: IntervalMethod | None = setting(
+        None,
+        optional(partial(member, kind=IntervalMethod)),
+        "How the 95 % interval of δH₁ is made. Default: skewed_t, or jackknife_t where vectors are streamed or units are "
+        "of unequal size.",
+    )
+    split: int | None = setting(
+        None,
+        optional(whole_number),
+        "Hold prompts out in K folds: the step from the others is realised on each, and δH₁ is taken across folds.",
+        "K",
+    )
+    sweep: SweepRange | None = setting(
+        None,
+        optional(sweep_setting),
+        "Realise the steps at so many factors of the learning rate too, as in 0.1:10:9.",
+        "LOW:HIGH:COUNT",
+    )
+    resample: bool = setting(False, truth, "Draw fresh responses after each step too: for a low effective sample size.")
+    resample_batch: int | None = setting(
+        None,
+        COUNT,
+        "Fresh responses drawn at a time; default 32. Fewer take less memory, and another number draws others.",
+        "N",
+    )
+    what_if_learning_rate: float | None = setting(
+        None, POSITIVE, "Also say what a step at this learning rate would do.", "X"
+    )
+    what_if_max_grad_norm: float | None = setting(
+        None, POSITIVE, "Also say what a step clipped at this norm would do.", "X"
+    )
+    what_if_no_negatives: bool = setting(
+        False,
+        truth,
+        "Also say what responses with advantages above zero alone would do; one more pass over the batch.",
+    )
+    what_if_fall: float | None = setting(
+        None, POSITIVE, "Say which multiple of the learning rate would lower the entropy by this.", "NATS"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a number of fresh responses where none are asked for."""
+        super().__post_init__()
+        if self.resample_batch is not None and not self.resample:
+            raise InputError(
+                f"resample_batch is {self.resample_batch}, but no fresh responses are asked for: ask for them by resample, or "
+                "drop it"
+            )
+
+
+PARTS: tuple[type[Part], ...] = (Loss, Target, Compute, Analyses)
+
+POSITIONS = (
+    "mode", "blocks", "estimator", "entropy", "weighting", "target_se", "noise", "interval", "split", "sweep", "resample",
+    "resample_batch", "learning_rate", "advantage", "length_weight", "max_completion_length", "dtype", "autocast",
+    "microbatch_size", "memory_bytes", "vector_dtype", "gradient_checkpointing", "seed", "max_grad_norm", "weight_rounding",
+    "what_if_learning_rate", "what_if_max_grad_norm", "what_if_no_negatives", "what_if_fall", "zero_v",
+)  # fmt: skip
+"""Places of the fields that were there before the parts, so that a call by position means what it meant. New ones follow."""
+
+if TYPE_CHECKING:
+
+    class Positions:
+        """Decides only the order of the fields, which the parts define."""
+
+else:
+    Positions = make_dataclass("Positions", [(name, Any, None) for name in POSITIONS], frozen=True)
+
+
+@described
+@dataclass(frozen=True)
+class Settings(Loss, Target, Compute, Analyses, StepSettings, Positions):
+    """How to probe: the fields of all four parts, which ``loss``, ``target``, ``compute`` and ``analyses`` give one by one.
+
+    Names and torch types may be given as text, as on the command line: ``Settings(length_weight="dapo", dtype="float64")``.
+    What says how the trainer takes its step (length weight, clip, mixed precision, learning rate) is by default what the
+    rows say, where they do (:mod:`entropy_probe.pipeline.recorded`).
+    """
+
+    def __post_init__(self) -> None:
+        """Refuse what its parts refuse, and a constant that neither loss nor fresh responses would use."""
+        super().__post_init__()
+        if self.length_weight is not None and not self.resample:
+            refuse_unused_constant(self.max_completion_length, self.length_weight)
+
+    @property
+    def loss(self) -> Loss:
+        """How the trainer takes its step."""
+        return self.part(Loss)
+
+    @property
+    def target(self) -> Target:
+        """What is differentiated and realised."""
+        return self.part(Target)
+
+    @property
+    def compute(self) -> Compute:
+        """How it is computed."""
+        return self.part(Compute)
+
+    @property
+    def analyses(self) -> Analyses:
+        """What is found out beside the prediction."""
+        return self.part(Analyses)

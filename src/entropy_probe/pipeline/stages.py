@@ -59,7 +59,8 @@ from entropy_probe.pipeline.inputs import (
     units_on_a_rank,
 )
 from entropy_probe.pipeline.recorded import TrainersStep
-from entropy_probe.pipeline.settings import Settings, dtype_name
+from entropy_probe.pipeline.settings import Analyses, Settings
+from entropy_probe.pipeline.torch_types import dtype_name
 from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.realized.realize import HELD_OUT, SAME, EntropyMeasure, RealizedChange
 from entropy_probe.realized.resampling import GENERATED_TOGETHER, Resampling, plan_resampling, resample
@@ -365,7 +366,7 @@ def without_negatives(task: Task, rules: Rules | None) -> CrossStatistics:
 
 
 def asked_what_ifs(
-    settings: Settings,
+    asked: Analyses,
     step: StepPrediction,
     delta_h1: CrossStatistics,
     positive: CrossStatistics | None,
@@ -377,9 +378,9 @@ def asked_what_ifs(
     found = [no_momentum(step)]
     if positive is not None:
         found.append(without_negative_advantages(positive.negated))
-    if (rate := settings.what_if_learning_rate) is not None:
+    if (rate := asked.what_if_learning_rate) is not None:
         found.append(another_learning_rate(step, delta_h1.negated, adam.learning_rates, rate))
-    if (limit := settings.what_if_max_grad_norm) is not None:
+    if (limit := asked.what_if_max_grad_norm) is not None:
         factors = (clip_factor(norm, max_grad_norm), clip_factor(norm, limit))
         found.append(another_clipping(step, *factors, limit))
     return found

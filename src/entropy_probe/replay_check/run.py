@@ -37,7 +37,8 @@ from entropy_probe.pipeline.assemble import versions
 from entropy_probe.pipeline.diagnostics import padding_warnings
 from entropy_probe.pipeline.inputs import free_memory, resolve_advantages, resolve_length_weights
 from entropy_probe.pipeline.recorded import check_recorded, recorded_count, trainers_step
-from entropy_probe.pipeline.settings import OFF, autocast_name, dtype_name, refuse_unused_constant
+from entropy_probe.pipeline.settings import refuse_unused_constant
+from entropy_probe.pipeline.torch_types import OFF, autocast_name, dtype_name
 from entropy_probe.replay_check import pairs, sections
 from entropy_probe.replay_check.case import Replayed, against
 from entropy_probe.replay_check.settings import ReplaySettings

@@ -1,4 +1,4 @@
-"""Shows what ``inspect`` found: the files of a checkpoint, then every trainable parameter with its matched Adam state."""
+"""``entropy-probe inspect``: the files of a checkpoint, then every trainable parameter with its matched Adam state."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from entropy_probe.checkpoints.inspection import Inspection, MatchedParameter, inspect_checkpoint, list_files
+from entropy_probe.cli.options import BaseOption, CheckpointArgument, FreezeOption
+from entropy_probe.cli.output import make_console
+from entropy_probe.errors import InputError
+
+
+def inspect(checkpoint: CheckpointArgument, base: BaseOption = None, freeze: FreezeOption = None) -> None:
+    """Say what a checkpoint holds and lacks, and map Adam's state parameter by parameter."""
+    if not print_inspection(checkpoint, base, tuple(freeze or ()), make_console()):
+        raise InputError(f"{checkpoint} cannot be probed as it is; the table above says what is missing")
 
 
 def print_inspection(path: Path, base: Path | None, freeze: Sequence[str], console: Console) -> bool:
