@@ -1,32 +1,35 @@
-"""Intervals, Hoeffding's parts and the units needed, against loops and by coverage."""
+"""Intervals against their formulas written out, and by coverage."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from drawn_kernels import coverage, kernels, one, statistics, symmetric
 from scipy import stats
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from bootstraps import Bootstrap, bootstrap, bootstrap_interval
 
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
+from entropy_probe.common.choices import member
 from entropy_probe.data.units import Mode
 from entropy_probe.report import Report
-from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, interval
-from entropy_probe.statistics.needed_units import MOST_UNITS, needed_units
-from entropy_probe.statistics.shortfall import known_shortfall
+from entropy_probe.statistics import intervals
+from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, RegisteredInterval, interval
 from entropy_probe.statistics.skewness import row_mean_shape
-from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
+from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.statistics.unit_dots import UnitDots
-from entropy_probe.statistics.variance import decompose, variance_at
+from entropy_probe.statistics.variance import decompose
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from bootstraps import Bootstrap, bootstrap_interval
 
 METHODS = [*IntervalMethod, *Bootstrap]
 
@@ -36,61 +39,6 @@ def ends(kernel: np.ndarray, method: IntervalMethod | Bootstrap, level: float = 
     if isinstance(method, IntervalMethod):
         return interval(kernel, method, level=level)
     return bootstrap_interval(kernel, method, level=level)
-
-
-def kernels(
-    units: int, draws: int, signal: float, noise: float, seed: int, *, dim: int = 6, sigma: float = 0.0
-) -> np.ndarray:
-    """Kernels [draws, U, U] of X = s (signal e + noise z), Y likewise, half of their noise shared; truth signal²."""
-    rng = np.random.default_rng(seed)
-    shared = rng.normal(size=(draws, units, dim))
-    size = np.exp(sigma * rng.normal(size=(draws, units, 1)) - 0.5 * sigma**2)
-    mean = signal * np.eye(dim)[0]
-    xs, ys = (
-        size * (mean + noise * (0.5 * shared + math.sqrt(0.75) * rng.normal(size=shared.shape))) for _ in range(2)
-    )
-    return np.einsum("dup,dwp->duw", xs, ys)
-
-
-def one(units: int = 9, seed: int = 0) -> np.ndarray:
-    return kernels(units, 1, 1.0, 0.8, seed)[0]
-
-
-def statistics(kernel: np.ndarray) -> CrossStatistics:
-    return cross_statistics(UnitDots.from_kernel(kernel, [1] * len(kernel)))
-
-
-def told(kernel: np.ndarray) -> str | None:
-    return known_shortfall(decompose(kernel).row_means)
-
-
-def symmetric(kernel: np.ndarray) -> np.ndarray:
-    h = 0.5 * (kernel + kernel.T)
-    np.fill_diagonal(h, 0.0)
-    return h
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_parts_give_the_reported_variance_back(seed: int) -> None:
-    # Both sides of the floor: signal and noise only.
-    kernel = kernels(7, 1, 1.0 if seed % 2 else 0.0, 1.0, seed)[0]
-    found = statistics(kernel)
-    zeta1, tau_squared = decompose(kernel).parts
-    assert zeta1 >= 0.0
-    assert tau_squared >= 0.0
-    assert variance_at(7, zeta1, tau_squared) == pytest.approx(found.variance, rel=1e-12)
-
-
-@pytest.mark.parametrize("signal", [0.0, 1.0])
-def test_parts_are_near_hoeffdings(signal: float) -> None:
-    draws, dim = 300, 6
-    parts = np.mean([decompose(k).parts for k in kernels(24, draws, signal, 1.0, 3)], axis=0)
-    # g = ½ (X·μ + Y·μ) − μ², Cov(X, Y) = ¼ I; h has variance ½ (E(X·Y')² + E X·Y' Y·X') − μ⁴ for independent units.
-    zeta1 = signal**2 * 0.25 * 2 * (1 + 0.25)
-    total = 0.5 * (dim + 2 * signal**2 + dim * 0.25**2 + 2 * 0.25 * signal**2)
-    # Clipping at zero lifts ζ̂₁ where ζ₁ = 0.
-    assert parts[0] == pytest.approx(zeta1, rel=0.1, abs=0.1)
-    assert parts[1] == pytest.approx(total - 2 * zeta1, rel=0.1)
 
 
 def test_the_symmetric_intervals_are_those_of_the_standard_errors() -> None:
@@ -207,75 +155,9 @@ def test_the_order_of_units_does_not_matter() -> None:
     turned = kernel[np.ix_(order, order)]
     for method in IntervalMethod:
         assert interval(turned, method) == pytest.approx(interval(kernel, method), rel=1e-10)
-    assert told(turned) == told(kernel)
     # A bootstrap draws other units; its ends agree to the noise of 999 resamples.
     low, high = ends(kernel, Bootstrap.BOOTSTRAP)
     assert ends(turned, Bootstrap.BOOTSTRAP) == pytest.approx((low, high), abs=0.1 * (high - low))
-
-
-def resamples_by_loop(kernel: np.ndarray, replicates: int, seed: int, *, keep_copies: bool = False) -> np.ndarray:
-    """U* by listing the drawn units and looping over ordered pairs of them."""
-    units = len(kernel)
-    counts = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=replicates)
-    found = []
-    for n in counts:
-        if n.max() == units:
-            continue
-        drawn = [u for u in range(units) for _ in range(n[u])]
-        pairs = [
-            kernel[a, b] for i, a in enumerate(drawn) for j, b in enumerate(drawn) if i != j and (keep_copies or a != b)
-        ]
-        found.append(np.mean(pairs))
-    return np.array(found)
-
-
-def test_the_bootstrap_equals_a_loop_over_pairs_and_keeping_copies_of_a_unit_would_be_biased() -> None:
-    kernel = one(6) + 6.0 * np.eye(6)  # X̃_u · Ỹ_u larger than products across units, as shared responses make it
-    u_cross = statistics(kernel).u_cross
-    u_star, variances = bootstrap(symmetric(kernel), 2000, 5)
-    loop = resamples_by_loop(kernel, 2000, 5)
-    np.testing.assert_allclose(u_star, loop, rtol=1e-10)
-    assert u_star.var() == pytest.approx(loop.var(), rel=1e-10)
-    noise = u_star.std() / math.sqrt(2000)
-    assert abs(u_star.mean() - u_cross) < 5 * noise
-    # Planted bug: two copies of a unit paired with each other bring X̃_u · Ỹ_u in.
-    planted = resamples_by_loop(kernel, 2000, 5, keep_copies=True)
-    bias = (np.diagonal(kernel).mean() - u_cross) / 6
-    assert planted.mean() - u_cross == pytest.approx(bias, abs=5 * noise)
-    assert abs(bias) > 10 * noise
-    with pytest.raises(AssertionError):
-        np.testing.assert_allclose(u_star, planted, rtol=1e-10)
-    # SE* of one resample, unit by unit.
-    n = np.random.default_rng(5).multinomial(6, np.full(6, 1 / 6), size=2000)[0]
-    h = symmetric(kernel)
-    r = [sum(n[w] * h[u, w] for w in range(6)) / (6 - n[u]) for u in range(6)]
-    assert variances[0] == pytest.approx(4 * sum(n[u] * (r[u] - u_star[0]) ** 2 for u in range(6)) / 30, rel=1e-10)
-
-
-@pytest.mark.parametrize(
-    ("u_cross", "zeta1", "tau_squared"), [(1.0, 2.0, 5.0), (-0.5, 0.3, 9.0), (0.7, 0.0, 40.0), (5.0, 0.1, 0.1)]
-)
-def test_needed_units_are_those_of_a_loop(u_cross: float, zeta1: float, tau_squared: float) -> None:
-    def error(units: int) -> float:
-        return math.sqrt(4 * zeta1 / units + 2 * tau_squared / (units * (units - 1)))
-
-    expected = next(u for u in range(4, 10_000) if stats.t.ppf(0.975, u - 1) * error(u) < abs(u_cross))
-    assert needed_units(u_cross, zeta1, tau_squared, exclude_zero=True) == expected
-    for target in (0.05, 0.2, 100.0):
-        expected = next(u for u in range(4, 10_000) if error(u) <= target)
-        assert needed_units(u_cross, zeta1, tau_squared, target_se=target) == expected
-
-
-def test_needed_units_at_the_edges() -> None:
-    assert needed_units(0.0, 1.0, 1.0, exclude_zero=True) is None
-    assert needed_units(0.0, 0.0, 0.0, exclude_zero=True) is None
-    assert needed_units(1e-6, 1.0, 1.0, exclude_zero=True) is None
-    assert needed_units(0.0, 1.0, 1.0, target_se=1e-9) is None
-    assert needed_units(1.0, MOST_UNITS / 4, 0.0, target_se=1.0) == MOST_UNITS
-    assert needed_units(1.0, 0.0, 0.0, exclude_zero=True) == 4
-    for wrong in ({}, {"exclude_zero": True, "target_se": 1.0}, {"target_se": 0.0}, {"target_se": math.nan}):
-        with pytest.raises(ValueError, match=r"exactly one|above 0"):
-            needed_units(1.0, 1.0, 1.0, **wrong)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -293,10 +175,6 @@ def test_bad_arguments_are_refused() -> None:
         interval(np.ones((5, 5)), level=1.0)
 
 
-def coverage(found: np.ndarray, truth: float, method: IntervalMethod | Bootstrap) -> float:
-    return float(np.mean([low <= truth <= high for low, high in (ends(k, method) for k in found)]))
-
-
 @pytest.mark.parametrize(
     ("signal", "noise", "dim", "units", "low", "high"),
     [(1.0, 0.5, 6, 8, 0.92, 0.97), (1.0, 0.5, 6, 16, 0.94, 0.96), (0.1, 1.0, 20, 16, 0.93, 0.99)],
@@ -306,25 +184,9 @@ def test_the_default_covers_the_truth(
     signal: float, noise: float, dim: int, units: int, low: float, high: float
 ) -> None:
     draws = 1000
-    covered = coverage(kernels(units, draws, signal, noise, 1, dim=dim), signal**2, DEFAULT_METHOD)
+    covered = coverage(map(interval, kernels(units, draws, signal, noise, 1, dim=dim)), signal**2)
     # Three binomial standard errors beside the range that docs/coverage.md measures with more draws.
     assert low - 3 * math.sqrt(low * (1 - low) / draws) <= covered <= high + 3 * math.sqrt(high * (1 - high) / draws)
-
-
-def test_the_percentile_bootstrap_is_too_wide_for_degenerate_kernels() -> None:
-    found = kernels(16, 150, 0.0, 1.0, 2, dim=20)
-    assert coverage(found, 0.0, Bootstrap.BOOTSTRAP) > 0.97
-
-
-def test_a_shortfall_is_told_where_the_interval_falls_short_and_not_where_it_does_not() -> None:
-    heavy = kernels(32, 400, 1.0, 0.5, 3, sigma=1.0)
-    assert coverage(heavy, 1.0, DEFAULT_METHOD) < 0.93
-    of_heavy = [told(k) for k in heavy]
-    assert np.mean([text is not None for text in of_heavy]) > 0.7
-    assert any("skewness" in text for text in of_heavy if text is not None)
-    light = kernels(32, 400, 1.0, 0.5, 4)
-    assert np.mean([told(k) is not None for k in light]) < 0.1
-    assert "31 units" in str(told(light[0][:31, :31]))
 
 
 def probed(**settings: Any) -> Report:
@@ -345,14 +207,6 @@ def test_a_probe_reports_the_interval_that_was_asked_for_and_says_which() -> Non
     assert probed().config.interval is None
 
 
-def test_a_shortfall_says_of_which_method_it_is_known_where_another_was_asked_for() -> None:
-    dots = UnitDots.from_kernel(one(), [1] * 9)
-    own, said = (str(cross_statistics(dots, method).shortfall) for method in (None, IntervalMethod.T))
-    assert "9 units" in own
-    assert "default" not in own
-    assert f"default method, {IntervalMethod.SKEWED_T.described}; this is {IntervalMethod.T.described}" in said
-
-
 def test_an_interval_that_these_units_cannot_have_is_refused_and_not_another_one_taken() -> None:
     with pytest.raises(InputError, match="hold 1 to 2 prompts: take normal, t, jackknife_t"):
         probed(interval="unbiased_t", blocks=4)
@@ -361,3 +215,52 @@ def test_an_interval_that_these_units_cannot_have_is_refused_and_not_another_one
     assert "jackknife" in str(probed(mode=Mode.EXACT, memory_bytes=1e3).first_order.interval_method)
     with pytest.raises(InputError, match="interval is 'bootstrap'; known are normal, t, jackknife_t"):
         Settings(interval="bootstrap")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", list(IntervalMethod))
+def test_an_interval_has_the_name_of_its_file_and_its_formula_is_there(method: IntervalMethod) -> None:
+    assert type(method.formula).__module__ == f"entropy_probe.statistics.intervals.{method.value}"
+    assert method.name == method.value.upper()
+    assert str(method) == method.value
+    assert pickle.loads(pickle.dumps(method)) is IntervalMethod(method.value) is method
+
+
+def test_every_file_of_intervals_is_one_that_can_be_asked_for() -> None:
+    files = {path.stem for path in Path(intervals.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "base", "methods"} == set(IntervalMethod)
+
+
+TOY = """
+from dataclasses import dataclass
+
+from entropy_probe.statistics.intervals.base import Spread
+
+
+@dataclass(frozen=True)
+class Extremes:
+    described: str = "smallest to largest row mean"
+    needs_matrix: bool = False
+
+    def of(self, spread: Spread, level: float) -> tuple[float, float]:
+        return float(spread.row_means.min()), float(spread.row_means.max())
+"""
+
+
+def test_a_new_interval_is_one_file_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy_extremes.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("toy_extremes")
+
+    class Methods(RegisteredInterval):
+        NORMAL = "normal", IntervalMethod.NORMAL.formula
+        EXTREMES = "extremes", module.Extremes()
+
+    asked = member("interval", "extremes", Methods)
+    kernel, sizes = one(), [3, 2, 2, 1, 1, 1, 1, 1, 1]
+    found = cross_statistics(UnitDots.from_kernel(kernel, sizes), asked)
+    assert found.ci95 == (found.row_means.min(), found.row_means.max())
+    assert found.interval_method == "smallest to largest row mean"
+    rows = statistics(kernel).row_means
+    assert interval(kernel, asked) == pytest.approx((rows.min(), rows.max()), rel=1e-12)
+    with pytest.raises(InputError, match="known are normal, extremes"):
+        member("interval", "unbiased_t", Methods)

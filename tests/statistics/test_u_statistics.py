@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+from drawn_kernels import dots_of, found_for, replicates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 import oracle
+from entropy_probe.statistics.intervals import interval
 from entropy_probe.statistics.jackknife import delete_one, jackknife_variance
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.statistics.unit_dots import UnitDots
-from entropy_probe.statistics.variance import interval_variance, unbiased_variance
-
-
-def unit_sums(vectors: np.ndarray, sizes: list[int]) -> np.ndarray:
-    return np.add.reduceat(vectors, np.concatenate([[0], np.cumsum(sizes)[:-1]]), axis=0)
-
-
-def dots_of(xs: np.ndarray, ys: np.ndarray, sizes: list[int]) -> UnitDots:
-    return UnitDots.from_kernel(unit_sums(xs, sizes) @ unit_sums(ys, sizes).T, sizes)
+from entropy_probe.statistics.variance import interval_variance
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,7 +65,7 @@ def test_equal_units_give_the_guides_formulas() -> None:
     assert found.se_jackknife == pytest.approx(found.se_plugin * (units - 1) / (units - 2), rel=1e-12)
 
 
-def test_unequal_units_keep_the_identities_of_the_design() -> None:
+def test_unequal_units_keep_the_identities_of_the_method() -> None:
     rng = np.random.default_rng(2)
     sizes = [3, 3, 2, 2, 1]
     xs, ys = rng.normal(size=(11, 4)), rng.normal(size=(11, 4))
@@ -128,59 +123,6 @@ def test_few_units_give_nulls_with_reasons(units: int, nulls: set[str]) -> None:
         assert (name in found.null_reasons) == (name in nulls), name
 
 
-def test_unbiased_variance_equals_sums_over_distinct_indices() -> None:
-    rng = np.random.default_rng(4)
-    units = 6
-    kernel = rng.normal(size=(units, units))
-    h = 0.5 * (kernel + kernel.T)
-    distinct = [
-        h[i, j] * h[k, m]
-        for i in range(units) for j in range(units) for k in range(units) for m in range(units)
-        if len({i, j, k, m}) == 4
-    ]  # fmt: skip
-    u_cross = sum(h[i, j] for i in range(units) for j in range(units) if i != j) / (units * (units - 1))
-    assert unbiased_variance(kernel, u_cross) == pytest.approx(u_cross**2 - np.mean(distinct), rel=1e-10)
-
-
-def replicates(
-    units: int, draws: int, signal: float, noise: float, seed: int, pairing: float = 0.0
-) -> tuple[np.ndarray, float]:
-    """Kernels of Gaussian units X = signal e + noise, Y likewise, partly sharing their noise; and the true U."""
-    rng = np.random.default_rng(seed)
-    dim = 6
-    mean = np.zeros(dim)
-    mean[0] = signal
-    shared = rng.normal(size=(draws, units, dim))
-    xs = mean + noise * (pairing * shared + math.sqrt(1 - pairing**2) * rng.normal(size=(draws, units, dim)))
-    ys = mean + noise * (pairing * shared + math.sqrt(1 - pairing**2) * rng.normal(size=(draws, units, dim)))
-    return np.einsum("dup,dwp->duw", xs, ys), signal**2
-
-
-def found_for(kernels: np.ndarray) -> list:
-    return [cross_statistics(UnitDots.from_kernel(kernel, [1] * len(kernel))) for kernel in kernels]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("signal", "noise"), [(1.0, 0.3), (0.1, 1.0)], ids=["linear part dominates", "degenerate"])
-def test_v_unb_is_unbiased_for_the_variance_of_u_cross(signal: float, noise: float) -> None:
-    kernels, truth = replicates(8, 6000, signal, noise, seed=5)
-    found = found_for(kernels)
-    values = np.array([f.u_cross for f in found])
-    variances = np.array([unbiased_variance(k.copy(), f.u_cross) for k, f in zip(kernels, found, strict=True)])
-    assert abs(values.mean() - truth) < 4 * values.std() / math.sqrt(len(values))
-    spread = (values - truth) ** 2
-    assert abs(variances.mean() - spread.mean()) < 4 * (spread - variances).std() / math.sqrt(len(values))
-
-
-def test_the_jackknife_doubles_the_degenerate_part() -> None:
-    kernels, truth = replicates(8, 6000, 0.0, 1.0, seed=6)
-    found = found_for(kernels)
-    actual = np.mean([(f.u_cross - truth) ** 2 for f in found])
-    jackknife = np.mean([jackknife_variance(f.u_cross, f.row_means, np.ones(8)) for f in found])
-    expected = (4 / (8 * 6)) / (2 / (8 * 7))  # the coefficients of τ² in E[V_jack] and in Var U
-    assert jackknife / actual == pytest.approx(expected, rel=0.08)
-
-
 @pytest.mark.parametrize(
     ("signal", "noise", "low", "high"), [(1.0, 0.3, 0.94, 0.965), (0.1, 1.0, 0.94, 0.99)], ids=["linear", "degenerate"]
 )
@@ -197,41 +139,6 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(
     assert guide > 0.99  # the guide's formula is the standard deviation of r: an interval that never misses
 
 
-def test_se_this_step_covers_what_this_update_does() -> None:
-    signal, noise, units = 1.0, 0.6, 16
-    rng = np.random.default_rng(8)
-    covered = []
-    mean = np.zeros(6)
-    mean[0] = signal
-    for _ in range(3000):
-        shared = rng.normal(size=(units, 6))
-        xs = mean + noise * (0.7 * shared + math.sqrt(1 - 0.49) * rng.normal(size=(units, 6)))
-        ys = mean + noise * (0.7 * shared + math.sqrt(1 - 0.49) * rng.normal(size=(units, 6)))
-        found = cross_statistics(UnitDots.from_kernel(xs @ ys.T, [1] * units))
-        assert found.se_this_step is not None
-        covered.append(
-            abs(found.u_cross - mean @ ys.mean(axis=0)) <= stats.t.ppf(0.975, units - 1) * found.se_this_step
-        )
-    assert 0.93 <= np.mean(covered) <= 0.97
-
-
-def test_this_step_variance_equals_its_double_loop() -> None:
-    rng = np.random.default_rng(13)
-    units = 7
-    kernel = rng.normal(size=(units, units))
-    found = cross_statistics(UnitDots.from_kernel(kernel, [1] * units))
-    u, x, y = found.u_cross, found.row_x, found.row_y
-
-    def centred(i: int, j: int) -> float:
-        return float(kernel[i, j] - x[i] - y[j] + u)
-
-    own = sum((x[i] - u) ** 2 for i in range(units)) / (units * (units - 1))
-    shared = sum(centred(i, j) * centred(j, i) for i in range(units) for j in range(units) if i != j)
-    total = own + shared / (units * (units - 1)) ** 2
-    assert abs(shared) / (units * (units - 1)) ** 2 > 0.02 * own
-    assert found.se_this_step == pytest.approx(math.sqrt(max(0.0, total)), rel=1e-12)
-
-
 def test_standard_errors_shrink_with_units_and_the_guides_does_not() -> None:
     sizes = (16, 64)
     kernels = {u: replicates(u, 300, 1.0, 0.4, seed=9)[0] for u in sizes}
@@ -245,15 +152,6 @@ def test_standard_errors_shrink_with_units_and_the_guides_does_not() -> None:
     assert ratio("se_plugin_guide") == pytest.approx(1.0, abs=0.1)
 
 
-def test_the_interval_variance_never_falls_below_the_degenerate_part() -> None:
-    kernels, _ = replicates(6, 200, 0.0, 1.0, seed=10)
-    for kernel in kernels:
-        found = cross_statistics(UnitDots.from_kernel(kernel, [1] * 6))
-        jackknife = jackknife_variance(found.u_cross, found.row_means, np.ones(6))
-        unbiased = unbiased_variance(kernel.copy(), found.u_cross)
-        assert interval_variance(kernel.copy(), found.u_cross, jackknife) >= max(unbiased, 0.0)
-
-
 def test_the_self_test_residual_is_rounding_and_sees_a_wrong_sum() -> None:
     rng = np.random.default_rng(11)
     xs, ys = rng.normal(size=(6, 5)), rng.normal(size=(6, 5))
@@ -264,15 +162,36 @@ def test_the_self_test_residual_is_rounding_and_sees_a_wrong_sum() -> None:
     assert cross_statistics(bad).self_test_residual > 1e-5
 
 
-def test_streamed_dots_give_the_same_numbers_without_the_matrix() -> None:
-    rng = np.random.default_rng(12)
-    xs, ys = rng.normal(size=(6, 5)), rng.normal(size=(6, 5))
-    stored = UnitDots.from_kernel(xs @ ys.T, [1] * 6)
-    streamed = UnitDots.streamed(
-        [1] * 6, xs @ ys.sum(0), ys @ xs.sum(0), (xs * ys).sum(1), float(xs.sum(0) @ ys.sum(0))
-    )
-    a, b = cross_statistics(stored), cross_statistics(streamed)
-    assert b.u_cross == pytest.approx(a.u_cross)
-    assert b.se_jackknife == pytest.approx(a.se_jackknife)
-    assert b.se_this_step is None
-    assert b.variance == pytest.approx(b.se_jackknife**2)
+def test_blocks_of_one_size_are_as_many_units() -> None:
+    kernel = np.random.default_rng(14).normal(size=(7, 7))
+    single = cross_statistics(UnitDots.from_kernel(kernel, [1] * 7))
+    blocks = cross_statistics(UnitDots.from_kernel(9.0 * kernel, [3] * 7))
+    for name in ("u_cross", "se_plugin", "se_jackknife", "se_plugin_guide", "se_this_step", "variance", "bars_dot"):
+        assert getattr(blocks, name) == pytest.approx(getattr(single, name), rel=1e-10), name
+    assert blocks.interval_method == single.interval_method
+    assert blocks.diag_sum == pytest.approx(single.diag_sum, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "method"), [([1] * 8, "unbiased"), ([2, 2, 1, 1, 1], "jackknife")], ids=["equal", "unequal"]
+)
+def test_the_interval_is_the_chosen_one_or_the_jackknifes_t(sizes: list[int], method: str) -> None:
+    kernel = np.random.default_rng(15).normal(size=(len(sizes), len(sizes)))
+    found = cross_statistics(UnitDots.from_kernel(kernel, sizes))
+    variance = jackknife_variance(found.u_cross, found.row_means, np.array(sizes, dtype=float))
+    if method == "unbiased":
+        variance = interval_variance(kernel, found.u_cross, variance)
+    assert method in str(found.interval_method)
+    assert found.variance == pytest.approx(variance, rel=1e-12)
+    assert found.ci95 is not None
+    half_width = 2.7764451 * math.sqrt(variance)  # t of 4 degrees of freedom
+    expected = interval(kernel) if method == "unbiased" else (found.u_cross - half_width, found.u_cross + half_width)
+    assert found.ci95 == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("side", ["x_dot_sum", "y_dot_sum"])
+def test_the_self_test_residual_is_the_gap_of_either_side_over_the_size_of_the_terms(side: str) -> None:
+    good = UnitDots.from_kernel(np.random.default_rng(18).normal(size=(6, 6)), [1] * 6)
+    bad = dataclasses.replace(good, **{side: getattr(good, side) + 0.5 * np.eye(6)[2]})
+    scale = 0.5 * (np.abs(bad.x_dot_sum).sum() + np.abs(bad.y_dot_sum).sum())
+    assert cross_statistics(bad).self_test_residual == pytest.approx(0.5 / scale, rel=1e-9)
