@@ -35,8 +35,10 @@ from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.realized.realize import HELD_OUT, SAME, EntropyMeasure, RealizedChange
+from entropy_probe.realized.changes import RealizedChange
+from entropy_probe.realized.measure import EntropyMeasure
 from entropy_probe.realized.rows import Realizer
+from entropy_probe.realized.steps import HELD_OUT, SAME
 from entropy_probe.realized.sweep import StepLine
 from entropy_probe.statistics.linearity import Curve, curvature_at_zero, fit_power_law, linear_until
 from entropy_probe.targets.entropy import EntropyTarget, Estimator

@@ -20,7 +20,10 @@ from entropy_probe.model.input_limits import check_fits
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import at_least_float32, virtual_step
 from entropy_probe.optimizers.geometry import Geometry
-from entropy_probe.realized.realize import EntropyMeasure, Predicted, Step, realize, rounding_noise
+from entropy_probe.realized.measure import EntropyMeasure, Predicted
+from entropy_probe.realized.realize import realize
+from entropy_probe.realized.rounding import rounding_noise
+from entropy_probe.realized.steps import Step
 from entropy_probe.statistics.importance_sampling import entropy_change, linear_term
 from entropy_probe.targets.entropy import EntropyTarget
 

@@ -42,7 +42,7 @@ from entropy_probe.pipeline.run import ProbeResult, probe, probe_checkpoint
 from entropy_probe.pipeline.settings import Settings, ShardingChoice
 from entropy_probe.ranks.collectives import ALONE, Kind, Payload, Ranks
 from entropy_probe.ranks.sharding import even_spans, row_spans
-from entropy_probe.realized import realize as realized
+from entropy_probe.realized import floor
 from entropy_probe.report import Report
 from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
 from rank_processes import on_ranks
@@ -169,7 +169,7 @@ def probed(
     if settings.memory_bytes is not None:
         settings = replace(settings, memory_bytes=settings.memory_bytes / ranks.count)
     # The floor is not compared, and its eight factors would be most of the time.
-    with mock.patch.object(realized, "FLOOR_FACTORS", (1e-7,)):
+    with mock.patch.object(floor, "FLOOR_FACTORS", (1e-7,)):
         return probe_checkpoint(
             root / model,
             root / "rollouts.jsonl",

@@ -13,7 +13,7 @@ import support
 from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import at_least_float32, virtual_step
-from entropy_probe.realized.realize import rounding_noise
+from entropy_probe.realized.rounding import rounding_noise
 from entropy_probe.statistics.importance_sampling import linear_term
 from oracle import optimizer_step
 

@@ -17,8 +17,10 @@ from entropy_probe.common.progress import Silent
 from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
-from entropy_probe.realized.realize import SAME, EntropyMeasure, Predicted, Step, realize
+from entropy_probe.realized.measure import EntropyMeasure, Predicted
+from entropy_probe.realized.realize import realize
 from entropy_probe.realized.resampling import plan_resampling, resample
+from entropy_probe.realized.steps import SAME, Step
 from entropy_probe.sampling.drawing import sample_rollouts
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.settings import SamplingSettings

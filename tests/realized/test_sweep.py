@@ -17,7 +17,9 @@ import support
 from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.common.progress import Silent
 from entropy_probe.model.policy import Policy
-from entropy_probe.realized.realize import EntropyMeasure, Predicted, Step, realize
+from entropy_probe.realized.measure import EntropyMeasure, Predicted
+from entropy_probe.realized.realize import realize
+from entropy_probe.realized.steps import Step
 from entropy_probe.realized.sweep import StepLine, _slope, sweep_step
 from entropy_probe.report import Report, plots, write_report_folder
 from entropy_probe.report.schema import SweepSection

@@ -110,7 +110,8 @@ def test_rollouts_of_another_step_or_another_loss_are_named() -> None:
 
 def test_a_heavy_tail_is_said_where_it_matters_and_not_of_a_tiny_step() -> None:
     from entropy_probe.pipeline.diagnostics import realized_warnings
-    from entropy_probe.realized.realize import EntropyMeasure, RealizedChange
+    from entropy_probe.realized.changes import RealizedChange
+    from entropy_probe.realized.measure import EntropyMeasure
     from entropy_probe.statistics.importance_sampling import entropy_change
     from entropy_probe.targets.entropy import EntropyTarget
 

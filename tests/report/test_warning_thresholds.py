@@ -21,7 +21,8 @@ from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState
 from entropy_probe.optimizers.step_parts import StepPrediction
 from entropy_probe.pipeline import diagnostics
 from entropy_probe.pipeline.recorded import trainers_step
-from entropy_probe.realized.realize import EntropyMeasure, RealizedChange
+from entropy_probe.realized.changes import RealizedChange
+from entropy_probe.realized.measure import EntropyMeasure
 from entropy_probe.report import ZeroVSection
 from entropy_probe.statistics.importance_sampling import EntropyChange, ImportanceWeights, pareto_k_limit
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics

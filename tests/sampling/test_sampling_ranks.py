@@ -27,8 +27,10 @@ from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.model.policy import Policy
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.sharding import Sharding
-from entropy_probe.realized.realize import SAME, EntropyMeasure, Predicted, Step, realize
+from entropy_probe.realized.measure import EntropyMeasure, Predicted
+from entropy_probe.realized.realize import realize
 from entropy_probe.realized.resampling import plan_resampling, resample
+from entropy_probe.realized.steps import SAME, Step
 from entropy_probe.sampling import jobs
 from entropy_probe.sampling.drawing import sample_rollouts
 from entropy_probe.sampling.jobs import deal_jobs, make_jobs, put_together

@@ -31,7 +31,8 @@ from entropy_probe.pipeline.recorded import Source, TrainersStep
 from entropy_probe.pipeline.settings import ShardingChoice
 from entropy_probe.ranks.collectives import Kind, Payload
 from entropy_probe.ranks.sharding import Sharding
-from entropy_probe.realized.realize import HELD_OUT, SAME, RealizedChange
+from entropy_probe.realized.changes import RealizedChange
+from entropy_probe.realized.steps import HELD_OUT, SAME
 from entropy_probe.realized.sweep import SweepCurve
 from entropy_probe.report.schema import (
     AdamWPart,

@@ -21,7 +21,7 @@ from entropy_probe.optimizers.step_parts import PARTS, StepPrediction
 from entropy_probe.optimizers.stored_precision import Rounding
 from entropy_probe.pipeline.recorded import LENGTH_WEIGHT_OF_LOSS, Source, TrainersStep
 from entropy_probe.ranks.sharding import WHOLE, Sharding
-from entropy_probe.realized.realize import RealizedChange
+from entropy_probe.realized.changes import RealizedChange
 from entropy_probe.realized.sweep import SweepCurve
 from entropy_probe.report import ZeroVSection
 from entropy_probe.statistics.importance_sampling import Weighting

@@ -62,9 +62,11 @@ from entropy_probe.pipeline.recorded import TrainersStep
 from entropy_probe.pipeline.settings import Analyses, Settings
 from entropy_probe.pipeline.torch_types import dtype_name
 from entropy_probe.ranks.sharding import Sharding
-from entropy_probe.realized.realize import HELD_OUT, SAME, EntropyMeasure, RealizedChange
+from entropy_probe.realized.changes import RealizedChange
+from entropy_probe.realized.measure import EntropyMeasure
 from entropy_probe.realized.resampling import GENERATED_TOGETHER, Resampling, plan_resampling, resample
 from entropy_probe.realized.rows import Realizer
+from entropy_probe.realized.steps import HELD_OUT, SAME
 from entropy_probe.realized.sweep import SweepCurve, sweep
 from entropy_probe.report import CheckpointSection
 from entropy_probe.statistics.noise import LEAST_UNITS, NoiseParts, noise_of

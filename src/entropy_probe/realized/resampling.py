@@ -19,7 +19,8 @@ from entropy_probe.errors import InputError
 from entropy_probe.model.input_limits import end_token_ids, input_limits
 from entropy_probe.model.policy import Measured, Policy, check_finite
 from entropy_probe.model.virtual_step import virtual_step
-from entropy_probe.realized.realize import RealizedChange, Step
+from entropy_probe.realized.changes import RealizedChange
+from entropy_probe.realized.steps import Step
 from entropy_probe.sampling.drawing import sample_rollouts
 from entropy_probe.sampling.prompts import Prompt, check_prompts
 from entropy_probe.sampling.settings import SamplingSettings

@@ -22,7 +22,10 @@ from entropy_probe.optimizers.adamw_step import adamw_deltas, clip_factor, gradi
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.rounded_step import NEAREST, RoundingRule, rounded_adamw
 from entropy_probe.optimizers.state import AdamState
-from entropy_probe.realized.realize import HELD_OUT, EntropyMeasure, Predicted, RealizedChange, Step, average, realize
+from entropy_probe.realized.changes import RealizedChange, average
+from entropy_probe.realized.measure import EntropyMeasure, Predicted
+from entropy_probe.realized.realize import realize
+from entropy_probe.realized.steps import HELD_OUT, Step
 from entropy_probe.targets.entropy import EntropyCoefficients
 
 

@@ -15,7 +15,11 @@ import torch
 from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.model.policy import Measured, Policy
-from entropy_probe.realized.realize import EntropyMeasure, RealizedChange, Step, measure_after, rounding_generator
+from entropy_probe.realized.changes import RealizedChange
+from entropy_probe.realized.measure import EntropyMeasure
+from entropy_probe.realized.rounding import rounding_generator
+from entropy_probe.realized.scoring import measure_after
+from entropy_probe.realized.steps import Step
 from entropy_probe.statistics.importance_sampling import EntropyChange
 from entropy_probe.statistics.linearity import (
     Curvature,

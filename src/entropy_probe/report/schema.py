@@ -273,7 +273,7 @@ class EntropySection:
 
 @dataclass(frozen=True)
 class RealizedRow:
-    """One realised step beside its own linear prediction; see :mod:`entropy_probe.realized.realize`.
+    """One realised step beside its own linear prediction; see :mod:`entropy_probe.realized.changes`.
 
     ``rounded`` is "nearest" or "stochastic" where the step is rounded as the weights are stored, else null.
     """

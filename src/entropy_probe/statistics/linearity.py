@@ -3,7 +3,7 @@
     ΔH(α) = α L + ½ α² C + O(α³)          L the estimator's own linear term, C = d²ΔH/dα² at 0; nats, α without unit
 
 Every part of an optimizer's step is proportional to the learning rate, so α scales the whole Δθ. Values below the
-numerical floor (:mod:`entropy_probe.realized.realize`) decide nothing. Source: docs/method.md, section 7; a second difference's
+numerical floor (:mod:`entropy_probe.realized.floor`) decide nothing. Source: docs/method.md, section 7; a second difference's
 errors: Press et al., Numerical Recipes, 5.7.
 """
 

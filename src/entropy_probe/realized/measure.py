@@ -1,0 +1,91 @@
+"""Which entropy is measured before and after a step, how, and what its linear term says.
+
+A measure is a target (which entropy, by which estimator) and a weighting (how importance weights are normalised). Its
+``change`` is ΔH on common samples; its ``linear_term`` is the derivative of that very estimator at no step. Source:
+docs/method.md, section 7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+
+from entropy_probe.common.arrays import FloatArray
+from entropy_probe.data.rollouts import RolloutBatch
+from entropy_probe.model.policy import Measured
+from entropy_probe.statistics.importance_sampling import (
+    EntropyChange,
+    LinearTerm,
+    Weighting,
+    entropy_change,
+    linear_term,
+    resampled_change,
+)
+from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, response_entropies
+
+
+@dataclass(frozen=True)
+class EntropyMeasure:
+    """Which entropy is compared before and after a step, and how."""
+
+    target: EntropyTarget
+    weighting: Weighting = Weighting.GLOBAL
+
+    def change(self, batch: RolloutBatch, before: Measured, after: Measured) -> EntropyChange:
+        """ΔH on common samples."""
+        v = (self._entropies(batch, before), self._entropies(batch, after))
+        return entropy_change(
+            before.scores.numpy(),
+            after.scores.numpy(),
+            batch.group_sizes,
+            entropies=v if self.target.needs_token_entropies else None,
+            lengths=self._lengths(batch),
+            weighting=self.weighting,
+        )
+
+    def linear_term(self, batch: RolloutBatch, before: Measured) -> LinearTerm:
+        """Its derivative at no step."""
+        return linear_term(
+            before.scores.numpy(),
+            batch.group_sizes,
+            entropies=self._entropies(batch, before) if self.target.needs_token_entropies else None,
+            lengths=self._lengths(batch),
+            weighting=self.weighting,
+        )
+
+    def resampled(self, batch: RolloutBatch, before: Measured, fresh: RolloutBatch, after: Measured) -> EntropyChange:
+        """ΔH with ``fresh`` responses to the same prompts that were drawn and scored after the step."""
+        return resampled_change(
+            self._entropies(batch, before),
+            self._entropies(fresh, after),
+            batch.group_sizes,
+            fresh.group_sizes,
+            lengths=self._lengths(batch),
+            lengths_after=self._lengths(fresh),
+        )
+
+    def _entropies(self, batch: RolloutBatch, measured: Measured) -> FloatArray:
+        lengths = [len(response.response_ids) for response in batch.responses]
+        found: FloatArray = response_entropies(
+            self.target.estimator, measured.scores, measured.entropies, lengths
+        ).numpy()
+        return found
+
+    def _lengths(self, batch: RolloutBatch) -> FloatArray | None:
+        match self.target.unit:
+            case EntropyUnit.PER_RESPONSE:
+                return None
+            case EntropyUnit.PER_TOKEN:
+                return np.array([len(response.response_ids) for response in batch.responses], dtype=np.float64)
+            case unknown:
+                assert_never(unknown)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One measure of a step, and its linear term, in the measure's nats."""
+
+    measure: EntropyMeasure
+    linear: float
