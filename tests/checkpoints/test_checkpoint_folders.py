@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import support
 from entropy_probe.checkpoints import load_checkpoint, load_model
-from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER
 from entropy_probe.checkpoints.inspection import list_files
 from entropy_probe.data.units import exact_units
 from entropy_probe.errors import InputError

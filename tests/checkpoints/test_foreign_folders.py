@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from entropy_probe.checkpoints.formats.foreign import recognise
 
-from entropy_probe.checkpoints.foreign import recognise
 from entropy_probe.data.rollouts import write_rollouts
 from support import (
     lora_model,

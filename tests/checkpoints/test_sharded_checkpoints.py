@@ -18,6 +18,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from entropy_probe.checkpoints.distributed_folders import (
+    BLOCK,
+    MODEL_FOLDER,
+    OPTIMIZER_FOLDER,
+    DistributedFolder,
+    SafeReader,
+)
+from entropy_probe.checkpoints.samples import WIDTH, windows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,14 +41,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from entropy_probe.checkpoints import Checkpoint, load_checkpoint, sharded, weight_files
-from entropy_probe.checkpoints.distributed_folders import (
-    BLOCK,
-    MODEL_FOLDER,
-    OPTIMIZER_FOLDER,
-    DistributedFolder,
-    SafeReader,
-)
-from entropy_probe.checkpoints.samples import WIDTH, windows
 from entropy_probe.checkpoints.sharded import _adam_state, decoder_layers, load_sharded_checkpoint, shard_model
 from entropy_probe.errors import InputError
 from entropy_probe.model.input_limits import end_token_ids
