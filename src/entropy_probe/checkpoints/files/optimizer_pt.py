@@ -1,6 +1,7 @@
 """``torch.save`` of an optimizer's state_dict, such as the Trainer's ``optimizer.pt``.
 
-It holds ``{"state": {index: {...}}, "param_groups": [...]}``, and is read with ``weights_only=True``; nothing pickled is ever executed.
+It holds ``{"state": {index: {...}}, "param_groups": [...]}``. It is read with ``weights_only=True``: nothing pickled is ever
+executed.
 """
 
 from __future__ import annotations

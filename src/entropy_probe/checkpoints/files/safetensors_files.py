@@ -102,7 +102,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if out_of_memory(error):
             raise
         raise InputError(f"{file}: the weights cannot be read: {one_line(error)}") from error
