@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import toy_format
 from entropy_probe.checkpoints import load_adam_state, load_checkpoint
+from entropy_probe.checkpoints.files.distributed import DistributedFolder
 from entropy_probe.checkpoints.formats import registry
 from entropy_probe.checkpoints.formats.accelerate_sharded import MODEL_FOLDER, OPTIMIZER_FOLDER
 from entropy_probe.data.rollouts import write_rollouts
@@ -152,3 +155,18 @@ def test_adams_state_is_loaded_from_a_path_in_text(tmp_path: Path) -> None:
     loaded = load_checkpoint(path)
     found, _ = load_adam_state(str(path / "optimizer.pt"), loaded.model)
     assert_same_moments(found, loaded.adam)
+
+
+def test_rows_of_shards_are_read_without_a_process_group_and_a_lost_part_is_told(tmp_path: Path) -> None:
+    weight = torch.arange(42.0).view(7, 6)
+    save({"weight": weight}, storage_writer=FileSystemWriter(tmp_path / "shards"), no_dist=True)
+    folder = DistributedFolder.open(tmp_path / "shards")
+    stored = folder.tensors()["weight"]
+    assert (stored.shape, stored.dtype) == ((7, 6), torch.float32)
+    for rows in (slice(0, 7), slice(2, 5), slice(6, 7), slice(7, 7)):
+        assert torch.equal(stored.read(rows), weight[rows])
+    record: Any = folder.metadata.state_dict_metadata["weight"]
+    record.chunks[0].sizes = torch.Size([3, 6])
+    assert torch.equal(stored.read(slice(0, 3)), weight[:3])
+    with pytest.raises(InputError, match="damaged or incomplete: 6 of 12 elements of weight are there"):
+        stored.read(slice(2, 4))

@@ -10,7 +10,7 @@ from typing import Any
 
 from entropy_probe.checkpoints.files.stored import StoredOptimizer
 from entropy_probe.checkpoints.files.trainer_state import TrainerState
-from entropy_probe.checkpoints.formats.base import Format, StoredAdapter, StoredWeights
+from entropy_probe.checkpoints.formats.base import StoredAdapter, StoredWeights
 from entropy_probe.checkpoints.formats.registry import format_of, refuse_misplaced
 from entropy_probe.checkpoints.formats.trainer import TrainerFolder
 from entropy_probe.checkpoints.quantisation import quantised_base_note, refuse_quantised
@@ -29,7 +29,6 @@ class Sources:
 
     Attributes:
         path: the checkpoint's folder.
-        format: its format.
         base: the folder of the model under an adapter; the one whose configuration describes full weights that come without;
             else None.
         configuration: the folder whose config.json describes the whole model.
@@ -39,7 +38,6 @@ class Sources:
     """
 
     path: Path
-    format: Format
     base: Path | None
     configuration: Path
     model: Path
@@ -86,7 +84,7 @@ def open_sources(path: Path, base: Path | None) -> Sources:
     weights = own or (known if model == path else BASE).weights(model)
     if weights is None:
         raise InputError(_without_weights(model))
-    return Sources(path, known, base, configuration, model, weights, adapter)
+    return Sources(path, base, configuration, model, weights, adapter)
 
 
 def open_optimizer(path: Path) -> StoredOptimizer:
