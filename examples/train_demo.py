@@ -43,7 +43,7 @@ from transformers import (
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from entropy_probe.checkpoints.hf import load_model
+from entropy_probe.checkpoints import load_model
 from entropy_probe.data.rollouts import Rollout, write_rollouts
 from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.model.policy import Policy

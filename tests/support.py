@@ -118,6 +118,27 @@ def save_checkpoint(model: Any, optimizer: torch.optim.Optimizer, path: Path, st
     return path
 
 
+def save_in_shards(model: Any, optimizer: torch.optim.Optimizer, path: Path, step: int = 3) -> Path:
+    """The same as accelerate leaves it in shards, here of one process; of an adapter with its configuration."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    state, weights = optimizer.state_dict(), model.state_dict()
+    path.mkdir(parents=True)
+    if isinstance(model, PeftModel):
+        weights = get_peft_model_state_dict(model)
+        model.peft_config["default"].save_pretrained(path)
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    groups = [group | {"params": [order[index] for index in group["params"]]} for group in state["param_groups"]]
+    named = {"state": {order[index]: entry for index, entry in state["state"].items()}, "param_groups": groups}
+    for folder, content in (("pytorch_model_fsdp_0", {"model": weights}), ("optimizer_0", {"optimizer": named})):
+        save(content, storage_writer=FileSystemWriter(path / folder), no_dist=True)
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+    return path
+
+
 def make_checkpoint(path: Path, name: str = "llama-tied", *, seed: int = 0, **optimizer: Any) -> Path:
     """A random model of a family, trained for a few steps, on disk."""
     model = tiny_model(name, seed=seed)
@@ -213,6 +234,22 @@ def fingerprint(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    """Two checkpoints of one process: weights, buffers, moments and settings, bit for bit."""
+    ours, theirs = (dict(c.model.named_parameters()) for c in (found, expected))
+    assert list(ours) == list(theirs)
+    for name, p in theirs.items():
+        assert (ours[name].requires_grad, ours[name].dtype) == (p.requires_grad, p.dtype), name
+        assert torch.equal(ours[name], p), name
+    buffers, others = (dict(c.model.named_buffers()) for c in (found, expected))
+    assert buffers.keys() == others.keys()
+    assert all(b.dtype == others[name].dtype and torch.equal(b, others[name]) for name, b in buffers.items())
+    assert_same_moments(found.adam, expected.adam)
+    assert found.adam.groups == expected.adam.groups
+    assert found.preconditioner_test == expected.preconditioner_test
+    assert found.trainer_step == expected.trainer_step
 
 
 def assert_same_moments(found: AdamState, expected: AdamState) -> None:

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save
 
 import support
 from entropy_probe.checkpoints import load_checkpoint, load_model
-from entropy_probe.checkpoints.distributed_folders import MODEL_FOLDER, OPTIMIZER_FOLDER
-from entropy_probe.checkpoints.inspection import list_files
+from entropy_probe.checkpoints.inspection import look_into
 from entropy_probe.data.units import exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Storage, Wanted, unit_gradients
@@ -71,30 +68,8 @@ def test_full_weights_without_a_configuration_take_that_of_the_given_base_and_no
         assert torch.equal(p, q)
     (started / "generation_config.json").unlink()
     assert end_token_ids(load_checkpoint(path, base=started).model) == end_token_ids(expected.model)
-    assert {file.pattern: file.required for file in list_files(path)}["config.json"]
-    assert not {file.pattern: file.required for file in list_files(path, started)}["config.json"]
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("adapter", [False, True])
-def test_what_only_ranks_read_by_rows_is_said_to_be_so(adapter: bool, tmp_path: Path) -> None:
-    base = tiny_model()
-    base.save_pretrained(tmp_path / "base")
-    model = lora_model(base) if adapter else base
-    path = save_checkpoint(model, trained_optimizer(model), tmp_path / "checkpoint")
-    given = tmp_path / "base" if adapter else None
-    # Weights in shards alone, then Adam's state as well.
-    (path / ("adapter_model.safetensors" if adapter else "model.safetensors")).unlink()
-    (path / MODEL_FOLDER).mkdir()
-    if not adapter:
-        # Whether there are an adapter's weights in it is asked first.
-        save({"model": base.state_dict()}, storage_writer=FileSystemWriter(path / MODEL_FOLDER), no_dist=True)
-    with pytest.raises(InputError, match=f"{MODEL_FOLDER}/; .* run and sample .*FSDP2"):
-        load_checkpoint(path, base=given)
-    (path / "optimizer.pt").unlink()
-    (path / OPTIMIZER_FOLDER).mkdir()
-    with pytest.raises(InputError, match=f"{OPTIMIZER_FOLDER}/; .* run and sample .*FSDP2"):
-        load_checkpoint(path, base=given)
+    assert {file.pattern: file.required for file in look_into(path).files}["config.json"]
+    assert not {file.pattern: file.required for file in look_into(path, started).files}["config.json"]
 
 
 def test_an_adapter_without_its_configuration_is_told_how_to_write_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import types
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from entropy_probe.checkpoints.foreign import recognise
+from entropy_probe.checkpoints.formats.foreign import recognise
 from entropy_probe.data.rollouts import write_rollouts
 from support import (
     lora_model,
@@ -55,15 +56,14 @@ def test_every_command_names_the_framework_and_where_it_is(kind: str, tmp_path: 
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(b"x")
+    after = shutil.copytree(folder, tmp_path / "after")
     rollouts = tmp_path / "rollouts.jsonl"
     write_rollouts(random_rollouts(2, 2), rollouts)
-    other = tmp_path / "other"
-    other.mkdir()
     sampling = ["--prompts", rollouts, "--reward", "math:sqrt", "--responses", "2", "--out", tmp_path / "out.jsonl"]
     for command in (
         ["run", folder, "--rollouts", rollouts],
         ["inspect", folder],
-        ["replay", folder, other, "--rollouts", rollouts, "--length-weight", "grpo"],
+        ["replay", folder, after, "--rollouts", rollouts, "--length-weight", "grpo"],
         *([["sample", folder, *sampling]] if kind != "save-state" else []),
     ):
         outcome = run_command(*command)

@@ -178,7 +178,7 @@ def test_a_header_that_cannot_be_read_is_memory_that_ran_out_or_left_to_where_we
     (path / "model.safetensors").write_bytes(b"damaged")
     outcome = run_command("inspect", path)
     assert (outcome.code, len(outcome.lines)) == (2, 1)
-    assert "cannot be loaded" in outcome.err
+    assert "cannot be read" in outcome.err
 
 
 NAMES = {
@@ -208,8 +208,8 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_base_is_taken_for_quantised_by_whole_words_of_its_name(name: str | None, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
-    note, expected = quantised_base_note(tmp_path, tmp_path / "base"), NAMES[name]
+    settings = {"base_model_name_or_path": name}
+    note, expected = quantised_base_note(tmp_path, settings, tmp_path / "base"), NAMES[name]
     assert (note is None) == (expected is None)
     if note is not None:
         assert note.code == "quantised_base"
@@ -222,11 +222,9 @@ def test_the_named_folder_itself_is_no_other_base_and_a_quantised_one_is_by_its_
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     configure(tmp_path / "packed", quantization_config=METHODS["gptq"][0])
-    config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps({"base_model_name_or_path": "../base-4bit"}))
-    assert quantised_base_note(tmp_path / "adapter", tmp_path / "base-4bit") is None
-    config.write_text(json.dumps({"base_model_name_or_path": "../packed"}))
-    note = quantised_base_note(tmp_path / "adapter", tmp_path / "base-4bit")
+    adapter, given = tmp_path / "adapter", tmp_path / "base-4bit"
+    assert quantised_base_note(adapter, {"base_model_name_or_path": "../base-4bit"}, given) is None
+    note = quantised_base_note(adapter, {"base_model_name_or_path": "../packed"}, given)
     assert note is not None
     assert "a 4-bit base (../packed, by its configuration: gptq 4-bit)" in note.seen
 

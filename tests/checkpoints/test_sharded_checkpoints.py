@@ -32,16 +32,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from entropy_probe.checkpoints import Checkpoint, load_checkpoint, sharded, weight_files
-from entropy_probe.checkpoints.distributed_folders import (
-    BLOCK,
-    MODEL_FOLDER,
-    OPTIMIZER_FOLDER,
-    DistributedFolder,
-    SafeReader,
-)
-from entropy_probe.checkpoints.samples import WIDTH, windows
-from entropy_probe.checkpoints.sharded import _adam_state, decoder_layers, load_sharded_checkpoint, shard_model
+import toy_format
+from entropy_probe.checkpoints import Checkpoint, load_checkpoint, load_model, sharded
+from entropy_probe.checkpoints.adam_state import map_adam_state
+from entropy_probe.checkpoints.files import safetensors_files
+from entropy_probe.checkpoints.files.distributed import BLOCK, DistributedFolder, SafeReader
+from entropy_probe.checkpoints.files.samples import WIDTH, windows
+from entropy_probe.checkpoints.files.stored import sample_of
+from entropy_probe.checkpoints.formats import registry
+from entropy_probe.checkpoints.formats.accelerate_sharded import MODEL_FOLDER, OPTIMIZER_FOLDER
+from entropy_probe.checkpoints.sharded import decoder_layers, load_sharded_checkpoint, shard_model
 from entropy_probe.errors import InputError
 from entropy_probe.model.input_limits import end_token_ids
 from entropy_probe.optimizers.state import MOMENTS
@@ -51,6 +51,7 @@ from entropy_probe.ranks.same_inputs import digest_of_tensors
 from rank_processes import failed_cases
 from spoiled import NORM, Malicious
 from support import (
+    assert_equal,
     hf_groups,
     lora_model,
     make_checkpoint,
@@ -78,7 +79,7 @@ def make_folders(root: Path) -> None:
     # As shards with an index.
     (untied / "model.safetensors").unlink()
     tiny_model("llama-untied").save_pretrained(untied, max_shard_size="5KB")
-    assert (untied / weight_files.INDEX).is_file()
+    assert (untied / safetensors_files.INDEX).is_file()
     # As the hub has it: without the prefix of the model with a head, and with a mask that nobody reads any more.
     gpt2 = make_checkpoint(root / "gpt2", "gpt2") / "model.safetensors"
     stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(gpt2).items()}
@@ -219,8 +220,24 @@ def distributed_alike(name: str, root: Path, ranks: Ranks) -> None:
     expected = load_checkpoint(root / name, base=base_of(name, root))
     found = load_sharded_checkpoint(folder, ranks, base=base)
     assert_same(found, expected, ranks, base=base)
-    said = describe_checkpoint(found)
-    assert (said.kind, said.base) == ("lora" if name == "lora" else "full", str(base))
+    # What every rank of replicated ones loads, and a process alone.
+    whole = load_checkpoint(folder, base=base)
+    assert_equal(whole, expected)
+    for loaded in (found, whole):
+        said = describe_checkpoint(loaded)
+        assert (said.kind, said.base) == ("lora" if name == "lora" else "full", str(base))
+    frozen = load_model(folder, base=base, trainable=False).model
+    assert any(p.requires_grad for p in frozen.parameters()) == (name != "lora")
+
+
+def from_a_format_of_one_file(root: Path, ranks: Ranks) -> None:
+    """Rows of a format that the package does not know."""
+    if ranks.rank == 0:
+        toy_format.write(root / "frozen", root / "toy")
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "FORMATS", (toy_format.Toy(), *registry.FORMATS))
+        assert_same(load_sharded_checkpoint(root / "toy", ranks), load_checkpoint(root / "frozen"), ranks)
 
 
 def alone_alike(root: Path, ranks: Ranks) -> None:
@@ -248,6 +265,9 @@ def no_more_than_a_shard_is_read(root: Path, ranks: Ranks) -> None:
         def get_shape(self) -> list[int]:
             return list(self.inner.get_shape())
 
+        def get_dtype(self) -> str:
+            return str(self.inner.get_dtype())
+
         def __getitem__(self, where: slice | tuple[slice, ...]) -> Tensor:
             found: Tensor = self.inner[where]
             counted = compared if isinstance(where, tuple) else read
@@ -270,7 +290,7 @@ def no_more_than_a_shard_is_read(root: Path, ranks: Ranks) -> None:
             yield File(file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_files, "safe_open", watched)
+        patch.setattr(safetensors_files, "safe_open", watched)
         model = load_sharded_checkpoint(root / "llama-untied", ranks).model
     shards: dict[str, Any] = dict(model.named_parameters())
     assert read == {name: p.to_local().numel() for name, p in shards.items() if p.to_local().numel()}
@@ -296,7 +316,7 @@ def adams_shards_damaged_on_one_rank(root: Path, ranks: Ranks) -> None:
             raise InputError("its part is gone")
 
     with (
-        mock.patch("entropy_probe.checkpoints.sharded._adam_state", lambda *given: read() or _adam_state(*given)),
+        mock.patch("entropy_probe.checkpoints.sharded.map_adam_state", lambda *given: read() or map_adam_state(*given)),
         pytest.raises(InputError, match="its part is gone"),
     ):
         load_sharded_checkpoint(root / "llama-tied", ranks)
@@ -439,12 +459,14 @@ def refused(name: str, root: Path, ranks: Ranks) -> None:
             spoil(folder)
     finally:
         dist.barrier()
-    with pytest.raises(InputError) as refusal:
-        load_sharded_checkpoint(folder, ranks, base=base_of(source, root))
-    message = str(refusal.value)
-    assert culprit in message, message
-    assert "\n" not in message
-    assert str(folder) in message
+    loads: list[Callable[..., Checkpoint]] = [partial(load_sharded_checkpoint, ranks=ranks)]
+    for load in [*loads, load_checkpoint] if "distributed" in source else loads:
+        with pytest.raises(InputError) as refusal:
+            load(folder, base=base_of(source, root))
+        message = str(refusal.value)
+        assert culprit in message, message
+        assert "\n" not in message
+        assert str(folder) in message
     if name == "renamed-by-transformers":
         assert "replicated sharding" in message
     assert not list(root.glob("planted*")), "a pickle was executed"
@@ -605,6 +627,7 @@ CASES: Mapping[str, Callable[[Path, Ranks], None]] = {
     **{f"loaded-{name}": partial(loaded_alike, name) for name in FAMILIES},
     "frozen-as-asked": partial(loaded_alike, "frozen", freeze=("embed_tokens",)),
     **{f"distributed-{name}": partial(distributed_alike, name) for name in ("llama-tied", "lora", "frozen")},
+    "one-file-format": from_a_format_of_one_file,
     "alone": alone_alike,
     "reads": no_more_than_a_shard_is_read,
     "nan": damage_on_one_rank,
@@ -671,7 +694,7 @@ def test_of_a_distributed_folder_a_few_bytes_tell_what_is_in_it(checksums: bool,
 
     def sample(name: str, weight: Tensor) -> dict[str, Tensor]:
         save({"model": {"weight": weight}}, storage_writer=FileSystemWriter(tmp_path / name), no_dist=True)
-        return DistributedFolder.open(tmp_path / name).sample(["model.weight"])
+        return sample_of(DistributedFolder.open(tmp_path / name).tensors())
 
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(checksums)

@@ -57,8 +57,8 @@ def fails(error: BaseException) -> Callable[..., Any]:
 
 
 PLACES = (
-    "entropy_probe.checkpoints.hf.AutoModelForCausalLM.from_pretrained",
-    "entropy_probe.checkpoints.adam_state.torch.load",
+    "entropy_probe.checkpoints.pretrained.AutoModelForCausalLM.from_pretrained",
+    "entropy_probe.checkpoints.files.optimizer_pt.torch.load",
     "entropy_probe.model.policy.head_calls",
     "entropy_probe.gradients.treatments._wrong",
 )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from entropy_probe.checkpoints.assignments import Assignment, Places, Shape, assignments
 from entropy_probe.checkpoints.decay_rules import RATE_RULES, RULES, NamedGroups
+from entropy_probe.checkpoints.files.stored import StoredTensor
 from entropy_probe.errors import InputError, some_of
 
 WAY_OUT = (
@@ -198,7 +199,7 @@ def _shared_shape(shapes: Mapping[str, Shape], places: Places) -> str:
 
 def _stored_shape(state: Mapping[Any, Any], index: object) -> Shape | None:
     moment = state.get(index, {}).get("exp_avg_sq")
-    return tuple(moment.shape) if isinstance(moment, Tensor) else None
+    return tuple(moment.shape) if isinstance(moment, Tensor | StoredTensor) else None
 
 
 def _misfit(

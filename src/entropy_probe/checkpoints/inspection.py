@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from entropy_probe.checkpoints.adam_state import load_adam_state
-from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
-from entropy_probe.checkpoints.hf import ModelFolder, load_model, optimizer_file
+from entropy_probe.checkpoints.formats.base import FoundFile
+from entropy_probe.checkpoints.formats.registry import format_of
 from entropy_probe.checkpoints.index_names import OptimizerMapping
+from entropy_probe.checkpoints.loading import load_matched
+from entropy_probe.checkpoints.records import ModelFolder
 from entropy_probe.optimizers.preconditioner import ZeroV, preconditioner
 from entropy_probe.optimizers.state import moments_problem
 
-EXPECTED_FILES = (
-    ("config.json", "architecture", True),
-    ("adapter_config.json", "PEFT adapter", False),
-    ("*.safetensors", "weights", True),
-    ("optimizer.pt", "Adam state", True),
-    ("trainer_state.json", "training log", False),
-    ("tokenizer_config.json", "tokenizer", False),
-)
-
 
 @dataclass(frozen=True)
-class FoundFile:
-    """A kind of file, what it is for, the names found, and whether the probe needs one."""
+class FolderFacts:
+    """What a folder is before anything in it is loaded.
 
-    pattern: str
-    purpose: str
-    names: tuple[str, ...]
-    required: bool
+    Attributes:
+        format: the name of its format.
+        step: the trainer's, None where the folder does not say.
+        world_size: how many ranks wrote it, None where it does not say.
+        files: the kinds of files that the format has.
+    """
+
+    format: str
+    step: int | None
+    world_size: int | None
+    files: tuple[FoundFile, ...]
 
 
 @dataclass(frozen=True)
@@ -63,18 +62,18 @@ class Inspection:
         return sum(parameter.problem is not None for parameter in self.parameters)
 
 
-def list_files(path: Path, base: Path | None = None) -> list[FoundFile]:
-    """The files of a checkpoint folder; an adapter, and who gives a base, needs no config.json there."""
-    described = base is not None or (path / "adapter_config.json").is_file()
-    return [
-        FoundFile(
-            pattern,
-            purpose,
-            tuple(sorted(file.name for file in path.glob(pattern))),
-            needed and not (described and pattern == "config.json"),
-        )
-        for pattern, purpose, needed in EXPECTED_FILES
-    ]
+def look_into(path: Path, base: Path | None = None) -> FolderFacts:
+    """A folder's format and files; whoever gives a base needs no config.json there.
+
+    Raises:
+        InputError: no folder, or none of a format that is read.
+    """
+    known = format_of(path)
+    files = tuple(
+        replace(file, required=False) if base is not None and file.pattern == "config.json" else file
+        for file in known.files(path)
+    )
+    return FolderFacts(known.name, known.trainer_state(path).global_step, known.world_size(path), files)
 
 
 def inspect_checkpoint(path: Path, base: Path | None = None, freeze: Sequence[str] = ()) -> Inspection:
@@ -85,11 +84,8 @@ def inspect_checkpoint(path: Path, base: Path | None = None, freeze: Sequence[st
     Raises:
         InputError: the weights or the optimizer file cannot be read at all, or no rule maps it.
     """
-    optimizer = optimizer_file(path)
-    folder = load_model(path, base=base)
-    asked = freeze_matching(folder.model, freeze)
-    adam, mapping = load_adam_state(optimizer, folder.model)
-    freeze_names(folder.model, mapping.frozen)
+    matched = load_matched(path, base=base, freeze=freeze)
+    folder, adam = matched.folder, matched.adam
     groups = adam.group_of()
     numbers = {name: number for number, group in enumerate(adam.groups) for name in group.names}
     found = []
@@ -112,4 +108,4 @@ def inspect_checkpoint(path: Path, base: Path | None = None, freeze: Sequence[st
             )
         )
     frozen = sum(not p.requires_grad for p in folder.model.parameters())
-    return Inspection(folder, mapping.said_of(asked), adam.learning_rates, tuple(found), frozen)
+    return Inspection(folder, matched.mapping, adam.learning_rates, tuple(found), frozen)

@@ -110,9 +110,15 @@ def quantisation_of(folder: Path) -> str | None:
     return None
 
 
-def quantised_base_note(adapter: Path, base: Path) -> Evidence | None:
-    """The warning that an adapter was trained over a quantised base and stands over another one here, or None."""
-    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+def quantised_base_note(adapter: Path, settings: Mapping[str, Any], base: Path) -> Evidence | None:
+    """The warning that an adapter was trained over a quantised base and stands over another one here, or None.
+
+    Args:
+        adapter: the folder that the base's name is relative to.
+        settings: what its adapter_config.json holds.
+        base: the folder of the base that was given.
+    """
+    named = settings.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return None
     folders = [folder for folder in (Path(os.path.normpath(adapter / named)), Path(named)) if folder.is_dir()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,35 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from entropy_probe.checkpoints.adapter_fit import does_not_fit
-from entropy_probe.checkpoints.adapters import LOAD_ERRORS
-from entropy_probe.checkpoints.hf import Sources, expert_kernels
-from entropy_probe.checkpoints.weight_files import StoredWeights
+from entropy_probe.checkpoints.files.stored import StoredTensor
+from entropy_probe.checkpoints.formats.base import StoredAdapter, StoredWeights
+from entropy_probe.checkpoints.pretrained import LOAD_ERRORS, expert_kernels
+from entropy_probe.checkpoints.sources import Sources
 from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
 from entropy_probe.model.input_limits import input_limits
 
 ADVICE = "use replicated sharding, which loads what transformers or PEFT converts on the way"
+"""Where a model of transformers' or PEFT's own files cannot be built without its weights."""
+
+NO_OTHER_WAY = (
+    "save it with save_pretrained, whose files transformers and PEFT load with all that they convert on the way"
+)
+"""Where the weights come from another format."""
 
 UNFILLED = frozenset({torch.empty, torch.rand, torch.randn})
 """What modules make parameters with that a file or an initialiser fills later; buffers come from values."""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a tensor's values are; more than one key where a file repeats a tied tensor."""
-
-    weights: StoredWeights
-    keys: tuple[str, ...]
+Origin = Mapping[str, StoredTensor]
+"""Where a tensor's values are, by key; more than one key where a file repeats a tied tensor."""
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """``model`` with parameters on meta; ``origins`` by the name of every distinct parameter and persistent buffer."""
+    """``model`` with parameters on meta; ``origins`` by the name of every distinct parameter and persistent buffer.
+
+    What has its values already, as a base that transformers loaded, has no origin.
+    """
 
     model: Any
     origins: Mapping[str, Origin]
@@ -84,7 +90,7 @@ def places(model: nn.Module) -> list[Place]:
     return [Place(name, p, tuple(holders[id(p)])) for name, p in model.named_parameters()]
 
 
-def full_skeleton(sources: Sources, weights: StoredWeights, dtype: torch.dtype) -> Skeleton:
+def full_skeleton(sources: Sources, dtype: torch.dtype) -> Skeleton:
     """The causal language model that config.json describes, without an adapter.
 
     Raises:
@@ -105,11 +111,12 @@ def full_skeleton(sources: Sources, weights: StoredWeights, dtype: torch.dtype) 
         raise InputError(f"{path} cannot be built as a causal language model: {one_line(error)}") from error
     _parameters_to_meta(model, dtype)
     _settle_buffers(model, dtype)
-    origins = _match(sources.model, model.eval(), weights)
+    origins = _match(sources.model, model.eval(), sources.weights)
+    _refuse_lost_buffers(sources.model, model, sources.weights)
     return Skeleton(model, origins)
 
 
-def adapter_skeleton(path: Path, base: Skeleton, weights: StoredWeights, dtype: torch.dtype) -> Skeleton:
+def adapter_skeleton(path: Path, base: Skeleton, adapter: StoredAdapter, dtype: torch.dtype) -> Skeleton:
     """A PEFT adapter over a base: the adapter's parameters trainable, the base's frozen.
 
     Raises:
@@ -120,9 +127,11 @@ def adapter_skeleton(path: Path, base: Skeleton, weights: StoredWeights, dtype: 
     except ImportError as error:
         raise InputError(f"{path} is a PEFT adapter; install it with: pip install 'entropy-probe[lora]'") from error
     vocabulary, _ = input_limits(base.model)
-    of_base = {id(tensor): base.origins[name] for name, tensor in _stored_tensors(base.model).items()}
+    weights = adapter.tensors
+    of_base = {id(t): base.origins[name] for name, t in _stored_tensors(base.model).items() if name in base.origins}
+    filled = {id(p) for p in base.model.parameters() if not p.is_meta}
     try:
-        config = PeftConfig.from_pretrained(path, local_files_only=True)
+        config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**adapter.settings))
         if config.is_prompt_learning:
             raise ValueError("PEFT cannot train a loaded prompt learning adapter")
         config.inference_mode = False
@@ -130,7 +139,7 @@ def adapter_skeleton(path: Path, base: Skeleton, weights: StoredWeights, dtype: 
         # Without low_cpu_mem_usage PEFT moves what it makes to the base's device by value, and meta has none.
         model = kind(base.model, config, "default", autocast_adapter_dtype=False, low_cpu_mem_usage=True)
         # Whatever the constructor leaves real of the adapter's own.
-        _parameters_to_meta(model, dtype)
+        _parameters_to_meta(model, dtype, filled)
         state = model.state_dict(keep_vars=True)
         expected = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     except (*LOAD_ERRORS, TypeError, NotImplementedError) as error:
@@ -144,31 +153,36 @@ def adapter_skeleton(path: Path, base: Skeleton, weights: StoredWeights, dtype: 
     own: dict[int, Origin] = {}
     for key, tensor in expected.items():
         # A whole state dict holds the adapter under its name, the adapter's own without.
-        stored = key if key in weights.shapes else names.get(id(tensor), key)
-        shape = weights.shapes.get(stored)
-        if shape is None:
+        stored = key if key in weights else names.get(id(tensor), key)
+        if stored not in weights:
             raise InputError(f"{path}: adapter weight {key} is missing; the file is truncated or of another base")
-        if shape != tuple(tensor.shape):
-            raise InputError(does_not_fit(path, key, shape, tuple(tensor.shape), vocabulary))
-        own[id(tensor)] = Origin(weights, (stored,))
+        if weights[stored].shape != tuple(tensor.shape):
+            raise InputError(does_not_fit(path, key, weights[stored].shape, tuple(tensor.shape), vocabulary))
+        own[id(tensor)] = {stored: weights[stored]}
     # A resized or replaced embedding is stored whole beside the adapter, under its own name, and goes over the base's.
-    for key in weights.shapes.keys() & state.keys() - {key for origin in own.values() for key in origin.keys}:
-        if weights.shapes[key] != tuple(state[key].shape):
-            raise InputError(does_not_fit(path, key, weights.shapes[key], tuple(state[key].shape), vocabulary))
-        own[id(state[key])] = Origin(weights, (key,))
+    for key in weights.keys() & state.keys() - {key for origin in own.values() for key in origin}:
+        if weights[key].shape != tuple(state[key].shape):
+            raise InputError(does_not_fit(path, key, weights[key].shape, tuple(state[key].shape), vocabulary))
+        own[id(state[key])] = {key: weights[key]}
     origins = {}
     for name, tensor in _stored_tensors(model).items():
         origin = own.get(id(tensor), of_base.get(id(tensor)))
         if origin is not None:
             origins[name] = origin
-        elif isinstance(tensor, nn.Parameter) or tensor.is_meta:
-            raise InputError(f"{path}: no stored weight is {name}'s alone; {ADVICE}")
+        elif (isinstance(tensor, nn.Parameter) and id(tensor) not in filled) or tensor.is_meta:
+            raise InputError(f"{path}: no stored weight is {name}'s alone; {way_out(adapter)}")
+    _refuse_lost_buffers(path, model, adapter)
     return Skeleton(model, origins)
+
+
+def way_out(stored: StoredWeights | StoredAdapter) -> str:
+    """What to do where a model cannot be built without its weights."""
+    return NO_OTHER_WAY if stored.pretrained is None else ADVICE
 
 
 def _match(path: Path, model: PreTrainedModel, weights: StoredWeights) -> dict[str, Origin]:
     tensors = model.state_dict(keep_vars=True)
-    renamed = {_name_in(tensors, key, model.base_model_prefix): key for key in sorted(weights.shapes, reverse=True)}
+    renamed = {_name_in(tensors, key, model.base_model_prefix): key for key in sorted(weights.tensors, reverse=True)}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     keys: dict[int, list[str]] = {}
     for name in tensors:
@@ -179,7 +193,7 @@ def _match(path: Path, model: PreTrainedModel, weights: StoredWeights) -> dict[s
         "mismatched keys": [
             name
             for name, key in renamed.items()
-            if name in tensors and weights.shapes[key] != tuple(tensors[name].shape)
+            if name in tensors and weights.tensors[key].shape != tuple(tensors[name].shape)
         ],
         "unexpected keys": [
             key for name, key in renamed.items() if name not in tensors and not any(p.search(key) for p in ignored)
@@ -189,9 +203,11 @@ def _match(path: Path, model: PreTrainedModel, weights: StoredWeights) -> dict[s
         if names:
             raise InputError(
                 f"{path}: the weights do not fit the model, {problem}: {some_of(sorted(names))}; the file is truncated or of "
-                f"another model, or transformers renames or merges this family's keys: then {ADVICE}"
+                f"another model, or transformers renames or merges this family's keys: then {way_out(weights)}"
             )
-    return {name: Origin(weights, tuple(keys[id(tensor)])) for name, tensor in _stored_tensors(model).items()}
+    return {
+        name: {key: weights.tensors[key] for key in keys[id(tensor)]} for name, tensor in _stored_tensors(model).items()
+    }
 
 
 def _name_in(tensors: Mapping[str, Tensor], key: str, prefix: str) -> str:
@@ -211,10 +227,11 @@ def _stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _parameters_to_meta(model: nn.Module, dtype: torch.dtype) -> None:
+def _parameters_to_meta(model: nn.Module, dtype: torch.dtype, filled: Collection[int] = ()) -> None:
+    """All but those that have their values, by identity."""
     for place in places(model):
         p = place.parameter
-        if not p.is_meta or p.dtype != dtype:
+        if id(p) not in filled and (not p.is_meta or p.dtype != dtype):
             place.put(nn.Parameter(torch.empty(p.shape, dtype=dtype, device="meta"), p.requires_grad))
 
 
@@ -236,7 +253,9 @@ def _settle_buffers(model: nn.Module, dtype: torch.dtype) -> None:
         module._buffers[name] = settled.to(dtype) if dtype is torch.float64 and buffer.is_floating_point() else settled
 
 
-def non_persistent_on_meta(model: nn.Module) -> list[str]:
-    """Names of buffers that no file holds and the constructors left without values."""
-    stored = model.state_dict(keep_vars=True)
-    return [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]
+def _refuse_lost_buffers(path: Path, model: nn.Module, stored: StoredWeights | StoredAdapter) -> None:
+    """Refuse buffers that no file holds and the constructors left without values."""
+    kept = model.state_dict(keep_vars=True)
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in kept]
+    if lost:
+        raise InputError(f"{path}: buffer {lost[0]} has values only where weights have; {way_out(stored)}")

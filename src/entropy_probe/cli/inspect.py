@@ -8,7 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from entropy_probe.checkpoints.inspection import Inspection, MatchedParameter, inspect_checkpoint, list_files
+from entropy_probe.checkpoints.inspection import (
+    FolderFacts,
+    Inspection,
+    MatchedParameter,
+    inspect_checkpoint,
+    look_into,
+)
 from entropy_probe.cli.options import BaseOption, CheckpointArgument, FreezeOption
 from entropy_probe.cli.output import make_console
 from entropy_probe.errors import InputError
@@ -24,10 +30,11 @@ def print_inspection(path: Path, base: Path | None, freeze: Sequence[str], conso
     """Print both tables; whether the checkpoint can be probed.
 
     Raises:
-        InputError: see :func:`entropy_probe.checkpoints.inspection.inspect_checkpoint`.
+        InputError: see :func:`entropy_probe.checkpoints.inspection.look_into` and ``inspect_checkpoint``.
     """
-    if path.is_dir():
-        console.print(_files(path, base))
+    facts = look_into(path, base)
+    console.print(_described(facts))
+    console.print(_files(facts))
     inspection = inspect_checkpoint(path, base, freeze)
     folder, mapping = inspection.folder, inspection.mapping
     console.print(
@@ -52,9 +59,15 @@ def print_inspection(path: Path, base: Path | None, freeze: Sequence[str], conso
     return inspection.problems == 0
 
 
-def _files(path: Path, base: Path | None) -> Table:
+def _described(facts: FolderFacts) -> str:
+    step = "" if facts.step is None else f", step {facts.step}"
+    ranks = "" if facts.world_size is None else f", written by {facts.world_size} rank{'s' * (facts.world_size != 1)}"
+    return f"format: {facts.format}{step}{ranks}"
+
+
+def _files(facts: FolderFacts) -> Table:
     table = Table("file", "for", "found", box=None, pad_edge=False)
-    for file in list_files(path, base):
+    for file in facts.files:
         table.add_row(
             file.pattern, file.purpose, ", ".join(file.names) or ("MISSING" if file.required else "none (optional)")
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from entropy_probe.checkpoints import ModelFolder, TrainerState, load_adam_state
+from entropy_probe.checkpoints import ModelFolder, TrainerState, adam_state_in
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
 from entropy_probe.optimizers.state import AdamState
@@ -77,16 +77,15 @@ def check_same_model(before: ModelFolder, after: ModelFolder) -> None:
 
 def adam_after(path: Path, folder: ModelFolder, adam: AdamState) -> AdamState | None:
     """Adam's state after the step, where the checkpoint has it; the moments tell the gradient that the trainer used."""
-    file = path / "optimizer.pt"
-    if not file.is_file():
+    found = adam_state_in(path, folder.model)
+    if found is None:
         return None
-    found, _ = load_adam_state(file, folder.model)
     for name, moments in found.moments.items():
         old = adam.moments[name].step if name in adam.moments else 0
         # A count of 1 is an optimizer that was started anew, which is tried as a suspicion.
         if moments.step not in (old + 1, 1):
             raise InputError(
                 f"Adam's t goes from {old} to {moments.step} ({name}), so these optimizer states are not one step apart; "
-                "expected the optimizer.pt that was saved with each checkpoint"
+                "expected the optimizer state that was saved with each checkpoint"
             )
     return found

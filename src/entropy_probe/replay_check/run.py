@@ -20,8 +20,8 @@ from entropy_probe.checkpoints import (
     load_checkpoint,
     load_model,
     patterns_of,
-    read_trainer_state,
     tokenizer_ids,
+    trainer_state_of,
 )
 from entropy_probe.common.choices import path_of, settings_of
 from entropy_probe.common.devices import AUTO, choose_device
@@ -75,7 +75,7 @@ def replay(
     settings = settings_of(settings, DEFAULTS)
     clock, progress, device = Clock(), progress or Silent(), choose_device(device)
     with clock.stage("load"):
-        states = read_trainer_state(before), read_trainer_state(after)
+        states = trainer_state_of(before), trainer_state_of(after)
         pairs.check_consecutive(before, after, *states)
         batch = read_batch(rollouts, temperature, least_responses=1)
         pairs.check_step(batch, rollouts, states[1].global_step)

@@ -1,7 +1,7 @@
-"""Folders that other frameworks wrote: each is recognised by the files that only it leaves, and named where it is not read.
+"""Folders that other frameworks wrote and no format reads: each is recognised by the files that only it leaves, and named.
 
-One table serves every command. A layout is looked for in the folder that was given, then in the folders inside it, so that who
-gives a run's folder is told which inner one holds what.
+A format that reads one takes its row out of the table. A layout is looked for in the folder that was given, then in the
+folders inside it, so that who gives a run's folder is told which inner one holds what.
 """
 
 from __future__ import annotations
@@ -140,22 +140,15 @@ LAYOUTS: tuple[Layout, ...] = (
 
 def recognise(path: Path) -> tuple[Recognised, ...]:
     """The foreign checkpoints in a folder: itself, or else those inside it, at most three folders down, or none."""
-    return next(filter(None, (tuple(filter(None, map(_of, layer))) for layer in _layers(path))), ())
+    return next(filter(None, (tuple(filter(None, map(_of, layer))) for layer in layers(path))), ())
 
 
 def refuse_foreign(path: Path) -> None:
-    """Name what a folder is whose weights or Adam state are not where they are read from.
+    """Name the framework whose checkpoint a folder is, or holds in folders inside it.
 
     Raises:
-        InputError: it is empty, another framework's, holds such folders, or holds checkpoints that are read.
+        InputError: it is such.
     """
-    if _is_empty(path):
-        raise InputError(f"{path} is empty; expected a checkpoint folder such as checkpoint-100")
-    layers = [[folder for folder in layer if _is_native(folder)] for layer in _layers(path)]
-    inner = [str(folder.relative_to(path)) for folder in next(filter(None, layers), []) if folder != path]
-    if inner:
-        which = "that" if len(inner) == 1 else "one of them"
-        raise InputError(f"{path} is not itself a checkpoint that is read, but holds {some_of(inner)}; give {which}")
     found = recognise(path)
     if not found:
         return
@@ -175,20 +168,8 @@ def _of(folder: Path) -> Recognised | None:
     return None
 
 
-def _is_native(folder: Path) -> bool:
-    described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "trainer_state.json"))
-    return described and ((folder / "optimizer.pt").is_file() or (folder / "optimizer_0").is_dir())
-
-
-def _is_empty(path: Path) -> bool:
-    try:
-        return next(path.iterdir(), None) is None
-    except OSError:
-        return False
-
-
-def _layers(path: Path) -> Iterator[list[Path]]:
-    """The folder, those in it, those in them, and so on."""
+def layers(path: Path) -> Iterator[list[Path]]:
+    """The folder, those in it, those in them, and so on, three folders down."""
     layer = [path]
     for _ in range(DEPTH + 1):
         yield layer

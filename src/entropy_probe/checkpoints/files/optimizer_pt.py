@@ -1,0 +1,104 @@
+"""``torch.save`` of an optimizer's state_dict, such as the Trainer's ``optimizer.pt``.
+
+It holds ``{"state": {index: {...}}, "param_groups": [...]}``. It is read with ``weights_only=True``: nothing pickled is ever
+executed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_probe.checkpoints.files.stored import MappedTensor, StoredOptimizer
+from entropy_probe.errors import InputError, one_line, out_of_memory
+
+FOREIGN_CODE = (
+    ("torchao.", "a quantised AdamW of torchao"),
+    ("bitsandbytes.", "a bitsandbytes optimizer"),
+    ("galore_torch.", "GaLore"),
+    ("apollo_torch.", "APOLLO"),
+    ("deepspeed.", "DeepSpeed"),
+)
+"""Whose classes an optimizer's pickle may name."""
+
+NAMED_CODE = re.compile(r"GLOBAL ([\w.]+)")
+"""In torch's refusal to unpickle with weights alone: what the file would import."""
+
+
+def read_optimizer_file(path: Path) -> StoredOptimizer:
+    """The groups and the state by index; tensors are mapped and not yet read.
+
+    Raises:
+        InputError: no file, not loadable without executing a pickle, or no optimizer's state_dict.
+    """
+    saved = _read(path)
+    state, groups = saved["state"], saved["param_groups"]
+    _refuse_malformed(state, groups, path)
+    stored = {index: {key: _stored(value) for key, value in entry.items()} for index, entry in state.items()}
+    return StoredOptimizer(path, groups, stored)
+
+
+def _stored(value: object) -> object:
+    # What else there may be is refused when it is mapped to names.
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_complex()
+    return MappedTensor.of(value) if isinstance(value, Tensor) and dense else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(
+            f"{path} does not exist; the probe needs Adam's state (a Trainer leaves it out with save_only_model=True)"
+        )
+    try:
+        # Mapped: ranks on one machine share its pages, and one that keeps a part reads no more.
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(_unreadable(path, error)) from error
+    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+        found = sorted(map(str, saved))[:5] if isinstance(saved, dict) else type(saved).__name__
+        raise InputError(
+            f"{path} holds {found}; expected the keys 'state' and 'param_groups' of an optimizer's state_dict"
+        )
+    return saved
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    code = NAMED_CODE.search(str(error))
+    if code is not None:
+        name = code.group(1)
+        owner = next((of for prefix, of in FOREIGN_CODE if name.startswith(prefix)), None)
+        told = "is not read" if owner is None else f"holds the state of {owner}, which is not read"
+        return (
+            f"{path} {told}: it names {name}, and weights_only=True runs no code; the probe needs torch's Adam or AdamW"
+        )
+    return (
+        f"{path} cannot be read with weights_only=True ({one_line(error, 160)}); expected torch.save of an optimizer's "
+        "state_dict"
+    )
+
+
+def _refuse_malformed(state: object, groups: object, path: Path) -> None:
+    if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) for entry in state.values()):
+        raise InputError(
+            f"{path}: 'state' is not a dictionary with a dictionary for each parameter; the file is damaged"
+        )
+    if not isinstance(groups, list) or not groups:
+        raise InputError(f"{path}: 'param_groups' is not a list of groups; the file is damaged")
+    if not all(isinstance(group, Mapping) and isinstance(group.get("params"), list) for group in groups):
+        raise InputError(
+            f"{path}: a group of 'param_groups' is not a dictionary with a list 'params'; the file is damaged"
+        )
+    listed = {index for group in groups for index in group["params"] if isinstance(index, int)}
+    strays = sorted(index for index in state if isinstance(index, int) and index not in listed)
+    if strays:
+        raise InputError(
+            f"{path}: 'state' holds index {strays[0]}, which no group lists: group sizes do not fit it; the file is damaged"
+        )
