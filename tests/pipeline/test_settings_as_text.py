@@ -27,7 +27,7 @@ from entropy_probe.pipeline.settings import PARTS, POSITIONS, Analyses, Compute,
 from entropy_probe.ranks.same_inputs import digest_of_settings
 from entropy_probe.statistics.importance_sampling import Weighting, entropy_change, linear_term
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator, response_entropies
+from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
 
 ENUMS: dict[str, Any] = {
     "mode": Mode,
@@ -246,11 +246,6 @@ DIRECT: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
         lambda rule: resolve_advantages(support.random_batch(2, 2, advantage=2.0), rule)[0],
         AdvantageRule.GIVEN,
         "advantage",
-    ),
-    "entropies": (
-        lambda rule: response_entropies(rule, torch.tensor([-1.0, -2.0]), torch.ones(5), [2, 3]),
-        Estimator.SCORE,
-        "estimator",
     ),
     "estimator": (lambda rule: EntropyTarget(rule), Estimator.RAO_BLACKWELL, "estimator"),
     "rounding": (lambda rule: RoundingRule(rule), Rounding.STOCHASTIC, "weight_rounding"),

@@ -32,6 +32,7 @@ from entropy_probe.data.rollouts import group_rollouts, write_rollouts
 from entropy_probe.data.units import Mode, exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.gradients.vectors import exchange
 from entropy_probe.model.policy import Policy
@@ -438,7 +439,7 @@ def peak_of_gradients(ranks: Ranks, sharding: ShardingChoice) -> int:
     geometry = Geometry.of(AdamState((group,), moments))
     rules = prove_rules(policy, batch)
     tracemalloc.start()
-    unit_gradients(policy, batch, exact_units(16), target, advantage, geometry, rules=rules)
+    unit_gradients(policy, batch, exact_units(16), Sides(target, advantage), geometry, rules=rules)
     return tracemalloc.get_traced_memory()[1]
 
 
