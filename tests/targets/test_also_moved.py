@@ -10,21 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_engine import Mixing, assert_same, coefficients
+from test_engine import assert_same, coefficients
 from torch import Tensor, nn
 
 import enumerable
 import support
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts, write_rollouts
 from entropy_probe.data.units import Mode, Units, block_units, exact_units
-from entropy_probe.gradients import Sides, Storage, UnitGradients, engine, reference, unit_gradients
+from entropy_probe.gradients import Sides, Storage, UnitGradients, Wanted, engine, reference, treatments, unit_gradients
+from entropy_probe.gradients.capture.modules import Treatment, first_treatment
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
+from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
-from entropy_probe.optimizers.preconditioned_step import preconditioned_step
 from entropy_probe.pipeline.run import probe
 from entropy_probe.pipeline.settings import Settings
 from entropy_probe.report import Report
@@ -125,9 +126,9 @@ def test_delta_is_the_derivative_of_the_exact_mean_along_the_step(target: Target
     batch = group_rollouts(rows)
     p = {name: 0.5 + torch.rand_like(w) for name, w in policy.named_parameters()}
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
-    rates = dict.fromkeys(p, eta)
-    gradients = unit_gradients(Policy(policy), batch, exact_units(2), Sides(EntropyTarget(), a), p, rates)
-    deltas = preconditioned_step(gradients.ascent, p, rates)
+    geometry = Geometry.fixed(p, eta)
+    gradients = unit_gradients(Policy(policy), batch, exact_units(2), Sides(EntropyTarget(), a), geometry)
+    deltas = geometry.step(gradients.ascent)
 
     def mean_at(scale: float) -> float:
         with virtual_step(policy, deltas, scale):
@@ -162,11 +163,9 @@ def both(
     policy = Policy(model, 0.8, microbatch_size=size)
     generator = torch.Generator().manual_seed(1)
     p = {n: torch.rand(q.shape, generator=generator, dtype=torch.float64) + 0.1 for n, q in policy.trainable().items()}
-    arguments = (policy, batch, units, Sides(target, coefficients(batch), MORE), p, {n: 0.5 + len(n) % 2 for n in p})
-    return (
-        engine.unit_gradients(*arguments, storage=storage),
-        reference.unit_gradients(*arguments, storage=Storage.STORED),
-    )
+    geometry = Geometry.fixed(p, {n: 0.5 + len(n) % 2 for n in p})
+    arguments = (policy, batch, units, Sides(target, coefficients(batch), MORE), geometry)
+    return engine.unit_gradients(*arguments, wanted=Wanted(storage)), reference.unit_gradients(*arguments)
 
 
 def assert_all_same(found: UnitGradients, expected: UnitGradients) -> None:
@@ -194,17 +193,28 @@ def test_the_engine_agrees_with_the_reference(family: str, target: EntropyTarget
 
 
 @pytest.mark.parametrize("target", TARGETS[:2], ids=lambda target: str(target.estimator))
-def test_parameters_without_a_rule_are_served_target_by_target(target: EntropyTarget) -> None:
-    found, expected = both(Mixing(), BATCH, exact_units(5), 7, target, Storage.STORED)
-    assert found.coverage.fallback
+def test_parameters_without_a_rule_are_served_target_by_target(
+    target: EntropyTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        treatments,
+        "first_treatment",
+        lambda module, parameter: (
+            Treatment.FALLBACK if isinstance(module, nn.Embedding) else first_treatment(module, parameter)
+        ),
+    )
+    model = support.tiny_model("llama-untied", dtype=torch.float64)
+    found, expected = both(model, BATCH, exact_units(5), 7, target, Storage.STORED)
+    assert found.coverage.fallback == ("model.embed_tokens.weight",)
     assert_all_same(found, expected)
 
 
 def test_the_reference_streamed_is_the_reference_stored() -> None:
     policy = Policy(support.tiny_model("llama-tied", dtype=torch.float64))
     p = {n: torch.full_like(q, 0.5) for n, q in policy.trainable().items()}
-    arguments = (policy, BATCH, exact_units(5), Sides(TARGETS[1], coefficients(BATCH), MORE), p, dict.fromkeys(p, 1.0))
-    assert_all_same(*(reference.unit_gradients(*arguments, storage=s) for s in (Storage.STREAMED, Storage.STORED)))
+    arguments = (policy, BATCH, exact_units(5), Sides(TARGETS[1], coefficients(BATCH), MORE), Geometry.fixed(p))
+    streamed = reference.unit_gradients(*arguments, wanted=Wanted(Storage.STREAMED))
+    assert_all_same(streamed, reference.unit_gradients(*arguments))
 
 
 def test_a_further_target_moves_nothing_of_the_entropys() -> None:
@@ -212,7 +222,7 @@ def test_a_further_target_moves_nothing_of_the_entropys() -> None:
     p = {n: torch.full_like(q, 0.5) for n, q in policy.trainable().items()}
     sides = Sides(TARGETS[0], coefficients(BATCH))
     alone, beside = (
-        unit_gradients(policy, BATCH, exact_units(5), each, p, dict.fromkeys(p, 1.0)).total
+        unit_gradients(policy, BATCH, exact_units(5), each, Geometry.fixed(p)).total
         for each in (sides, replace(sides, also=MORE))
     )
     assert np.abs(beside.kernel - alone.kernel).max() <= 1e-6 * np.abs(alone.kernel).max()
