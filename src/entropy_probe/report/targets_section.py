@@ -28,12 +28,11 @@ def target_section(name: str, found: CrossStatistics | str) -> TargetSection:
     """From the η-weighted statistics of its vectors against Y, in which δ = +U_cross; or from why there are none."""
     if isinstance(found, str):
         return TargetSection(name, None, None, None, dict.fromkeys(NUMBERS, found))
-    reasons = {} if found.ci95 is not None else dict.fromkeys(("se", "ci95"), found.null_reasons["ci95"])
-    # + 0.0 turns the −0.0 of a zero learning rate into 0.0.
+    delta = found.negated.scaled(-1.0)
     return TargetSection(
         name,
-        found.u_cross + 0.0,
-        found.se,
-        None if found.ci95 is None else [found.ci95[0] + 0.0, found.ci95[1] + 0.0],
-        reasons,
+        delta.value,
+        delta.se,
+        None if delta.ci95 is None else list(delta.ci95),
+        delta.null_reasons(se="se", ci95="ci95"),
     )
