@@ -158,11 +158,6 @@ class RolloutBatch:
         """The prompt of every response, by its place: [N]."""
         return tuple(n for n, size in enumerate(self.group_sizes) for _ in range(size))
 
-    @cached_property
-    def row_of_token(self) -> tuple[int, ...]:
-        """The response of every response token, by its place: [tokens]."""
-        return tuple(row for row, length in enumerate(self.lengths) for _ in range(length))
-
     def of_prompts(self, prompts: Sequence[int]) -> RolloutBatch:
         """The batch of these prompts alone, by their places."""
         return RolloutBatch(tuple(self.groups[n] for n in prompts), self.temperature)
