@@ -92,7 +92,7 @@ def test_a_replay_takes_only_types_that_do_not_round_what_it_compares() -> None:
 NUMBERS = ["target_se", "learning_rate", "memory_bytes", "max_grad_norm", "what_if_learning_rate",
            "what_if_max_grad_norm", "what_if_fall"]  # fmt: skip
 WHOLE = ["blocks", "split", "max_completion_length", "microbatch_size", "seed"]
-TRUTHS = ["noise", "resample", "gradient_checkpointing", "what_if_no_negatives"]
+TRUTHS = ["noise", "targets", "resample", "gradient_checkpointing", "what_if_no_negatives"]
 
 
 def refused(record: Any, name: str, value: object) -> str:
