@@ -54,6 +54,7 @@ from entropy_probe.data.bundled_run import demo_files, demo_folder
 from entropy_probe.data.rollouts import read_batch
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import prepare, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.importance_sampling import Weighting
@@ -359,7 +360,7 @@ def measure_cost(repeats: int) -> Cost:
         for estimator in Estimator:
             start = time.perf_counter()
             unit_gradients(
-                policy, batch, exact_units(len(batch.groups)), EntropyTarget(estimator), a, Geometry.fixed(p),
+                policy, batch, exact_units(len(batch.groups)), Sides(EntropyTarget(estimator), a), Geometry.fixed(p),
                 rules=preparation.rules,
             )  # fmt: skip
             if repeat:

@@ -28,6 +28,7 @@ from entropy_probe.data.groups import leave_one_out_mean
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.losses.surrogate import probe_loss
 from entropy_probe.model.policy import Policy
@@ -64,8 +65,8 @@ def one_geometry(batch: RolloutBatch) -> str:
     advantages, _ = resolve_advantages(batch, None)
     y = advantages * resolve_length_weights(batch, LengthWeight.GUIDE)
     units, p = exact_units(len(batch.groups)), geometry.metric
-    one = unit_gradients(policy, batch, units, x, y, geometry).total
-    both = unit_gradients(policy, batch, units, x, y, Geometry.fixed({name: p[name] ** 2 for name in p})).total
+    one = unit_gradients(policy, batch, units, Sides(x, y), geometry).total
+    both = unit_gradients(policy, batch, units, Sides(x, y), Geometry.fixed({name: p[name] ** 2 for name in p})).total
     count = len(batch.groups)
     ours = cross_statistics(one).u_cross
     literal = count / (count - 1) * both.sum_dot / count**2 - one.diagonal.sum() / (count * (count - 1))

@@ -31,7 +31,8 @@ from entropy_probe.common.arrays import FloatArray
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.statistics.variance import variance_at
-from entropy_probe.targets.entropy import EntropyTarget, Estimator, entropy_coefficients
+from entropy_probe.targets.base import Sample
+from entropy_probe.targets.entropy import EntropyTarget, Estimator
 from enumerable import EnumerablePolicy
 
 IntArray = NDArray[np.int64]
@@ -128,8 +129,8 @@ def prompt_law(subject: Subject, samples: int, estimator: Estimator) -> PromptLa
         entropy_gradients = torch.cat([t.entropy_gradients for t in terms]).numpy()
         score_gradients = np.add.reduceat(log_prob_gradients, first[:-1])
         entropies = torch.cat([t.entropies for t in terms])[torch.from_numpy(atoms)]
-        found = entropy_coefficients(
-            EntropyTarget(estimator), scores[torch.from_numpy(flat)], entropies, chosen_lengths, sizes
+        found = EntropyTarget(estimator).coefficients(
+            Sample(sizes, chosen_lengths, scores[torch.from_numpy(flat)], entropies)
         )
         if estimator is Estimator.SCORE:
             x = gathered(outcome, flat, found.log_probs.numpy(), len(sets), len(responses)) @ score_gradients

@@ -54,6 +54,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import Preparation, Storage, UnitGradients, Wanted, prepare, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.surrogate import probe_loss
 from entropy_probe.model.padding import PaddedResponses, pad_right
 from entropy_probe.model.policy import Policy
@@ -226,8 +227,7 @@ def gradients_of(
         case.preparation.applied(case.policy),
         case.batch,
         exact_units(len(case.batch.groups)),
-        EntropyTarget(estimator),
-        case.advantage,
+        Sides(EntropyTarget(estimator), case.advantage),
         Geometry.of(case.adam),
         wanted=Wanted(storage),
         rules=case.preparation.rules,

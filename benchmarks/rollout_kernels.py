@@ -19,6 +19,7 @@ from entropy_probe.data.bundled_run import demo_files, demo_folder
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import Rules, prepare, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
@@ -62,8 +63,7 @@ class Case:
             self.policy,
             self.batch,
             exact_units(len(self.batch.groups)),
-            entropy,
-            self.advantage,
+            Sides(entropy, self.advantage),
             self.geometry,
             rules=self.rules,
         ).total.kernel

@@ -95,8 +95,8 @@ class Case:
 
     @property
     def asked(self) -> Asked:
-        """As the formulas want it."""
-        return Asked(self.estimator is Estimator.RAO_BLACKWELL, noise=self.units >= LEAST_UNITS)
+        """As the formulas want it: rewards differ, lengths do not."""
+        return Asked(self.estimator is Estimator.RAO_BLACKWELL, noise=self.units >= LEAST_UNITS, targets=1)
 
 
 @dataclass(frozen=True)

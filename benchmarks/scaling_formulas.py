@@ -61,10 +61,12 @@ class Asked:
     Attributes:
         rao_blackwell: whether X is Rao-Blackwell's, with a backward of its own, or the score's.
         noise: whether the noise is split (stored vectors of equal units, six or more).
+        targets: further targets that have vectors, unasked where those fit stored.
     """
 
     rao_blackwell: bool = True
     noise: bool = True
+    targets: int = 0
 
     @property
     def backwards(self) -> int:
@@ -72,8 +74,8 @@ class Asked:
         return 2 if self.rao_blackwell else 1
 
     def of(self, choice: Choice) -> Asked:
-        """Without the noise where vectors are streamed."""
-        return Asked(self.rao_blackwell, self.noise and choice.stored)
+        """Without the noise, and without targets, where vectors are streamed."""
+        return Asked(self.rao_blackwell, self.noise and choice.stored, self.targets if choice.stored else 0)
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,13 @@ def payload(choice: Choice, share: Share, asked: Asked) -> dict[Kind, float]:
     n = share.held + share.away
     if not choice.sharded:
         sums = n * (1 + THIRDS * asked.noise) if choice.stored else 2 * n
-        shards = 2 * share.units * share.away if choice.stored else 0
+        shards = (2 + asked.targets) * share.units * share.away if choice.stored else 0
         return {Kind.SHARDS: shards, Kind.SUMS: sums, Kind.DIRECTIONS: 0}
     passes = 1 if choice.stored else 2
     proof = share.away if share.first else 0
     directions = STEPS + THIRDS * asked.noise + (0 if choice.stored else 2)
     return {
-        Kind.SHARDS: 2 * share.openings * share.away * passes + proof,
+        Kind.SHARDS: (2 + asked.targets) * share.openings * share.away * passes + proof,
         Kind.SUMS: 0,
         Kind.DIRECTIONS: directions * share.most * share.rounds * asked.backwards,
     }
@@ -138,7 +140,7 @@ def numbers(choice: Choice, asked: Asked, units: int, responses: int, tokens: in
     :func:`few_numbers`.
     """
     asked = asked.of(choice)
-    of_units = 2 * units**2 + PARTS * units if choice.stored else (3 + PARTS) * units
+    of_units = (2 + asked.targets) * units**2 + PARTS * units if choice.stored else (3 + PARTS) * units
     measures = 1 + STEPS * (1 + FLOOR)
     of_responses = measures + STEPS * asked.backwards + THIRDS * asked.noise
     return of_units + responses * of_responses + (tokens * measures if asked.rao_blackwell else 0)
@@ -313,7 +315,9 @@ def memory(choice: Choice, model: Model, batch: Batch, ranks: int, asked: Asked,
     thirds = THIRDS * FLOAT32 * n if asked.noise else 0.0
     if choice.stored:
         # Before they change hands: 2 n U_r of a rank; sharded from the start: 2 U n / N.
-        kept = 2.0 * vectors * (share.units * model.trained if not choice.sharded else batch.units * n)
+        kept = (
+            (2.0 + asked.targets) * vectors * (share.units * model.trained if not choice.sharded else batch.units * n)
+        )
         gradients = weights + kept + FLOAT64 * n + thirds
     else:
         opened = 1 if not choice.sharded else min(ranks, batch.units)

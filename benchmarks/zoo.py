@@ -39,6 +39,7 @@ from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
 from entropy_probe.data.units import Units, exact_units
 from entropy_probe.errors import InputError, one_line
 from entropy_probe.gradients import prepare, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.float64_mode import Float64Mode
 from entropy_probe.model.language_head import HeadMode
 from entropy_probe.model.policy import Policy
@@ -536,8 +537,7 @@ def engine(
         prepared.applied(policy),
         batch,
         units,
-        EntropyTarget(),
-        advantage_coefficients,
+        Sides(EntropyTarget(), advantage_coefficients),
         Geometry.fixed(preconditioners),
         rules=prepared.rules,
     )

@@ -29,6 +29,7 @@ import enumerable
 from entropy_probe.data.rollouts import group_rollouts
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
@@ -59,7 +60,7 @@ def test_outcomes_by_look_up_have_the_engines_kernel(estimator: Estimator) -> No
     a = a * length_weights(lengths, batch.group_sizes, LengthWeight.GRPO)
     p = {name: torch.ones_like(q) for name, q in SUBJECT.policy.named_parameters()}
     found = unit_gradients(
-        Policy(SUBJECT.policy), batch, exact_units(5), EntropyTarget(estimator), a, Geometry.fixed(p)
+        Policy(SUBJECT.policy), batch, exact_units(5), Sides(EntropyTarget(estimator), a), Geometry.fixed(p)
     ).total.kernel
     assert found is not None
     kernel = law.x[chosen] @ law.y[chosen].T

@@ -15,6 +15,7 @@ from entropy_probe.checkpoints.inspection import look_into
 from entropy_probe.data.units import exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Storage, Wanted, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.input_limits import end_token_ids
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
@@ -90,13 +91,15 @@ def test_dots_of_float32_vectors_are_taken_in_float64(storage: Storage) -> None:
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
     p = {name: torch.ones_like(q) for name, q in model.named_parameters()}
     wanted = Wanted(storage)
-    found = unit_gradients(Policy(model), batch, exact_units(5), a + 0.3, a, Geometry.fixed(p), wanted=wanted)
+    found = unit_gradients(Policy(model), batch, exact_units(5), Sides(a + 0.3, a), Geometry.fixed(p), wanted=wanted)
     # Streamed, the second pass contracts chunks of gradients in their own type and sums the chunks in float64.
     assert cross_statistics(found.total).self_test_residual < {Storage.STORED: 1e-12, Storage.STREAMED: 1e-7}[storage]
     narrow = support.tiny_model(dtype=torch.float32).to(torch.bfloat16)
-    found = unit_gradients(Policy(narrow), batch, exact_units(5), a + 0.3, a, Geometry.fixed(p), wanted=wanted)
+    found = unit_gradients(Policy(narrow), batch, exact_units(5), Sides(a + 0.3, a), Geometry.fixed(p), wanted=wanted)
     mixed = Policy(narrow)
-    one = unit_gradients(mixed, batch, exact_units(5), a + 0.3, a, Geometry.fixed({n: 1e-3 * q for n, q in p.items()}))
+    one = unit_gradients(
+        mixed, batch, exact_units(5), Sides(a + 0.3, a), Geometry.fixed({n: 1e-3 * q for n, q in p.items()})
+    )
     # Scaling by √P in bfloat16 would round each element; in float32 the dots scale as P does.
     assert cross_statistics(one.total).u_cross == pytest.approx(1e-3 * cross_statistics(found.total).u_cross, rel=1e-5)
 

@@ -63,6 +63,7 @@ RUN = {
     "--importance-weights per-prompt": {"weighting": Weighting.PER_PROMPT},
     "--zero-v guide": {"zero_v": ZeroV.GUIDE},
     "--target-se 0.01": {"target_se": 0.01},
+    "--targets": {"targets": True},
     "--no-noise": {"noise": False},
     "--split 2": {"split": 2},
     "--learning-rate 0.25": {"learning_rate": 0.25},

@@ -21,6 +21,7 @@ from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import engine, marked, reference, treatments
 from entropy_probe.gradients.capture.checkpointing import checkpointed_layers
 from entropy_probe.gradients.capture.uses import Capture
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.preparation import measure_activations
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
@@ -76,8 +77,7 @@ def test_layers_run_twice_and_keep_less(also_wrapped: bool) -> None:
         arguments = (
             batch,
             exact_units(4),
-            EntropyTarget(),
-            torch.ones(12, dtype=torch.float64),
+            Sides(EntropyTarget(), torch.ones(12, dtype=torch.float64)),
             Geometry.fixed(p),
         )
         calls.clear()

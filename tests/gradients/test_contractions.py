@@ -13,6 +13,7 @@ import support
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import engine, response_dots, treatments
 from entropy_probe.gradients.capture.modules import Treatment
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.vectors import outer_products as outer
 from entropy_probe.gradients.vectors.contractions import Contractions
 from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
@@ -113,7 +114,7 @@ def test_a_pass_that_forgot_a_chunk_fails_the_self_test(monkeypatch: pytest.Monk
 
     def residual() -> float:
         found = engine.unit_gradients(
-            policy, batch, exact_units(4), EntropyTarget(), a, Geometry.fixed(p), wanted=Wanted(Storage.STREAMED)
+            policy, batch, exact_units(4), Sides(EntropyTarget(), a), Geometry.fixed(p), wanted=Wanted(Storage.STREAMED)
         )
         return cross_statistics(found.total).self_test_residual
 

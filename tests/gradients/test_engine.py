@@ -15,6 +15,7 @@ from entropy_probe.data.units import Units, block_units, exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Storage, UnitGradients, Wanted, engine, prepare, reference, treatments
 from entropy_probe.gradients.capture.modules import Treatment, first_treatment
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
@@ -45,8 +46,8 @@ def both(
     geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
     a = coefficients(batch)
     return (
-        engine.unit_gradients(policy, batch, units, c, a, geometry, **more),
-        reference.unit_gradients(policy, batch, units, c, a, geometry),
+        engine.unit_gradients(policy, batch, units, Sides(c, a), geometry, **more),
+        reference.unit_gradients(policy, batch, units, Sides(c, a), geometry),
     )
 
 

@@ -16,6 +16,7 @@ from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.data.units import Mode, block_units, exact_units
 from entropy_probe.gradients import Storage, Wanted, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.plan import make_plan
 from entropy_probe.model.padding import pad_right
 from entropy_probe.model.policy import Policy
@@ -139,7 +140,7 @@ def test_streamed_and_stored_agree(setting: tuple[Any, Any], units: Any) -> None
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
     geometry = Geometry.of(adam)
     stored, streamed = (
-        unit_gradients(policy, batch, units, c, a, geometry, wanted=Wanted(storage)) for storage in Storage
+        unit_gradients(policy, batch, units, Sides(c, a), geometry, wanted=Wanted(storage)) for storage in Storage
     )
     one, two = cross_statistics(stored.total), cross_statistics(streamed.total)
     assert streamed.total.kernel is None
@@ -159,7 +160,7 @@ def test_gradients_reach_parameters_on_both_sides(setting: tuple[Any, Any]) -> N
     c = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
     geometry = Geometry.of(adam)
-    found = unit_gradients(policy, batch, exact_units(4), c, a, geometry)
+    found = unit_gradients(policy, batch, exact_units(4), Sides(c, a), geometry)
     assert found.untouched == ()
     assert set(found.ascent) == set(policy.trainable())
     kernel = found.total.kernel
@@ -167,7 +168,7 @@ def test_gradients_reach_parameters_on_both_sides(setting: tuple[Any, Any]) -> N
     assert abs(kernel).min() > 0
     # Coefficients of zero on one side give a kernel of zeros: each side is really used.
     for x, y in ((c * 0, a), (c, a * 0)):
-        empty = unit_gradients(policy, batch, exact_units(4), x, y, geometry).total.kernel
+        empty = unit_gradients(policy, batch, exact_units(4), Sides(x, y), geometry).total.kernel
         assert empty is not None
         assert not empty.any()
 

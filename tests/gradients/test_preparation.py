@@ -17,6 +17,7 @@ from entropy_probe import InputError, Settings, probe, state_of_optimizer
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import Storage, Wanted, engine, passes, prepare, reference, treatments
 from entropy_probe.gradients.capture.sequences import Mixing, Strip
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.preparation import ACTIVATION_SHARE, RESERVE
 from entropy_probe.gradients.vectors import unit_vectors
 from entropy_probe.model.policy import Policy
@@ -131,7 +132,7 @@ def test_bfloat16_vectors_take_half_the_memory_and_keep_two_digits(storage: Stor
         found = []
         for dtype in (torch.float32, torch.bfloat16):
             seen.append(0)
-            arguments = (policy, batch, exact_units(6), EntropyTarget(), a, Geometry.fixed(p, dtype=dtype))
+            arguments = (policy, batch, exact_units(6), Sides(EntropyTarget(), a), Geometry.fixed(p, dtype=dtype))
             found.append(engine.unit_gradients(*arguments, wanted=Wanted(storage), rules=rules).total)
         wide, narrow = found
     gap = np.abs(narrow.x_dot_sum - wide.x_dot_sum).max() / np.abs(wide.x_dot_sum).max()
@@ -202,7 +203,7 @@ def test_a_prompt_without_advantages_moves_nothing_exactly() -> None:
     a[4:8] = 0.0
     for size in (3, 100):
         found = engine.unit_gradients(
-            Policy(model, microbatch_size=size), batch, exact_units(6), EntropyTarget(), a, Geometry.fixed(p)
+            Policy(model, microbatch_size=size), batch, exact_units(6), Sides(EntropyTarget(), a), Geometry.fixed(p)
         )
         kernel = found.total.kernel
         assert kernel is not None

@@ -40,6 +40,7 @@ from entropy_probe.gradients import (
 )
 from entropy_probe.gradients.capture.backward_order import sharded_layers
 from entropy_probe.gradients.capture.modules import Treatment
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.preparation import measure_activations
 from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.model.language_head import HeadMode
@@ -130,7 +131,9 @@ def gradients(
     p = {n: v.view(policy.held()[n].shape) for n, v in p.items()}
     a = torch.randn(len(batch.responses), generator=generator, dtype=torch.float64)
     geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
-    return unit_gradients(policy, batch, exact_units(len(batch.groups)), target, a, geometry, wanted=Wanted(storage))
+    return unit_gradients(
+        policy, batch, exact_units(len(batch.groups)), Sides(target, a), geometry, wanted=Wanted(storage)
+    )
 
 
 def same_gradients(name: str, target: EntropyTarget, storage: Storage, checkpointed: bool, ranks: Ranks) -> None:
@@ -481,7 +484,7 @@ def no_number_in_a_prompt_in_pieces(ranks: Ranks) -> None:
     like = {name: torch.ones_like(held) for name, held in policy.held().items()}
     for target in (SCORE, RAO_BLACKWELL):
         with pytest.raises(InputError, match="prompt_id 'p3'"):
-            unit_gradients(policy, batch, exact_units(4), target, torch.ones(16), Geometry.fixed(like))
+            unit_gradients(policy, batch, exact_units(4), Sides(target, torch.ones(16)), Geometry.fixed(like))
 
 
 def no_casts_are_kept(ranks: Ranks) -> None:

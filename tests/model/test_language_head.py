@@ -16,6 +16,7 @@ from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.data.rollouts import Rollout, RolloutBatch
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import UnitGradients, engine, loss_gradient, reference
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model import language_head
 from entropy_probe.model.head_choice import choose_head
 from entropy_probe.model.language_head import HeadMode
@@ -40,7 +41,9 @@ def gradients(
     generator = torch.Generator().manual_seed(1)
     p = {n: torch.rand(q.shape, generator=generator, dtype=torch.float64) + 0.1 for n, q in policy.trainable().items()}
     units = exact_units(len(batch.groups))
-    found: UnitGradients = backend.unit_gradients(policy, batch, units, c, coefficients(batch), Geometry.fixed(p))
+    found: UnitGradients = backend.unit_gradients(
+        policy, batch, units, Sides(c, coefficients(batch)), Geometry.fixed(p)
+    )
     return found
 
 

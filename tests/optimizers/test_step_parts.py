@@ -22,6 +22,7 @@ from entropy_probe import AdamState, InputError, ProbeResult, Settings, probe, s
 from entropy_probe.data.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.data.units import Mode, Units, block_units, exact_units
 from entropy_probe.gradients import Storage, UnitGradients, Wanted, reference, response_dots, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
@@ -36,7 +37,9 @@ from entropy_probe.report.schema import AdamWPart, FallSection, WhatIfRow, WhatI
 from entropy_probe.report.sentences import step_sentence
 from entropy_probe.report.text import print_report
 from entropy_probe.statistics.quantiles import t_quantile
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator, entropy_coefficients, entropy_ratio
+from entropy_probe.targets.base import Sample
+from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.targets.per_token import entropy_ratio
 from enumerable import EnumerablePolicy
 from oracle import optimizer_step, parts_with_v_at_t
 
@@ -66,7 +69,7 @@ def looked(units: Units, target: EntropyTarget, storage: Storage) -> UnitGradien
     p = {name: torch.ones_like(q) for name, q in model.named_parameters()}
     policy = Policy(model, microbatch_size=5)
     return unit_gradients(
-        policy, batch, units, target, coefficients(batch), Geometry.fixed(p),
+        policy, batch, units, Sides(target, coefficients(batch)), Geometry.fixed(p),
         wanted=Wanted(storage, look=look),  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -115,13 +118,12 @@ def test_every_unit_is_met_by_the_step_of_the_others(units: Units, storage: Stor
         ]
         asked.append({n: (ends[0][n] - ends[1][n]) / (2 * eps) for n in ends[0]})
 
-    lengths = [len(r.response_ids) for r in batch.responses]
     measured = policy.measure(batch.responses, entropies=True)
     assert measured.entropies is not None
-    entropies = torch.stack([h.sum() for h in torch.split(measured.entropies, lengths)])
+    entropies = torch.stack([h.sum() for h in torch.split(measured.entropies, batch.lengths)])
     of = -measured.scores if target.estimator is Estimator.SCORE else entropies
-    ratio = entropy_ratio(of, lengths, batch.group_sizes)
-    x = entropy_coefficients(target, measured.scores, measured.entropies, lengths, batch.group_sizes, ratio)
+    ratio = entropy_ratio(of, batch.lengths, batch.group_sizes)
+    x = target.coefficients(Sample.of(batch, measured), ratio)
     dots = response_dots(policy, batch, asked, [x])[:, 0].numpy()
     count = len(units.ranges)
     by_unit = np.array([dots[unit_of == u].sum(0) for u in range(count)])

@@ -16,6 +16,7 @@ import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
 from entropy_probe.data.units import Mode, block_units, exact_units
 from entropy_probe.gradients import Storage, Wanted, loss_gradient, reference, response_dots, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.input_limits import check_fits
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import at_least_float32, virtual_step
@@ -101,7 +102,7 @@ def test_products_over_chunks_of_parameters_are_the_products_over_all(
 
     def dots() -> Any:
         found = unit_gradients(
-            Policy(model), batch, block_units(4, 3), a + 0.3, a, Geometry.fixed(p), wanted=Wanted(storage)
+            Policy(model), batch, block_units(4, 3), Sides(a + 0.3, a), Geometry.fixed(p), wanted=Wanted(storage)
         )
         return found.total
 
@@ -133,7 +134,8 @@ def test_a_gradient_that_two_parameters_share_is_summed_once_into_each() -> None
         torch.testing.assert_close(gradient, whole, msg=name)
     p = {name: torch.ones_like(q) for name, q in model.named_parameters()}
     one, all_ = (
-        unit_gradients(Policy(model, microbatch_size=m), batch, exact_units(3), a, a, Geometry.fixed(p)) for m in (1, 6)
+        unit_gradients(Policy(model, microbatch_size=m), batch, exact_units(3), Sides(a, a), Geometry.fixed(p))
+        for m in (1, 6)
     )
     np.testing.assert_allclose(one.total.kernel, all_.total.kernel, rtol=1e-12)
 
@@ -152,6 +154,6 @@ def test_sums_of_gradients_are_kept_in_float64_whatever_the_weights() -> None:
     batch = support.random_batch(4, 3)
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
     p = {name: torch.ones_like(q) for name, q in model.named_parameters()}
-    found = unit_gradients(Policy(model), batch, exact_units(4), a, a, Geometry.fixed(p))
+    found = unit_gradients(Policy(model), batch, exact_units(4), Sides(a, a), Geometry.fixed(p))
     assert {y.dtype for y in found.ascent.values()} == {torch.float64}
     assert {g.dtype for g in loss_gradient(Policy(model), batch.responses, a).values()} == {torch.float64}

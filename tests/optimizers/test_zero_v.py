@@ -20,6 +20,7 @@ from entropy_probe import AdamState, InputError, Settings, ZeroV, probe, state_o
 from entropy_probe.data.rollouts import RolloutBatch, write_rollouts
 from entropy_probe.data.units import Units, block_units, exact_units
 from entropy_probe.gradients import Storage, UnitGradients, Wanted, engine, reference
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.preconditioner import Preconditioners, preconditioner
@@ -107,7 +108,7 @@ def gradients(backend: Any, units: Units, storage: Storage, zero_v: ZeroV = Zero
     a = torch.randn(len(batch.responses), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     policy = Policy(model, microbatch_size=4)
     found = backend.unit_gradients(
-        policy, batch, units, EntropyTarget(Estimator.SCORE), a, geometry, wanted=Wanted(storage)
+        policy, batch, units, Sides(EntropyTarget(Estimator.SCORE), a), geometry, wanted=Wanted(storage)
     )
     assert isinstance(found, UnitGradients)
     return found

@@ -27,7 +27,7 @@ from entropy_probe.pipeline.settings import PARTS, POSITIONS, Analyses, Compute,
 from entropy_probe.ranks.same_inputs import digest_of_settings
 from entropy_probe.statistics.importance_sampling import Weighting, entropy_change, linear_term
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator, response_entropies
+from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
 
 ENUMS: dict[str, Any] = {
     "mode": Mode,
@@ -92,7 +92,7 @@ def test_a_replay_takes_only_types_that_do_not_round_what_it_compares() -> None:
 NUMBERS = ["target_se", "learning_rate", "memory_bytes", "max_grad_norm", "what_if_learning_rate",
            "what_if_max_grad_norm", "what_if_fall"]  # fmt: skip
 WHOLE = ["blocks", "split", "max_completion_length", "microbatch_size", "seed"]
-TRUTHS = ["noise", "resample", "gradient_checkpointing", "what_if_no_negatives"]
+TRUTHS = ["noise", "targets", "resample", "gradient_checkpointing", "what_if_no_negatives"]
 
 
 def refused(record: Any, name: str, value: object) -> str:
@@ -246,11 +246,6 @@ DIRECT: dict[str, tuple[Callable[[Any], Any], Any, str]] = {
         lambda rule: resolve_advantages(support.random_batch(2, 2, advantage=2.0), rule)[0],
         AdvantageRule.GIVEN,
         "advantage",
-    ),
-    "entropies": (
-        lambda rule: response_entropies(rule, torch.tensor([-1.0, -2.0]), torch.ones(5), [2, 3]),
-        Estimator.SCORE,
-        "estimator",
     ),
     "estimator": (lambda rule: EntropyTarget(rule), Estimator.RAO_BLACKWELL, "estimator"),
     "rounding": (lambda rule: RoundingRule(rule), Rounding.STOCHASTIC, "weight_rounding"),

@@ -32,6 +32,7 @@ from entropy_probe.data.rollouts import group_rollouts, write_rollouts
 from entropy_probe.data.units import Mode, exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.gradients.vectors import exchange
 from entropy_probe.model.policy import Policy
@@ -70,7 +71,7 @@ EXACT = Settings(dtype=torch.float64, learning_rate=1e-3, microbatch_size=8)
 PLAIN = replace(EXACT, noise=False)
 SETTINGS = {
     "exact": EXACT,
-    "exact-streamed": replace(PLAIN, memory_bytes=STREAMED),
+    "exact-streamed": replace(PLAIN, memory_bytes=STREAMED, targets=True),
     "exact-score": replace(PLAIN, estimator=Estimator.SCORE, what_if_no_negatives=True, microbatch_size=2),
     "block": replace(PLAIN, mode=Mode.BLOCK, blocks=3, entropy=EntropyUnit.PER_TOKEN),
     "block-streamed-score": replace(
@@ -78,6 +79,7 @@ SETTINGS = {
         mode=Mode.BLOCK,
         blocks=3,
         memory_bytes=STREAMED,
+        targets=True,
         estimator=Estimator.SCORE,
         entropy=EntropyUnit.PER_TOKEN,
     ),
@@ -355,19 +357,20 @@ def test_replicated_ranks_hand_over_shards_and_one_sum(folder: Path, count: int)
     n = trained_elements(folder, "full/exact")
     for rank, of_rank in enumerate(together(folder, count, ShardingChoice.REPLICATED)):
         found = of_rank["full/exact"]
-        # X and Y of every unit of this rank; ΣY once, and for the noise's thirds six sums more.
+        # X, Y, and Z of reward and length of every unit of this rank; ΣY once, and for the noise's thirds six sums more.
         units = found.report.ranks.prompts[rank]
-        assert found.elements(Kind.SHARDS) == 2 * units * of_other_ranks(even_spans, count, rank)
+        assert found.elements(Kind.SHARDS) == 4 * units * of_other_ranks(even_spans, count, rank)
         assert found.elements(Kind.SUMS) == 7 * n
         assert found.elements(Kind.DIRECTIONS) == 0
 
 
 @pytest.mark.parametrize("count", [2, MANY[-1]])
-def test_streamed_replicated_ranks_hand_over_two_sums(folder: Path, count: int) -> None:
+def test_streamed_replicated_ranks_hand_over_a_sum_a_vector(folder: Path, count: int) -> None:
     n = trained_elements(folder, "full/exact-streamed")
     for of_rank in together(folder, count, ShardingChoice.REPLICATED):
         found = of_rank["full/exact-streamed"]
-        assert found.elements(Kind.SUMS) == 2 * n
+        assert [target.delta is not None for target in found.report.targets] == [True, True]
+        assert found.elements(Kind.SUMS) == 4 * n
         assert found.elements(Kind.SHARDS) == found.elements(Kind.DIRECTIONS) == 0
 
 
@@ -376,8 +379,9 @@ def test_sharded_ranks_hand_over_shards_once_and_their_part_of_directions(folder
     n = trained_elements(folder, "full/exact")
     for rank, of_rank in enumerate(together(folder, count, ShardingChoice.FSDP2)):
         found = of_rank["full/exact"]
-        # X and Y of every unit of this rank; and the first gives away one gradient, with which the rules are proved.
-        vectors = 2 * found.report.ranks.prompts[rank] + (rank == 0)
+        # X, Y, and Z of reward and length of every unit of this rank; and the first gives away one gradient, with which the
+        # rules are proved.
+        vectors = 4 * found.report.ranks.prompts[rank] + (rank == 0)
         assert found.elements(Kind.SHARDS) == vectors * of_other_ranks(row_spans, count, rank)
         assert found.elements(Kind.SUMS) == 0
         # Of one layer, or of what is in none, at a time: never of all parameters.
@@ -438,7 +442,7 @@ def peak_of_gradients(ranks: Ranks, sharding: ShardingChoice) -> int:
     geometry = Geometry.of(AdamState((group,), moments))
     rules = prove_rules(policy, batch)
     tracemalloc.start()
-    unit_gradients(policy, batch, exact_units(16), target, advantage, geometry, rules=rules)
+    unit_gradients(policy, batch, exact_units(16), Sides(target, advantage), geometry, rules=rules)
     return tracemalloc.get_traced_memory()[1]
 
 

@@ -18,6 +18,7 @@ from entropy_probe import ProbeResult, Settings, probe, state_of_optimizer
 from entropy_probe.data.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
@@ -316,7 +317,9 @@ class StrongSignal:
         batch = self.batch(seed)
         y = resolve_advantages(batch, None)[0] * resolve_length_weights(batch, LengthWeight.GUIDE)
         target = EntropyTarget(Settings().estimator, Settings().entropy)
-        gradients = unit_gradients(Policy(self.policy), batch, exact_units(32), target, y, Geometry.of(self.adam))
+        gradients = unit_gradients(
+            Policy(self.policy), batch, exact_units(32), Sides(target, y), Geometry.of(self.adam)
+        )
         statistics, step = cross_statistics(gradients.total), cross_statistics(gradients.step_weighted)
         return statistics, {w.code for w in interval_warnings(statistics, step.negated.ci95)}
 

@@ -13,6 +13,7 @@ from entropy_probe.common.arrays import FloatArray
 from entropy_probe.data.rollouts import group_rollouts
 from entropy_probe.data.units import Mode, block_units
 from entropy_probe.gradients import Wanted, response_parts, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.policy import Measured, Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
@@ -168,7 +169,7 @@ def test_parts_of_responses_add_up_to_the_kernel(estimator: Estimator) -> None:
     geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
     a = torch.randn(len(batch.responses), generator=generator, dtype=torch.float64)
     units, target = block_units(14, 7), EntropyTarget(estimator)
-    found = unit_gradients(policy, batch, units, target, a, geometry, wanted=Wanted(thirds=True))
+    found = unit_gradients(policy, batch, units, Sides(target, a), geometry, wanted=Wanted(thirds=True))
     assert found.third_directions is not None
     measured = Measured(found.scores, found.token_entropies)
     x_parts, y_parts = response_parts(policy, batch, target, measured, a, found.third_directions)

@@ -18,6 +18,7 @@ from entropy_probe.data.rollouts import RolloutBatch, group_rollouts, read_batch
 from entropy_probe.data.units import exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import cross_gradients, reference
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.pipeline.diagnostics import two_batch_warnings
@@ -168,7 +169,7 @@ def test_two_batches_of_one_file_give_that_files_kernel(target: EntropyTarget) -
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
     p = {name: 0.1 + torch.rand_like(q) for name, q in policy.trainable().items()}
     geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
-    expected = reference.unit_gradients(policy, batch, exact_units(4), target, a, geometry).step_weighted.kernel
+    expected = reference.unit_gradients(policy, batch, exact_units(4), Sides(target, a), geometry).step_weighted.kernel
     found = cross_gradients(policy, batch, batch, target, a, geometry)
     assert expected is not None
     assert np.abs(found.numpy() - expected).max() < 1e-11 * np.abs(expected).max()

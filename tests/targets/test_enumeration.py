@@ -16,6 +16,7 @@ import enumerable
 from entropy_probe.data.rollouts import group_rollouts
 from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
@@ -138,7 +139,7 @@ def test_delta_h1_is_the_derivative_of_the_entropy_along_the_step(temperature: f
         for name, w in policy.named_parameters()
     }
     geometry = Geometry.fixed(p, eta)
-    gradients = unit_gradients(live, batch, exact_units(2), c, a, geometry)
+    gradients = unit_gradients(live, batch, exact_units(2), Sides(c, a), geometry)
     deltas = geometry.step(gradients.ascent)
 
     def entropy(scale: float) -> float:

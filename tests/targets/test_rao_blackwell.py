@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,21 +15,16 @@ import support
 from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.data.units import block_units, exact_units
 from entropy_probe.gradients import Storage, Wanted, batching, unit_gradients
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.language_head import HeadMode
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
 from entropy_probe.optimizers.geometry import Geometry
-from entropy_probe.targets.entropy import (
-    EntropyCoefficients,
-    EntropyRatio,
-    EntropyTarget,
-    EntropyUnit,
-    Estimator,
-    entropy_coefficients,
-    entropy_ratio,
-    response_entropies,
-)
+from entropy_probe.targets.base import Ratio, Sample, TokenPair
+from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.targets.per_token import entropy_ratio
 from entropy_probe.targets.rao_blackwell import entropy_to_come
+from entropy_probe.targets.registry import ESTIMATORS
 from enumerable import EnumerablePolicy
 
 LIMIT = 3
@@ -47,16 +41,16 @@ def true_length(policy: EnumerablePolicy, context: int) -> Tensor:
     return (scores.exp() * lengths).sum()
 
 
-Coefficients = Callable[[EntropyTarget, Tensor, Tensor, Sequence[int], Sequence[int], Any], EntropyCoefficients]
+Coefficients = Callable[[EntropyTarget, Sample, Ratio | None], TokenPair]
 
 
 def expected_x(
     policy: EnumerablePolicy,
     context: int,
     target: EntropyTarget,
-    ratio: EntropyRatio | None,
+    ratio: Ratio | None,
     samples: int = 2,
-    coefficients: Coefficients = entropy_coefficients,
+    coefficients: Coefficients = EntropyTarget.coefficients,
 ) -> Tensor:
     """E[X_n] over every tuple of responses, from token-by-token gradients and the package's coefficients."""
     responses = enumerable.all_responses(policy.tokens, LIMIT)
@@ -67,7 +61,7 @@ def expected_x(
         index = list(chosen)
         lengths = [len(responses[i]) for i in index]
         entropies = torch.cat([terms[i].entropies for i in index])
-        found = coefficients(target, scores[index], entropies, lengths, [samples], ratio)
+        found = coefficients(target, Sample([samples], lengths, scores[index], entropies), ratio)
         c = found.log_probs
         if len(c) == samples and target.estimator is Estimator.SCORE:
             c = torch.repeat_interleave(c, torch.tensor(lengths))
@@ -78,13 +72,13 @@ def expected_x(
     return total
 
 
-def truth_of(policy: EnumerablePolicy, target: EntropyTarget) -> tuple[Tensor, EntropyRatio | None]:
+def truth_of(policy: EnumerablePolicy, target: EntropyTarget) -> tuple[Tensor, Ratio | None]:
     """Minus the gradient of H, or of H/T̄, of context 0; and the true ratio."""
     entropy = enumerable.exact_entropy(policy, 0, LIMIT)
     if target.unit is EntropyUnit.PER_RESPONSE:
         return -enumerable.flat_gradient(entropy, policy), None
     length = true_length(policy, 0)
-    ratio = EntropyRatio(float(entropy.detach() / length.detach()), float(length.detach()))
+    ratio = Ratio(float(entropy.detach() / length.detach()), float(length.detach()))
     return -enumerable.flat_gradient(entropy / length, policy), ratio
 
 
@@ -105,20 +99,20 @@ def test_one_response_has_no_baseline_and_no_bias() -> None:
 
 
 def planted(kind: str) -> Coefficients:
-    def coefficients(
-        target: EntropyTarget, scores: Tensor, h: Tensor, lengths: Sequence[int], sizes: Sequence[int], ratio: Any
-    ) -> EntropyCoefficients:
-        right = entropy_coefficients(target, scores, h, lengths, sizes, ratio)
+    def coefficients(target: EntropyTarget, sample: Sample, ratio: Ratio | None) -> TokenPair:
+        right = target.coefficients(sample, ratio)
         if kind == "no gradient of H_t":
-            return EntropyCoefficients(right.log_probs)
+            return TokenPair(right.log_probs)
         if kind == "own response in the baseline":
-            to_come = entropy_to_come(h, lengths)
-            padded = torch.nn.utils.rnn.pad_sequence(list(to_come.split(list(lengths))), batch_first=True).mean(0)
+            assert sample.token_entropies is not None
+            lengths = list(sample.lengths)
+            to_come = entropy_to_come(sample.token_entropies, lengths)
+            padded = torch.nn.utils.rnn.pad_sequence(list(to_come.split(lengths)), batch_first=True).mean(0)
             mean = torch.cat([padded[:length] for length in lengths])
-            return EntropyCoefficients(-(to_come - mean) / len(lengths), right.entropies)
+            return TokenPair(-(to_come - mean) / len(lengths), right.entropies)
         assert kind == "no length term"
         assert ratio is not None
-        return entropy_coefficients(target, scores, h, lengths, sizes, EntropyRatio(0.0, ratio.mean_length))
+        return target.coefficients(sample, Ratio(0.0, ratio.mean_length))
 
     return coefficients
 
@@ -143,15 +137,15 @@ def test_the_coefficients_are_those_of_a_loop_over_positions() -> None:
     generator = torch.Generator().manual_seed(2)
     lengths, sizes = [3, 1, 4, 2, 2, 5], [3, 2, 1]
     h = torch.rand(sum(lengths), generator=generator, dtype=torch.float64)
-    ratio = EntropyRatio(0.3, 2.5)
+    ratio = Ratio(0.3, 2.5)
     target = EntropyTarget(Estimator.RAO_BLACKWELL, EntropyUnit.PER_TOKEN)
-    found = entropy_coefficients(target, torch.zeros(6, dtype=torch.float64), h, lengths, sizes, ratio)
+    found = target.coefficients(Sample(sizes, lengths, token_entropies=h), ratio)
     rows = [part.tolist() for part in h.split(lengths)]
 
     def f(row: int, t: int) -> float:
         if t >= lengths[row]:
             return 0.0
-        return sum(rows[row][s] - ratio.entropy_per_token for s in range(t + 1, lengths[row]))
+        return sum(rows[row][s] - ratio.per_token for s in range(t + 1, lengths[row]))
 
     expected, scale, first = [], [], 0
     for size in sizes:
@@ -195,8 +189,7 @@ def test_every_head_gives_the_same_rao_blackwell_vectors(mode: HeadMode) -> None
             Policy(model, 0.9, 5, head=head),
             batch,
             exact_units(4),
-            EntropyTarget(Estimator.RAO_BLACKWELL),
-            a,
+            Sides(EntropyTarget(Estimator.RAO_BLACKWELL), a),
             Geometry.fixed(p),
         )
         for head in (mode, HeadMode.WHOLE)
@@ -225,7 +218,7 @@ def test_delta_h1_per_token_is_the_derivative_of_the_ratio_along_the_step(estima
     batch = group_rollouts(rows)
     p = {name: 0.5 + torch.rand_like(w) for name, w in policy.named_parameters()}
     a = torch.tensor([r.reward - 0.5 for r in batch.responses], dtype=torch.float64)
-    gradients = unit_gradients(Policy(policy), batch, exact_units(2), EntropyTarget(), a, p, dict.fromkeys(p, eta))
+    gradients = unit_gradients(Policy(policy), batch, exact_units(2), Sides(EntropyTarget(), a), Geometry.fixed(p, eta))
     deltas = Geometry.fixed(p, eta).step(gradients.ascent)
 
     def both_means() -> tuple[Tensor, Tensor]:
@@ -242,7 +235,7 @@ def test_delta_h1_per_token_is_the_derivative_of_the_ratio_along_the_step(estima
 
     finite_difference = (ratio_at(1e-4) - ratio_at(-1e-4)) / 2e-4
     entropy, length = both_means()
-    ratio = EntropyRatio(float(entropy / length), float(length))
+    ratio = Ratio(float(entropy / length), float(length))
     target = EntropyTarget(estimator, EntropyUnit.PER_TOKEN)
     x = torch.stack([expected_x(policy, n, target, ratio) for n in range(2)]).mean(0)
     predicted = -float(x @ torch.cat([deltas[name].flatten() for name in p]))
@@ -254,10 +247,11 @@ def test_the_ratio_is_of_means_over_prompts() -> None:
     lengths, sizes = [2, 4, 3], [2, 1]
     scores = torch.tensor([-1.0, -3.0, -6.0], dtype=torch.float64)
     h = torch.tensor([0.5, 0.5, 1.0, 0.0, 0.0, 1.0, 2.0, 2.0, 0.0], dtype=torch.float64)
-    by_score = entropy_ratio(response_entropies(Estimator.SCORE, scores, None, lengths), lengths, sizes)
-    assert by_score == EntropyRatio(4.0 / 3.0, 3.0)
-    by_tokens = entropy_ratio(response_entropies(Estimator.RAO_BLACKWELL, scores, h, lengths), lengths, sizes)
-    assert by_tokens.entropy_per_token == pytest.approx((0.5 * (1.0 + 2.0) + 4.0) / 2 / 3.0)
+    sample = Sample(sizes, lengths, scores, h)
+    by_score = entropy_ratio(ESTIMATORS[Estimator.SCORE].values(sample), lengths, sizes)
+    assert by_score == Ratio(4.0 / 3.0, 3.0)
+    by_tokens = entropy_ratio(ESTIMATORS[Estimator.RAO_BLACKWELL].values(sample), lengths, sizes)
+    assert by_tokens.per_token == pytest.approx((0.5 * (1.0 + 2.0) + 4.0) / 2 / 3.0)
 
 
 def test_coefficients_a_token_for_rows_of_one_token_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ probe (:mod:`~entropy_probe.gradients.preparation`).
 """
 
 from entropy_probe.gradients.capture.checkpointing import marked
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.engine import (
     cross_gradients,
     response_dots,
@@ -30,6 +31,7 @@ __all__ = [
     "Plan",
     "Preparation",
     "Rules",
+    "Sides",
     "Storage",
     "UnitGradients",
     "Wanted",

@@ -6,7 +6,6 @@ at the tokens, each channel needs a backward of its own, but coefficients may di
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,23 +14,35 @@ import torch
 from torch import Tensor
 
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.targets.entropy import (
-    EntropyCoefficients,
-    EntropyRatio,
-    EntropyTarget,
-    EntropyUnit,
-    entropy_coefficients,
-    entropy_ratio,
-    response_entropies,
-)
+from entropy_probe.model.policy import Measured
+from entropy_probe.targets.base import Ratio, Sample, Target, TokenPair, at_tokens, of_rows
+from entropy_probe.targets.of_responses import TargetOfResponses
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the forwards have found so far, NaN elsewhere: S [N], and H_t [tokens] where asked for; float64, on the CPU."""
+class Sides:
+    """Which vectors a unit has: X_u in channel 0, Y_u in channel 1, and Z_u of further targets after them.
 
-    scores: Tensor
-    token_entropies: Tensor | None
+    Attributes:
+        target: what X estimates, from what the forwards find; or X's coefficients, one a response [N] or one a response token
+            [tokens], flat.
+        update: a, Y's coefficients, [N].
+        also: further targets, of each of which Z_u · P Y_w is asked for; they need no backward of their own.
+    """
+
+    target: Target | Tensor
+    update: Tensor
+    also: tuple[TargetOfResponses, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """Vectors a unit."""
+        return 2 + len(self.also)
+
+    def weights(self, batch: RolloutBatch) -> Tensor:
+        """Coefficients of Y and of every Z: float64 [1 + also, N]."""
+        sample = Sample.of(batch)
+        return torch.stack([self.update.double(), *(target.weights(sample) for target in self.also)])
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,12 @@ class Backward:
     """One backward for some rows.
 
     Attributes:
-        log_probs: what it starts with at log π of every response token of the rows, [tokens], float64.
-        entropies: the same at H_t; None for zeros.
+        start: what it starts with at log π and at H_t of every response token of the rows, [tokens], float64.
         weights: of each row's gradient in each channel, [channels, rows], float64; ones where ``apart`` was asked for.
         channels: which these are.
     """
 
-    log_probs: Tensor
-    entropies: Tensor | None
+    start: TokenPair
     weights: Tensor
     channels: slice
 
@@ -64,42 +73,37 @@ class Coefficients(Protocol):
     def needed_rows(self, rows: range) -> Sequence[int]:
         """Rows whose scores (and entropies) must be known before the backwards of ``rows``."""
 
-    def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
+    def backwards(self, rows: Sequence[int], found: Measured, *, apart: bool) -> list[Backward]:
         """The backwards for these flat rows.
 
         Args:
             rows: flat.
-            found: scores and entropies, of :meth:`needed_rows` at least.
+            found: scores and entropies, of :meth:`needed_rows` at least, NaN where no forward has been.
             apart: coefficients stand at the tokens alone, as where autograd sums over sequences itself.
         """
 
 
 @dataclass
-class EntropySide:
+class TargetSide:
     """Channel 0 is X, for a target or from given coefficients.
 
     Attributes:
         batch: the rollouts.
-        entropy: what X estimates; or its coefficients, one a response [N] or one a response token [tokens].
+        target: what X estimates; or its coefficients, one a response [N] or one a response token [tokens].
     """
 
     batch: RolloutBatch
-    entropy: EntropyTarget | Tensor
+    target: Target | Tensor
     needs_entropies: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        """Tables of rows, prompts and tokens."""
-        self._lengths = [len(r.response_ids) for r in self.batch.responses]
-        self._first_token = [0, *itertools.accumulate(self._lengths)]
-        self._group_of_row = [n for n, size in enumerate(self.batch.group_sizes) for _ in range(size)]
-        self._first_row = [0, *itertools.accumulate(self.batch.group_sizes)]
-        self.needs_entropies = isinstance(self.entropy, EntropyTarget) and self.entropy.needs_token_entropies
-        self._ratio: EntropyRatio | None = None
-        # Of the whole batch: in rows of one token each the two could not be told apart.
-        self.per_token = self.needs_entropies
-        if isinstance(self.entropy, Tensor):
-            self.per_token = len(self.entropy) != len(self._lengths)
-            assert len(self.entropy) in (len(self._lengths), self._first_token[-1])
+        """Whether coefficients are one a token: known of the whole batch alone."""
+        self._ratio: Ratio | None = None
+        if isinstance(self.target, Tensor):
+            self.needs_entropies = False
+            self.per_token = TokenPair(self.target).is_per_token(self.batch)
+        else:
+            self.needs_entropies = self.per_token = self.target.needs_token_entropies
 
     @property
     def channels(self) -> Sequence[slice]:
@@ -108,122 +112,123 @@ class EntropySide:
 
     def needed_rows(self, rows: range) -> Sequence[int]:
         """None for given coefficients, the whole batch for a ratio, else all responses to the rows' prompts."""
-        if isinstance(self.entropy, Tensor):
+        if isinstance(self.target, Tensor):
             return ()
-        if self.entropy.unit is EntropyUnit.PER_TOKEN:
-            return range(len(self._lengths))
-        return range(
-            self._first_row[self._group_of_row[rows.start]], self._first_row[self._group_of_row[rows.stop - 1] + 1]
-        )
+        if self.target.of_whole_batch:
+            return range(len(self.batch.responses))
+        first, prompts = self.batch.first_row, self.batch.prompt_of_row
+        return range(first[prompts[rows.start]], first[prompts[rows.stop - 1] + 1])
 
-    def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
+    def backwards(self, rows: Sequence[int], found: Measured, *, apart: bool) -> list[Backward]:
         """One backward; its coefficients stand in the weights where they are one a response."""
-        x = self.of_rows(rows, found)
+        x, lengths = self.of_rows(rows, found), [self.batch.lengths[row] for row in rows]
         if not self.per_token:
-            return [_weighted(x.log_probs, [self._lengths[row] for row in rows], 0, apart=apart)]
-        return [
-            Backward(x.log_probs.double(), x.entropies, torch.ones((1, len(rows)), dtype=torch.float64), slice(0, 1))
-        ]
+            return _weighted(x.log_probs[None], lengths, 0, apart=apart)
+        return [Backward(x.at_tokens(lengths), torch.ones((1, len(rows)), dtype=torch.float64), slice(0, 1))]
 
-    def of_rows(self, rows: Sequence[int], found: Found) -> EntropyCoefficients:
+    def of_rows(self, rows: Sequence[int], found: Measured) -> TokenPair:
         """X's coefficients of these rows, one a response or one a token."""
-        if isinstance(self.entropy, Tensor):
-            return EntropyCoefficients(
-                _of_rows(self.entropy, rows, self._first_token) if self.per_token else self.entropy[list(rows)]
-            )
-        # Of the rows' prompts alone: over the whole batch anew for every strip would be quadratic in it.
-        groups = sorted({self._group_of_row[row] for row in rows})
-        members = [row for n in groups for row in range(self._first_row[n], self._first_row[n + 1])]
-        lengths = [self._lengths[row] for row in members]
-        of_groups = entropy_coefficients(
-            self.entropy,
+        if isinstance(self.target, Tensor):
+            return TokenPair(self.target).of_rows(rows, self.batch)
+        # Of the rows' prompts alone: over the whole batch again for every strip would be quadratic in it.
+        prompts = sorted({self.batch.prompt_of_row[row] for row in rows})
+        first = self.batch.first_row
+        members = [row for n in prompts for row in range(first[n], first[n + 1])]
+        part = self.batch.of_prompts(prompts)
+        measured = Measured(
             found.scores[members],
-            None if found.token_entropies is None else _of_rows(found.token_entropies, members, self._first_token),
-            lengths,
-            [self.batch.group_sizes[n] for n in groups],
-            self._ratio_of(found) if self.entropy.unit is EntropyUnit.PER_TOKEN else None,
+            None if found.entropies is None else of_rows(found.entropies, members, self.batch),
         )
+        pair = self.target.coefficients(Sample.of(part, measured), self._ratio_of(found))
         places = {row: place for place, row in enumerate(members)}
+        return pair.of_rows([places[row] for row in rows], part)
 
-        def picked(values: Tensor, sizes: Sequence[int]) -> Tensor:
-            parts = torch.split(values, list(sizes))
-            return torch.cat([parts[places[row]] for row in rows])
-
-        if of_groups.entropies is None:
-            return EntropyCoefficients(picked(of_groups.log_probs, [1] * len(members)))
-        return EntropyCoefficients(picked(of_groups.log_probs, lengths), picked(of_groups.entropies, lengths))
-
-    def _ratio_of(self, found: Found) -> EntropyRatio:
+    def _ratio_of(self, found: Measured) -> Ratio | None:
         """Of the whole batch, whose scores are all known by then; they do not change."""
-        if self._ratio is None:
-            assert isinstance(self.entropy, EntropyTarget)
-            entropies = response_entropies(self.entropy.estimator, found.scores, found.token_entropies, self._lengths)
-            self._ratio = entropy_ratio(entropies, self._lengths, self.batch.group_sizes)
+        assert not isinstance(self.target, Tensor)
+        if self._ratio is None and self.target.of_whole_batch:
+            self._ratio = self.target.ratio(Sample.of(self.batch, found))
         return self._ratio
 
 
 @dataclass
-class UpdateSide:
-    """One channel is Y with the advantage coefficients a, [N]."""
+class ResponseSide:
+    """Channels whose coefficients are known beforehand, one a response: Y, and Z beside it.
+
+    Attributes:
+        batch: the rollouts.
+        weights: [channels, N].
+        first: channel.
+    """
 
     batch: RolloutBatch
-    advantage: Tensor
-    channel: int = 0
+    weights: Tensor
+    first: int = 0
     needs_entropies: bool = False
 
     @property
     def channels(self) -> Sequence[slice]:
         """One backward."""
-        return (slice(self.channel, self.channel + 1),)
+        return (slice(self.first, self.first + len(self.weights)),)
 
     def needed_rows(self, rows: range) -> Sequence[int]:
         """None: coefficients are given."""
         return ()
 
-    def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
-        """One backward."""
-        lengths = [len(self.batch.responses[row].response_ids) for row in rows]
-        return [_weighted(self.advantage[list(rows)], lengths, self.channel, apart=apart)]
+    def backwards(self, rows: Sequence[int], found: Measured, *, apart: bool) -> list[Backward]:
+        """One backward, or one a channel where ``apart``."""
+        lengths = [self.batch.lengths[row] for row in rows]
+        return _weighted(self.weights[:, list(rows)], lengths, self.first, apart=apart)
 
 
-class EntropyAndUpdate:
-    """Channel 0 is X and channel 1 is Y; arguments as of :class:`EntropySide` and :class:`UpdateSide`."""
+class BothSides:
+    """Channel 0 is X, further ones Y and Z, from a :class:`TargetSide` and the weights [channels − 1, N] of the others."""
 
-    def __init__(self, batch: RolloutBatch, entropy: EntropyTarget | Tensor, advantage: Tensor) -> None:
+    def __init__(self, x: TargetSide, weights: Tensor) -> None:
         """See the class."""
-        self._x, self._y = EntropySide(batch, entropy), UpdateSide(batch, advantage, channel=1)
-        self.needs_entropies = self._x.needs_entropies
+        self.x, self.y = x, ResponseSide(x.batch, weights, first=1)
+        self.needs_entropies = x.needs_entropies
+
+    @property
+    def count(self) -> int:
+        """Channels."""
+        return 1 + len(self.y.weights)
+
+    def of_xy(self) -> BothSides:
+        """X and Y alone."""
+        return BothSides(self.x, self.y.weights[:1])
+
+    def with_y_again(self, times: int) -> BothSides:
+        """The same with Y in so many further channels."""
+        return BothSides(self.x, torch.cat([self.y.weights, self.y.weights[:1].expand(times, -1)]))
 
     @property
     def channels(self) -> Sequence[slice]:
-        """Both in one backward where X's coefficients, as Y's, are one a response."""
-        return (slice(0, 1), slice(1, 2)) if self._x.per_token else (slice(0, 2),)
+        """All in one backward where X's coefficients, as the others', are one a response."""
+        last = self.y.channels[0].stop
+        return (slice(0, 1), slice(1, last)) if self.x.per_token else (slice(0, last),)
 
     def needed_rows(self, rows: range) -> Sequence[int]:
         """As X needs them."""
-        return self._x.needed_rows(rows)
+        return self.x.needed_rows(rows)
 
-    def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
-        """One backward where both coefficients are one a response, else one for X and one for Y."""
-        (x,), (y,) = (side.backwards(rows, found, apart=apart) for side in (self._x, self._y))
+    def backwards(self, rows: Sequence[int], found: Measured, *, apart: bool) -> list[Backward]:
+        """One backward where all coefficients are one a response, else one for X and one for the others."""
+        x, y = (side.backwards(rows, found, apart=apart) for side in (self.x, self.y))
         if len(self.channels) == 1 and not apart:
-            return [Backward(x.log_probs, None, torch.cat([x.weights, y.weights]), slice(0, 2))]
-        return [x, y]
+            weights = torch.cat([backward.weights for backward in (*x, *y)])
+            return [Backward(x[0].start, weights, self.channels[0])]
+        return [*x, *y]
 
 
-def _of_rows(values: Tensor, rows: Sequence[int], first_token: Sequence[int]) -> Tensor:
-    """Those of ``values`` [tokens] that are of these rows, one after the other."""
-    return torch.cat([values[first_token[row] : first_token[row + 1]] for row in rows])
-
-
-def _weighted(values: Tensor, lengths: Sequence[int], channel: int, *, apart: bool) -> Backward:
-    """One value a response, in the weights, or at its tokens where ``apart``."""
-    tokens = torch.tensor(list(lengths))
-    channels = slice(channel, channel + 1)
+def _weighted(values: Tensor, lengths: Sequence[int], first: int, *, apart: bool) -> list[Backward]:
+    """``values`` [channels, rows] in the weights, or at the rows' tokens, a backward a channel, where ``apart``."""
     if apart:
         ones = torch.ones((1, len(lengths)), dtype=torch.float64)
-        return Backward(torch.repeat_interleave(values.double(), tokens), None, ones, channels)
-    return Backward(torch.ones(int(tokens.sum()), dtype=torch.float64), None, values.double()[None], channels)
+        starts = [TokenPair(at_tokens(of_channel, lengths)) for of_channel in values]
+        return [Backward(start, ones, slice(channel, channel + 1)) for channel, start in enumerate(starts, first)]
+    start = TokenPair(torch.ones(sum(lengths), dtype=torch.float64))
+    return [Backward(start, values.double(), slice(first, first + len(values)))]
 
 
 @dataclass
@@ -237,34 +242,24 @@ class Combinations:
     """
 
     batch: RolloutBatch
-    combinations: Sequence[EntropyCoefficients]
+    combinations: Sequence[TokenPair]
     channels: Sequence[slice]
     needs_entropies: bool = field(init=False)
 
     def __post_init__(self) -> None:
         """Entropies are needed where a combination has them."""
-        self._lengths = [len(r.response_ids) for r in self.batch.responses]
-        self._first_token = [0, *itertools.accumulate(self._lengths)]
         self.needs_entropies = any(c.entropies is not None for c in self.combinations)
 
     def needed_rows(self, rows: range) -> Sequence[int]:
         """None: coefficients are given."""
         return ()
 
-    def backwards(self, rows: Sequence[int], found: Found, *, apart: bool) -> list[Backward]:
+    def backwards(self, rows: Sequence[int], found: Measured, *, apart: bool) -> list[Backward]:
         """One backward a combination."""
-        tokens = torch.tensor([self._lengths[row] for row in rows])
-
-        def by_token(values: Tensor) -> Tensor:
-            if len(values) != len(self._lengths):
-                assert len(values) == self._first_token[-1]
-                return _of_rows(values, rows, self._first_token).double()
-            return torch.repeat_interleave(values[list(rows)].double(), tokens)
-
+        lengths = [self.batch.lengths[row] for row in rows]
         return [
             Backward(
-                by_token(c.log_probs),
-                None if c.entropies is None else by_token(c.entropies),
+                c.of_rows(rows, self.batch).at_tokens(lengths),
                 torch.ones((channels.stop - channels.start, len(rows)), dtype=torch.float64),
                 channels,
             )

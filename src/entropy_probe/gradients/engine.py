@@ -23,12 +23,12 @@ from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.data.units import Units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.coefficients import (
+    BothSides,
     Coefficients,
     Combinations,
-    EntropyAndUpdate,
-    EntropySide,
-    Found,
-    UpdateSide,
+    ResponseSide,
+    Sides,
+    TargetSide,
 )
 from entropy_probe.gradients.interface import DOTS_ALONE, Directions, Look, Looked, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.passes import Passes, most_open_units
@@ -49,15 +49,14 @@ from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
 from entropy_probe.model.policy import Measured, Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.dealing import deal
-from entropy_probe.targets.entropy import EntropyCoefficients, EntropyTarget
+from entropy_probe.targets.base import Target, TokenPair
 
 
 def unit_gradients(
     policy: Policy,
     batch: RolloutBatch,
     units: Units,
-    entropy: EntropyTarget | Tensor,
-    advantage_coefficients: Tensor,
+    sides: Sides,
     geometry: Geometry,
     *,
     wanted: Wanted = DOTS_ALONE,
@@ -72,9 +71,7 @@ def unit_gradients(
         policy: the model at θ; trainable parameters are those that require grad.
         batch: the rollouts, flat order as in ``batch.responses``.
         units: a partition of its prompts.
-        entropy: what X estimates, from the scores and entropies of this very forward; or its coefficients, one a response
-            [N] or one a response token [tokens], flat.
-        advantage_coefficients: a_i, [N].
+        sides: what X, Y and the vectors of further targets are made of.
         geometry: P and η, and the type of stored vectors; dots are kept apart by its dot groups.
         wanted: whether vectors are stored, and what else is taken of them.
         rules: of an earlier call on this very model; None proves them first.
@@ -91,11 +88,12 @@ def unit_gradients(
     shapes = {name: p.shape for name, p in parameters.items()}
     dtype = geometry.vector_dtype(policy.dtype)
     units_of_rank = units.deal(batch.positions, sharding.ranks.count)
+    both = BothSides(TargetSide(batch, sides.target), sides.weights(batch))
     passes = Passes(
         policy,
         batch,
         units.of_rows(batch.group_sizes),
-        EntropyAndUpdate(batch, entropy, advantage_coefficients),
+        both,
         dict(rules.treatments),
         rules.unproven,
         [units.prompts(share) for share in units_of_rank],
@@ -106,7 +104,7 @@ def unit_gradients(
     y_sums: dict[str, Tensor] = {}
     if wanted.storage is Storage.STORED:
         held = every if sharding.sharded else own
-        vectors = passes.vectors(shapes, len(held), dtype)
+        vectors = passes.vectors(shapes, len(held), dtype, sides.channels)
         vectors.open(held)
         rounds = passes.rounds()
         for turn in progress.track(rounds, "unit gradients", len(rounds)):
@@ -123,13 +121,16 @@ def unit_gradients(
                 if wanted.thirds:
                     directions = third_directions(vectors, own, units.sizes, geometry, sharding)
             shards = exchanged(vectors, units_of_rank, sharding)
-        dots = stored_dots(shards, units.sizes, geometry, sharding.ranks)
+        dots, *also = (
+            stored_dots(shards, units.sizes, geometry, sharding.ranks, left=channel)
+            for channel in (0, *range(2, sides.channels))
+        )
         if not sharding.replicated:
             y_sums = dots.y_sums
             if wanted.thirds:
                 directions = third_directions(shards, every, units.sizes, geometry, sharding)
     elif wanted.storage is Storage.STREAMED:
-        dots, reached = _streamed(passes, units, shapes, dtype, geometry, progress)
+        (dots, *also), reached = _streamed(passes, both, units, dtype, geometry, progress)
         y_sums = dots.y_sums
     else:
         assert_never(wanted.storage)
@@ -147,16 +148,18 @@ def unit_gradients(
             numbers = sharding.ranks.sum_numbers(torch.cat([along, kernel.to(along)], dim=1).cpu().numpy())
             looked = Looked(numbers[:, : asked.count], numbers[:, asked.count :])
         else:
+            passes.coefficients = both.of_xy()
             looked = Looked(_third_pass(passes, len(every), shapes, dtype, ascent, wanted.look(ascent), progress), None)
     untouched = tuple(name for name in parameters if name not in reached)
     ran = reached_anywhere(passes.ran, list(shapes), sharding.ranks) if untouched else set()
     return UnitGradients(
         dots=dots.dots,
+        also={target.name: found.dots for target, found in zip(sides.also, also, strict=True)},
         ascent=ascent,
         untouched=untouched,
         cut=unexplained(policy.model, untouched, ran),
         scores=passes.found.scores,
-        token_entropies=passes.found.token_entropies,
+        token_entropies=passes.found.entropies,
         third_directions=directions,
         coverage=passes.coverage(),
         rules=replace(rules, treatments=passes.treatments),
@@ -190,38 +193,58 @@ def _third_pass(
 
 def _streamed(
     passes: Passes,
+    both: BothSides,
     units: Units,
-    shapes: Mapping[str, torch.Size],
     dtype: torch.dtype,
     geometry: Geometry,
     progress: Progress,
-) -> tuple[Dots, set[str]]:
-    """Two passes: sums and diagonal from the vectors of a few units at a time, then every unit's dots with the sums."""
+) -> tuple[list[Dots], set[str]]:
+    """Two passes: sums and diagonal from the vectors of a few units at a time, then every unit's dots with the sums.
+
+    Dots of X with Y, then those of every further target's vectors.
+    """
+    sharding, shapes = passes.policy.sharding, {name: p.shape for name, p in passes.policy.trainable().items()}
     rounds = passes.rounds()
-    vectors = passes.vectors(shapes, most_open_units(rounds), dtype)
-    sums = StreamedSums(geometry, vectors.arithmetic, len(units.ranges), passes.policy.sharding)
+    vectors = passes.vectors(shapes, most_open_units(rounds), dtype, both.count)
+    sums = [
+        StreamedSums(geometry, vectors.arithmetic, len(units.ranges), sharding, left=channel)
+        for channel in (0, *range(2, both.count))
+    ]
+    for of_target in sums[1:]:
+        of_target.y_sums = sums[0].y_sums
     for turn in progress.track(rounds, "unit gradients, first pass", len(rounds)):
         vectors.open(turn.open)
         passes.backward(turn, vectors)
         if turn.closed:
             vectors.settle(turn.closed)
-            sums.add(vectors, turn.closed)
+            for of_target in sums:
+                of_target.add(vectors, turn.closed)
             vectors.close(turn.closed)
     passes.share()
     reached = reached_anywhere(vectors.reached, list(shapes), passes.ranks)
-    sums.reduce(vectors)
+    for of_target in sums:
+        of_target.reduce(vectors)
     del vectors
-    contractions = passes.contractions(sums.directions(), len(units.ranges), dtype)
+    # Every Z_u meets P ΣY, and Y_u meets every P ΣZ: the same ∇S with weights that are known.
+    also = len(sums) - 1
+    passes.coefficients = both.with_y_again(also)
+    of_channel = [0, 1, *[0] * also, *range(2, 2 + also)]
+    contractions = passes.contractions(sums[0].directions(sums[1:]), len(units.ranges), dtype, of_channel)
     for turn in progress.track(rounds, "unit gradients, second pass", len(rounds)):
         passes.backward(turn, contractions)
-    return sums.finish(contractions, units.sizes, reached), reached
+    channels = [(0, 1), *((2 + k, 2 + also + k) for k in range(also))]
+    found = [
+        of_target.finish(contractions, units.sizes, reached, pair)
+        for of_target, pair in zip(sums, channels, strict=True)
+    ]
+    return found, reached
 
 
 def cross_gradients(
     policy: Policy,
     evaluation: RolloutBatch,
     update: RolloutBatch,
-    target: EntropyTarget,
+    target: Target,
     advantage_coefficients: Tensor,
     geometry: Geometry,
     *,
@@ -253,8 +276,8 @@ def cross_gradients(
     ]
     treatments = dict(rules.treatments)
     sides: list[tuple[RolloutBatch, Coefficients, int, list[range]]] = [
-        (evaluation, EntropySide(evaluation, target), 0, shares[0]),
-        (update, UpdateSide(update, advantage_coefficients), counts[0], shares[1]),
+        (evaluation, TargetSide(evaluation, target), 0, shares[0]),
+        (update, ResponseSide(update, advantage_coefficients[None]), counts[0], shares[1]),
     ]
     both = [
         Passes(
@@ -306,7 +329,7 @@ def weighted_gradient(
     sharding, shapes = policy.sharding, {name: p.shape for name, p in policy.trainable().items()}
     shares = deal(batch.positions, sharding.ranks.count)
     all_one_unit = [0] * len(batch.responses)
-    side = UpdateSide(batch, coefficients)
+    side = ResponseSide(batch, coefficients[None])
     passes = Passes(policy, batch, all_one_unit, side, dict(rules.treatments), rules.unproven, shares)
     vectors = passes.vectors(shapes, 1, torch.promote_types(policy.dtype, torch.float32), channels=1)
     vectors.open([0])
@@ -326,7 +349,7 @@ def response_dots(
     policy: Policy,
     batch: RolloutBatch,
     directions: Sequence[Mapping[str, Tensor]],
-    combinations: Sequence[EntropyCoefficients] | None = None,
+    combinations: Sequence[TokenPair] | None = None,
     *,
     rules: Rules | None = None,
     progress: Progress | None = None,
@@ -345,7 +368,7 @@ def response_dots(
         progress: told of every microbatch.
     """
     if combinations is None:
-        combinations = [EntropyCoefficients(torch.ones(len(batch.responses), dtype=torch.float64))]
+        combinations = [TokenPair(torch.ones(len(batch.responses), dtype=torch.float64))]
     count = len(directions)
     channels = [slice(m * count, (m + 1) * count) for m in range(len(combinations))]
     dots = _contracted(policy, batch, directions, combinations, channels, rules, progress)
@@ -355,7 +378,7 @@ def response_dots(
 def response_parts(
     policy: Policy,
     batch: RolloutBatch,
-    target: EntropyTarget,
+    target: Target,
     measured: Measured,
     advantage_coefficients: Tensor,
     directions: Directions,
@@ -375,9 +398,8 @@ def response_parts(
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
     """
-    found = Found(measured.scores, measured.entropies)
-    x = EntropySide(batch, target).of_rows(range(len(batch.responses)), found)
-    ones = EntropyCoefficients(torch.ones(len(batch.responses), dtype=torch.float64))
+    x = TargetSide(batch, target).of_rows(range(len(batch.responses)), measured)
+    ones = TokenPair(torch.ones(len(batch.responses), dtype=torch.float64))
     of_x = slice(0, len(directions.of_x))
     of_y = slice(of_x.stop, of_x.stop + len(directions.of_y))
     every = [*directions.of_x, *directions.of_y]
@@ -394,7 +416,7 @@ def _contracted(
     policy: Policy,
     batch: RolloutBatch,
     directions: Sequence[Mapping[str, Tensor]],
-    combinations: Sequence[EntropyCoefficients],
+    combinations: Sequence[TokenPair],
     channels: Sequence[slice],
     rules: Rules | None,
     progress: Progress | None,
@@ -420,8 +442,8 @@ def _contracted(
         rules.unproven,
         deal(batch.positions, policy.sharding.ranks.count),
     )
-    combined = -(-max(c.stop for c in channels) // len(directions))
-    contractions = passes.contractions(together, len(rows), policy.dtype, combined)
+    of_channel = [channel % len(directions) for channel in range(max(c.stop for c in channels))]
+    contractions = passes.contractions(together, len(rows), policy.dtype, of_channel)
     rounds = passes.rounds()
     for turn in progress.track(rounds, "dots with directions", len(rounds)):
         passes.backward(turn, contractions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -105,6 +105,7 @@ class UnitGradients:
         coverage: how parameters got their gradients.
         rules: for the next call on the same model; None where the backend has none.
         looked: the dots of the ``look`` that was asked for.
+        also: by name of a further target, the dots of its vectors Z_u in the place of X_u, by dot group.
         zero_v: by dot group Σ_{u≠w} XS_u · (1/ε) YS_w over elements with v = 0, in ``dots`` or left out of them.
     """
 
@@ -118,6 +119,7 @@ class UnitGradients:
     rules: Rules | None = None
     looked: Looked | None = None
     zero_v: Mapping[DotGroup, float] = field(default_factory=dict)
+    also: Mapping[str, Mapping[DotGroup, UnitDots]] = field(default_factory=dict)
     cut: tuple[str, ...] = ()
 
     @property
@@ -133,6 +135,10 @@ class UnitGradients:
     def step_weighted(self) -> UnitDots:
         """Σ over dot groups η · dots: the inner product in which δH₁ = −U_cross."""
         return self.weighted({group: group.learning_rate for group in self.dots})
+
+    def step_weighted_of(self, name: str) -> UnitDots:
+        """The same of a further target: the inner product in which its first-order change is +U_cross."""
+        return replace(self, dots=self.also[name]).step_weighted
 
     @property
     def delta_h1_of_zero_v(self) -> float:

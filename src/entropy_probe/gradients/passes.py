@@ -23,7 +23,7 @@ from entropy_probe.gradients.capture.layers import RULES
 from entropy_probe.gradients.capture.modules import Treatment, fall_back_around, parameter_owners, treated
 from entropy_probe.gradients.capture.sequences import IDLE, Mixing, Strip, padded_length
 from entropy_probe.gradients.capture.uses import Capture, Sink, leaked
-from entropy_probe.gradients.coefficients import Backward, Coefficients, Found
+from entropy_probe.gradients.coefficients import Backward, Coefficients
 from entropy_probe.gradients.interface import Coverage
 from entropy_probe.gradients.unreached import callers, noting
 from entropy_probe.gradients.vectors.contractions import Contractions
@@ -32,6 +32,7 @@ from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
 from entropy_probe.model.padding import PaddedResponses, idle_row, pad_right, sum_over_tokens
 from entropy_probe.model.policy import Measured, Policy, TokenValues, check_finite, combine
+from entropy_probe.targets.base import TokenPair
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,16 @@ class Passes:
     treatments: dict[str, Treatment]
     unproven: frozenset[str]
     shares: Sequence[range]
-    found: Found = field(init=False)
+    found: Measured = field(init=False)
     ran: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         """Nothing is found yet."""
         self.responses = self.batch.responses
-        self.first_token = [0, *itertools.accumulate(len(r.response_ids) for r in self.responses)]
-        counts = (len(self.responses), self.first_token[-1])
+        self.first_token, self.first_row = self.batch.first_token, self.batch.first_row
+        counts = (len(self.responses), self.batch.tokens)
         unknown = [torch.full((count,), torch.nan, dtype=torch.float64) for count in counts]
-        self.found = Found(unknown[0], unknown[1] if self.coefficients.needs_entropies else None)
+        self.found = Measured(unknown[0], unknown[1] if self.coefficients.needs_entropies else None)
         self.last_row = {unit: row for row, unit in enumerate(self.unit_of_row)}
         self.lengths = [response.length for response in self.responses]
         self.parameters = self.policy.in_forwards()
@@ -112,7 +113,6 @@ class Passes:
         self.callers = callers(self.policy.model, self.owners)
         self.ran = set()
         self.ranks = self.policy.sharding.ranks
-        self.first_row = [0, *itertools.accumulate(self.batch.group_sizes)]
 
     def rounds(self) -> list[Round]:
         """The microbatches of one pass over this rank's rows; where weights are sharded, as many on every rank."""
@@ -156,12 +156,16 @@ class Passes:
         return UnitVectors(shapes, slots, dtype, device, channels)
 
     def contractions(
-        self, directions: Mapping[str, Tensor], units: int, dtype: torch.dtype, combinations: int = 1
+        self,
+        directions: Mapping[str, Tensor],
+        units: int,
+        dtype: torch.dtype,
+        of_channel: Sequence[int] | None = None,
     ) -> Contractions:
         """Dots with directions, of which sharded ranks have their spans."""
         sharding = self.policy.sharding
         layers = [layer.names for layer in self.layers()]
-        return Contractions(directions, units, dtype, self.policy.device, combinations, sharding, layers)
+        return Contractions(directions, units, dtype, self.policy.device, of_channel, sharding, layers)
 
     def layers(self) -> list[Layer]:
         """See :func:`sharded_layers`; none where weights are whole."""
@@ -191,11 +195,11 @@ class Passes:
         )
         share = self.shares[self.ranks.rank]
         rows = range(self.first_row[share.start], self.first_row[share.stop])
-        tokens, entropies = slice(self.first_token[rows.start], self.first_token[rows.stop]), self.found.token_entropies
+        tokens, entropies = slice(self.first_token[rows.start], self.first_token[rows.stop]), self.found.entropies
         own = Measured(self.found.scores[rows.start : rows.stop], None if entropies is None else entropies[tokens])
         every = combine(own, self.responses, rows, self.ranks)
         check_finite(every.scores, self.responses)
-        self.found = Found(every.scores, every.entropies)
+        self.found = every
 
     @property
     def fallback(self) -> dict[str, nn.Parameter]:
@@ -326,9 +330,9 @@ class Passes:
             stop = start + tokens.stop - tokens.start
             if bool(self.found.scores[row].isnan()):
                 self.found.scores[row] = score
-                if self.found.token_entropies is not None:
+                if self.found.entropies is not None:
                     assert entropies is not None
-                    self.found.token_entropies[tokens] = entropies[start:stop]
+                    self.found.entropies[tokens] = entropies[start:stop]
             start = stop
 
     def _differentiate(
@@ -353,7 +357,9 @@ class Passes:
             starts: list[Tensor] = []
             for forward, backward in zip(forwards, backwards, strict=True):
                 forward.strip.mix(Mixing(backward.weights.to(device, dtype), backward.channels))
-                for root, start in zip(forward.roots, (backward.log_probs, backward.entropies), strict=False):
+                for root, start in zip(
+                    forward.roots, (backward.start.log_probs, backward.start.entropies), strict=False
+                ):
                     if start is not None:
                         roots.append(root)
                         starts.append(start.to(root))
@@ -376,8 +382,8 @@ class Passes:
     def _idle_backwards(self) -> list[Backward]:
         """As many as other ranks' rows have, of one row of one token, with nothing to add."""
         none = torch.zeros(1, dtype=torch.float64)
-        entropies = none if self.coefficients.needs_entropies else None
+        start = TokenPair(none, none if self.coefficients.needs_entropies else None)
         return [
-            Backward(none, entropies, torch.zeros((len(range(c.start, c.stop)), 1), dtype=torch.float64), c)
+            Backward(start, torch.zeros((len(range(c.start, c.stop)), 1), dtype=torch.float64), c)
             for c in self.coefficients.channels
         ]

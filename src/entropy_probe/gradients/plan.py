@@ -46,6 +46,7 @@ def make_plan(
     bytes_per_value: int,
     memory_bytes: float,
     most_held: Callable[[Units], float] = all_in_one_place,
+    vectors: int = 2,
 ) -> Plan:
     """Choose units and storage.
 
@@ -56,6 +57,7 @@ def make_plan(
         parameters: length of one vector.
         bytes_per_value: of a stored vector's element.
         memory_bytes: what one process may use in all; vectors take at most ``VECTOR_SHARE`` of it.
+        vectors: of a unit: X and Y, and those of further targets.
         most_held: of how many units' vectors the rank that holds most has room to find.
 
     Raises:
@@ -64,7 +66,8 @@ def make_plan(
     mode = member("mode", mode, Mode)
     if blocks is not None and mode is Mode.EXACT:
         raise InputError("a number of blocks goes with mode block; EXACT has one unit a prompt")
-    per_unit = 2 * parameters * bytes_per_value
+    per_unit = vectors * parameters * bytes_per_value
+    sets = "pairs of vectors" if vectors == 2 else f"sets of {vectors} vectors"
     room = VECTOR_SHARE * memory_bytes / per_unit
 
     def fits(units: Units) -> bool:
@@ -72,7 +75,7 @@ def make_plan(
 
     def size(units: int) -> str:
         # Not what was free: the same run would then read differently from one time to the next.
-        return f"{units} pairs of vectors take {readable_size(units * per_unit)}"
+        return f"{units} {sets} take {readable_size(units * per_unit)}"
 
     def in_blocks(count: int, why: str) -> Plan:
         units = block_units(prompts, count)

@@ -42,8 +42,12 @@ def stored_dots(
     sizes: Sequence[int],
     geometry: Geometry,
     ranks: Ranks = ALONE,
+    left: int = 0,
 ) -> Dots:
-    """K_uw = X_u · P · Y_w from all units' vectors; ΣX · P · ΣY is taken from the sums, apart from K. Summed over ranks."""
+    """K_uw = X_u · P · Y_w from all units' vectors; ΣX · P · ΣY is taken from the sums, apart from K. Summed over ranks.
+
+    X's channel is ``left``: that of a further target's vectors gives their dots with Y.
+    """
     units = range(len(sizes))
     device = next(iter(vectors.values.values())).device
     width = max(1, CHUNK // (2 * len(units)))
@@ -79,7 +83,7 @@ def stored_dots(
                     multiply(group, pieces, used)
                     pieces, used = [], 0
                 x, y = buffer[:, :, used : used + count]
-                x.copy_(values[:, 0, part])
+                x.copy_(values[:, left, part])
                 y.copy_(values[:, 1, part])
                 weights[used : used + count] = geometry.metric.chunk(name, _moved(part, vectors.first(name))).to(device)
                 pieces.append((name, part))
@@ -162,7 +166,7 @@ def third_directions(
         sums[name] = uninitialised((THIRDS, 2, values.shape[-1]), vectors.arithmetic, values.device)
         for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * max(1, len(units))))):
             for third in range(THIRDS):
-                own = values[(third - first) % THIRDS :: THIRDS, :, part]
+                own = values[(third - first) % THIRDS :: THIRDS, :2, part]
                 torch.sum(own, 0, dtype=vectors.arithmetic, out=sums[name][third, :, part])
     if sharding.replicated:
         sharding.ranks.sum_vectors(list(sums.values()))
@@ -248,12 +252,15 @@ class StreamedSums:
         arithmetic: of the second pass.
         units: of all ranks, how many.
         sharding: replicated ranks add their own units' whole vectors, others all units' elements of their spans.
+        left: X's channel, or that of a further target's vectors.
+        y_sums: ΣY, which the sums of channel 0 have; those of further targets are given theirs.
     """
 
     geometry: Geometry
     arithmetic: torch.dtype
     units: int
     sharding: Sharding = WHOLE
+    left: int = 0
     x_sums: dict[str, Tensor] = field(default_factory=dict)
     y_sums: dict[str, Tensor] = field(default_factory=dict)
     _diagonal: dict[DotGroup, FloatArray] = field(default_factory=dict)
@@ -265,18 +272,16 @@ class StreamedSums:
             values = vectors.of(name, units)
             fresh = name not in self.x_sums
             if fresh:
-                self.x_sums[name], self.y_sums[name] = (
-                    uninitialised((values.shape[-1],), torch.float64, values.device) for _ in range(2)
-                )
+                for sums in self._own_sums:
+                    sums[name] = uninitialised((values.shape[-1],), torch.float64, values.device)
             diagonal = torch.zeros(len(units), dtype=torch.float64, device=values.device)
             for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * max(1, len(units))))):
-                x, y = values[:, 0, part].double(), values[:, 1, part].double()
-                if fresh:
-                    torch.sum(x, 0, out=self.x_sums[name][part])
-                    torch.sum(y, 0, out=self.y_sums[name][part])
-                else:
-                    self.x_sums[name][part] += x.sum(0)
-                    self.y_sums[name][part] += y.sum(0)
+                x, y = values[:, self.left, part].double(), values[:, 1, part].double()
+                for sums, summed in zip(self._own_sums, (x, y), strict=False):
+                    if fresh:
+                        torch.sum(summed, 0, out=sums[name][part])
+                    else:
+                        sums[name][part] += summed.sum(0)
                 p = self.geometry.metric.chunk(name, part).to(values.device, torch.float64)
                 own = x.mul_(y)
                 diagonal += own.mv(p)
@@ -291,24 +296,39 @@ class StreamedSums:
             self.add(vectors, ())  # zeros of a rank without units
         ranks = self.sharding.ranks
         if self.sharding.replicated:
-            ranks.sum_vectors([*self.x_sums.values(), *self.y_sums.values()])
+            ranks.sum_vectors([total for sums in self._own_sums for total in sums.values()])
         summed = ranks.sum_numbers(np.stack(list(self._diagonal.values())))
         self._diagonal = dict(zip(self._diagonal, summed, strict=True))
 
-    def directions(self) -> dict[str, Tensor]:
-        """P ΣY, which X_u is contracted with, and P ΣX, which Y_u is: [2, elements] by parameter, float32 or float64."""
+    @property
+    def _own_sums(self) -> tuple[dict[str, Tensor], ...]:
+        """ΣX, and ΣY where it is not given."""
+        return (self.x_sums, self.y_sums) if self.left == 0 else (self.x_sums,)
+
+    def directions(self, also: Sequence[StreamedSums] = ()) -> dict[str, Tensor]:
+        """P ΣY, which X_u is contracted with, and P ΣX, which Y_u is; then P ΣX of ``also``.
+
+        [2 + also, elements] by parameter, float32 or float64.
+        """
         found = {}
-        for name, x_sum in self.x_sums.items():
-            directions = uninitialised((2, len(x_sum)), self.arithmetic, x_sum.device)
-            for part in _chunks(len(x_sum), CHUNK):
-                p = self.geometry.metric.chunk(name, part).to(x_sum.device, torch.float64)
-                directions[0, part] = self.y_sums[name][part] * p
-                directions[1, part] = x_sum[part] * p
+        for name, y_sum in self.y_sums.items():
+            sums = [y_sum, *(each.x_sums[name] for each in (self, *also))]
+            directions = uninitialised((len(sums), len(y_sum)), self.arithmetic, y_sum.device)
+            for part in _chunks(len(y_sum), CHUNK):
+                p = self.geometry.metric.chunk(name, part).to(y_sum.device, torch.float64)
+                for direction, total in zip(directions, sums, strict=True):
+                    direction[part] = total[part] * p
             found[name] = directions
         return found
 
-    def finish(self, contractions: Contractions, sizes: Sequence[int], reached: Collection[str]) -> Dots:
-        """After the second pass: D_u0 = X_u · P ΣY and D_u1 = Y_u · P ΣX by parameter."""
+    def finish(
+        self,
+        contractions: Contractions,
+        sizes: Sequence[int],
+        reached: Collection[str],
+        channels: tuple[int, int] = (0, 1),
+    ) -> Dots:
+        """After the second pass: X_u · P ΣY and Y_u · P ΣX by parameter are in these of its ``channels``."""
         ranks = self.sharding.ranks
         names = {
             group: [name for name in self.x_sums if self.geometry.groups[name] == group] for group in self._diagonal
@@ -320,7 +340,7 @@ class StreamedSums:
         sum_dots, zero_v = ranks.sum_numbers(np.array([of_sums, of_zeros]))
         dots = {}
         for group, total, sum_dot in zip(names, summed, sum_dots, strict=True):
-            along_y, along_x = total.T.tolist()
+            along_y, along_x = (total[:, channel].tolist() for channel in channels)
             dots[group] = UnitDots.streamed(sizes, along_y, along_x, self._diagonal[group].tolist(), float(sum_dot))
         y_sums = {name: y for name, y in self.y_sums.items() if name in reached}
         return Dots(dots, y_sums, dict(zip(names, zero_v.tolist(), strict=True)))

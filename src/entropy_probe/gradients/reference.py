@@ -1,23 +1,26 @@
 """The slow, obvious backend: one unit at a time, two autograd.grad calls a microbatch.
 
 For each unit, L_X = Σ c_i S_i and L_Y = Σ a_i S_i over its responses, coefficients detached; their gradients times P^½ are XS_u
-and YS_u. Every faster backend is compared with this one in float64.
+and YS_u, and a further target's Z_u is made as they are. Every faster backend is compared with this one in float64.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.progress import Progress, Silent
 from entropy_probe.data.rollouts import Rollout, RolloutBatch
 from entropy_probe.data.units import Units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.capture.checkpointing import checkpointing
+from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.interface import DOTS_ALONE, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.unreached import unexplained, watched
 from entropy_probe.losses.surrogate import probe_loss
@@ -26,13 +29,7 @@ from entropy_probe.model.policy import Measured, Policy, check_finite
 from entropy_probe.optimizers.base import DotGroup
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.unit_dots import UnitDots
-from entropy_probe.targets.entropy import (
-    EntropyCoefficients,
-    EntropyTarget,
-    entropy_coefficients,
-    entropy_ratio,
-    response_entropies,
-)
+from entropy_probe.targets.base import Sample, Target, TokenPair
 
 CHUNK = 1 << 20
 """Parameters a product is taken over at a time, in float64: 8 MiB a unit."""
@@ -42,8 +39,7 @@ def unit_gradients(
     policy: Policy,
     batch: RolloutBatch,
     units: Units,
-    entropy: EntropyTarget | Tensor,
-    advantage_coefficients: Tensor,
+    sides: Sides,
     geometry: Geometry,
     *,
     wanted: Wanted = DOTS_ALONE,
@@ -55,8 +51,7 @@ def unit_gradients(
         policy: the model at θ; trainable parameters are those that require grad.
         batch: the rollouts, flat order as in ``batch.responses``.
         units: a partition of its prompts.
-        entropy: what X estimates; or its coefficients, one a response [N] or one a response token [tokens], flat.
-        advantage_coefficients: a_i, [N].
+        sides: what X, Y and the vectors of further targets are made of.
         geometry: P and η; dots are kept apart by its dot groups. Vectors are of the weights' type, float32 at least.
         wanted: its ``storage`` alone: keep all vectors (and get the kernel), or stream them in two passes.
         progress: told of every unit.
@@ -70,15 +65,12 @@ def unit_gradients(
     dtype = torch.promote_types(policy.dtype, torch.float32)
     roots = {name: geometry.metric[name].sqrt().to(policy.device, dtype) for name in parameters}
     responses = batch.responses
-    starts = [0, *itertools.accumulate(batch.group_sizes)]
-    spans = [slice(starts[unit.start], starts[unit.stop]) for unit in units.ranges]
+    spans = [range(batch.first_row[unit.start], batch.first_row[unit.stop]) for unit in units.ranges]
     measured = policy.measure(responses, progress)
     scores = measured.scores
     check_finite(scores, responses)
-    x = EntropyCoefficients(entropy) if isinstance(entropy, Tensor) else _coefficients(entropy, measured, batch)
-    a = _by_token(advantage_coefficients, responses)
-    c = _by_token(x.log_probs, responses)
-    e = None if x.entropies is None else _by_token(x.entropies, responses)
+    x = TokenPair(sides.target) if isinstance(sides.target, Tensor) else _coefficients(sides.target, measured, batch)
+    pairs = [pair.at_tokens(batch.lengths) for pair in (x, *map(TokenPair, sides.weights(batch)))]
     prompts = len(batch.groups)
     sizes = units.sizes
 
@@ -86,32 +78,29 @@ def unit_gradients(
     reached: set[str] = set()
     zero_v = _ZeroV(geometry)
 
-    def vectors(span: slice, *, first_pass: bool) -> tuple[dict[DotGroup, Tensor], dict[DotGroup, Tensor]]:
-        x_grads, y_grads = _two_gradients(
-            policy,
-            parameters,
-            responses[span],
-            EntropyCoefficients(torch.cat(c[span]), None if e is None else torch.cat(e[span])),
-            torch.cat(a[span]),
-            dtype,
-        )
+    def vectors(span: range, *, first_pass: bool) -> list[dict[DotGroup, Tensor]]:
+        of_unit = [pair.of_rows(span, batch) for pair in pairs]
+        grads = _gradients(policy, parameters, responses[span.start : span.stop], of_unit, dtype)
         if first_pass:
+            x_grads, y_grads = grads[:2]
             reached.update(x_grads, y_grads)
             zero_v.add(x_grads, y_grads)
             for name, grad in y_grads.items():
                 # Sums over units are kept in float64: they are subtracted from and compared with dots of float64.
                 total = ascent_sum.setdefault(name, torch.zeros_like(grad, dtype=torch.float64))
                 total += grad
-        return _flat(x_grads, roots, segments, parameters), _flat(y_grads, roots, segments, parameters)
+        return [_flat(of_side, roots, segments, parameters) for of_side in grads]
 
-    def track(description: str) -> Iterable[slice]:
+    def track(description: str) -> Iterable[range]:
         return progress.track(spans, description, len(spans))
 
     with watched(policy) as ran:
         if wanted.storage is Storage.STORED:
-            dots = _stored(lambda: (vectors(s, first_pass=True) for s in track("unit gradients")), segments, sizes)
+            dots, *also = _stored(
+                lambda: (vectors(s, first_pass=True) for s in track("unit gradients")), segments, sizes
+            )
         elif wanted.storage is Storage.STREAMED:
-            dots = _streamed(
+            dots, *also = _streamed(
                 lambda: (vectors(s, first_pass=True) for s in track("unit gradients, first pass")),
                 lambda: (vectors(s, first_pass=False) for s in track("unit gradients, second pass")),
                 segments,
@@ -124,6 +113,7 @@ def unit_gradients(
     untouched = tuple(name for name in parameters if name not in reached)
     return UnitGradients(
         dots=dots,
+        also={target.name: found for target, found in zip(sides.also, also, strict=True)},
         ascent={name: total / prompts for name, total in ascent_sum.items()},
         untouched=untouched,
         cut=unexplained(policy.model, untouched, ran),
@@ -158,52 +148,41 @@ def loss_gradient(
     return totals
 
 
-def _two_gradients(
+def _gradients(
     policy: Policy,
     parameters: Mapping[str, nn.Parameter],
     responses: Sequence[Rollout],
-    entropy: EntropyCoefficients,
-    advantage_coefficients: Tensor,
+    pairs: Sequence[TokenPair],
     dtype: torch.dtype,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    x_grads: dict[str, Tensor] = {}
-    y_grads: dict[str, Tensor] = {}
+) -> list[dict[str, Tensor]]:
+    """Σ_t (l_t ∇log π(y_t) + e_t ∇H_t) over the responses' tokens, of each of ``pairs``, by parameter name."""
+    found: list[dict[str, Tensor]] = [{} for _ in pairs]
     tensors = list(parameters.values())
     starts = [0, *itertools.accumulate(len(r.response_ids) for r in responses)]
+    needs_entropies = any(pair.entropies is not None for pair in pairs)
     with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad():
         for part in policy.microbatches(len(responses)):
-            values = policy.token_values(
-                pad_right(responses[part], policy.device), entropies=entropy.entropies is not None
-            )
+            values = policy.token_values(pad_right(responses[part], policy.device), entropies=needs_entropies)
             log_probs = values.log_probs
             if not log_probs.requires_grad:
                 raise InputError(
                     "no trainable parameter receives a gradient from these responses; is the model frozen?"
                 )
             tokens = slice(starts[part.start], starts[part.stop])
-            loss_x = probe_loss(log_probs.double(), entropy.log_probs[tokens])
-            if entropy.entropies is not None:
-                assert values.entropies is not None
-                loss_x = loss_x + probe_loss(values.entropies.double(), entropy.entropies[tokens])
-            loss_y = probe_loss(log_probs.double(), advantage_coefficients[tokens])
-            _add(x_grads, torch.autograd.grad(loss_x, tensors, retain_graph=True, allow_unused=True), parameters, dtype)
-            _add(y_grads, torch.autograd.grad(loss_y, tensors, allow_unused=True), parameters, dtype)
-    return x_grads, y_grads
+            for totals, pair in zip(found, pairs, strict=True):
+                loss = probe_loss(log_probs.double(), pair.log_probs[tokens])
+                if pair.entropies is not None:
+                    assert values.entropies is not None
+                    loss = loss + probe_loss(values.entropies.double(), pair.entropies[tokens])
+                last = totals is found[-1]
+                gradients = torch.autograd.grad(loss, tensors, retain_graph=not last, allow_unused=True)
+                _add(totals, gradients, parameters, dtype)
+    return found
 
 
-def _coefficients(target: EntropyTarget, measured: Measured, batch: RolloutBatch) -> EntropyCoefficients:
-    lengths = [len(response.response_ids) for response in batch.responses]
-    entropies = response_entropies(target.estimator, measured.scores, measured.entropies, lengths)
-    ratio = entropy_ratio(entropies, lengths, batch.group_sizes)
-    return entropy_coefficients(target, measured.scores, measured.entropies, lengths, batch.group_sizes, ratio)
-
-
-def _by_token(coefficients: Tensor, responses: Sequence[Rollout]) -> tuple[Tensor, ...]:
-    """One tensor a response, [its tokens], from coefficients a response or a token."""
-    lengths = [len(response.response_ids) for response in responses]
-    if len(coefficients) == len(responses):
-        coefficients = torch.repeat_interleave(coefficients, torch.tensor(lengths))
-    return torch.split(coefficients, lengths)
+def _coefficients(target: Target, measured: Measured, batch: RolloutBatch) -> TokenPair:
+    sample = Sample.of(batch, measured)
+    return target.coefficients(sample, target.ratio(sample))
 
 
 def _add(
@@ -247,24 +226,27 @@ def _flat(
     }
 
 
-PassOfVectors = Callable[[], Iterable[tuple[dict[DotGroup, Tensor], dict[DotGroup, Tensor]]]]
+PassOfVectors = Callable[[], Iterable[Sequence[dict[DotGroup, Tensor]]]]
+"""Vectors of every unit in turn, P^½ in them: of X, of Y and of further targets, by dot group."""
 
 
 def _stored(
     one_pass: PassOfVectors, segments: Mapping[DotGroup, Sequence[str]], sizes: Sequence[int]
-) -> dict[DotGroup, UnitDots]:
-    xs: dict[DotGroup, list[Tensor]] = {group: [] for group in segments}
-    ys: dict[DotGroup, list[Tensor]] = {group: [] for group in segments}
+) -> list[dict[DotGroup, UnitDots]]:
+    """Dots with Y of X, and of every further target's vectors."""
+    units = list(one_pass())
     sums = _Sums(segments)
-    for x, y in one_pass():
-        sums.add(x, y)
-        for group in segments:
-            xs[group].append(x[group])
-            ys[group].append(y[group])
-    return {
-        group: UnitDots.from_kernel(_product(xs[group], ys[group]).cpu().numpy(), sizes, sums.dot(group))
-        for group in segments
-    }
+    for of_unit in units:
+        sums.add(of_unit)
+
+    def kernel(left: int, group: DotGroup) -> FloatArray:
+        found: FloatArray = _product(*([of_unit[side][group] for of_unit in units] for side in (left, 1))).cpu().numpy()
+        return found
+
+    return [
+        {group: UnitDots.from_kernel(kernel(left, group), sizes, sums.dot(left, group)) for group in segments}
+        for left in _lefts(units[0])
+    ]
 
 
 def _streamed(
@@ -272,23 +254,34 @@ def _streamed(
     second_pass: PassOfVectors,
     segments: Mapping[DotGroup, Sequence[str]],
     sizes: Sequence[int],
-) -> dict[DotGroup, UnitDots]:
+) -> list[dict[DotGroup, UnitDots]]:
+    """The same, without the matrix."""
     sums = _Sums(segments)
-    diagonal: dict[DotGroup, list[float]] = {group: [] for group in segments}
-    x_dot_sum: dict[DotGroup, list[float]] = {group: [] for group in segments}
-    y_dot_sum: dict[DotGroup, list[float]] = {group: [] for group in segments}
-    for x, y in first_pass():
-        sums.add(x, y)
-        for group in segments:
-            diagonal[group].append(_dot(x[group], y[group]))
-    for x, y in second_pass():
-        for group in segments:
-            x_dot_sum[group].append(_dot(x[group], sums.y[group]))
-            y_dot_sum[group].append(_dot(y[group], sums.x[group]))
-    return {
-        group: UnitDots.streamed(sizes, x_dot_sum[group], y_dot_sum[group], diagonal[group], sums.dot(group))
-        for group in segments
-    }
+    diagonal: dict[tuple[int, DotGroup], list[float]] = defaultdict(list)
+    x_dot_sum: dict[tuple[int, DotGroup], list[float]] = defaultdict(list)
+    y_dot_sum: dict[tuple[int, DotGroup], list[float]] = defaultdict(list)
+    for of_unit in first_pass():
+        sums.add(of_unit)
+        for left, group in itertools.product(_lefts(of_unit), segments):
+            diagonal[left, group].append(_dot(of_unit[left][group], of_unit[1][group]))
+    for of_unit in second_pass():
+        for left, group in diagonal:
+            x_dot_sum[left, group].append(_dot(of_unit[left][group], sums.of[1, group]))
+            y_dot_sum[left, group].append(_dot(of_unit[1][group], sums.of[left, group]))
+    return [
+        {
+            group: UnitDots.streamed(
+                sizes, x_dot_sum[left, group], y_dot_sum[left, group], diagonal[left, group], sums.dot(left, group)
+            )
+            for group in segments
+        }
+        for left in dict.fromkeys(left for left, _ in diagonal)
+    ]
+
+
+def _lefts(of_unit: Sequence[object]) -> list[int]:
+    """All vectors of a unit but Y."""
+    return [0, *range(2, len(of_unit))]
 
 
 class _ZeroV:
@@ -317,23 +310,21 @@ class _ZeroV:
 
 
 class _Sums:
-    """ΣXS and ΣYS in float64, apart from the unit vectors: the self-test's second road."""
+    """ΣXS, ΣYS and those of further targets in float64, apart from the unit vectors: the self-test's second road."""
 
     def __init__(self, segments: Mapping[DotGroup, Sequence[str]]) -> None:
-        self.x: dict[DotGroup, Tensor] = {}
-        self.y: dict[DotGroup, Tensor] = {}
+        self.of: dict[tuple[int, DotGroup], Tensor] = {}
         self._segments = segments
 
-    def add(self, x: Mapping[DotGroup, Tensor], y: Mapping[DotGroup, Tensor]) -> None:
-        for group in self._segments:
-            for sums, part in ((self.x, x[group]), (self.y, y[group])):
-                if group in sums:
-                    sums[group] += part
-                else:
-                    sums[group] = part.to(torch.float64, copy=True)
+    def add(self, of_unit: Sequence[Mapping[DotGroup, Tensor]]) -> None:
+        for side, group in itertools.product(range(len(of_unit)), self._segments):
+            if (side, group) in self.of:
+                self.of[side, group] += of_unit[side][group]
+            else:
+                self.of[side, group] = of_unit[side][group].to(torch.float64, copy=True)
 
-    def dot(self, group: DotGroup) -> float:
-        return _dot(self.x[group], self.y[group])
+    def dot(self, left: int, group: DotGroup) -> float:
+        return _dot(self.of[left, group], self.of[1, group])
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

@@ -65,12 +65,14 @@ from entropy_probe.report.sentences import (
     step_sentence,
     stored_sentence,
 )
+from entropy_probe.report.targets_section import TargetSection
 from entropy_probe.statistics.importance_sampling import entropy_estimate
 from entropy_probe.statistics.needed_units import needed_units
 from entropy_probe.statistics.noise import LEAST_UNITS, NoiseParts
 from entropy_probe.statistics.two_batches import TwoBatchStatistics, fold_statistics
 from entropy_probe.statistics.u_statistics import CrossStatistics
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, response_entropies
+from entropy_probe.targets.base import Sample
+from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit
 
 NOTES = {
     (
@@ -108,6 +110,7 @@ def assemble_report(
     evaluation: RolloutBatch | None,
     folds: Sequence[int] | None,
     step: StepPrediction,
+    targets: Sequence[TargetSection],
     gradient_statistics: CrossStatistics | None,
     reached: Collection[str],
     zero_v: ZeroVSection,
@@ -124,9 +127,8 @@ def assemble_report(
     timing: Mapping[str, float],
 ) -> Report:
     """All sections. ``step_statistics`` are those of the η-weighted inner product, in which δH₁ = −U_cross."""
-    tokens = [len(response.response_ids) for response in batch.responses]
-    entropies = response_entropies(target.estimator, measured.scores, measured.entropies, tokens).numpy()
-    lengths = np.array(tokens, dtype=np.float64)
+    entropies = target.values(Sample.of(batch, measured)).numpy()
+    lengths = np.array(batch.lengths, dtype=np.float64)
     entropy, entropy_se = entropy_estimate(entropies, batch.group_sizes)
     rate, rate_se = entropy_estimate(entropies, batch.group_sizes, lengths)
     now = (rate, "token") if target.unit is EntropyUnit.PER_TOKEN else (entropy, "response")
@@ -143,6 +145,7 @@ def assemble_report(
         two_batches=None if two_batches is None else _two_batches(two_batches, evaluation),
         folds=None if folds is None else _folds(folds, step_kernel, plan),
         adamw=adamw,
+        targets=list(targets),
         what_if=WhatIfSection([_what_if(found) for found in what_ifs], None if fall is None else _fall(fall)),
         units=UnitsSection(
             mode=plan.units.mode.value,

@@ -174,7 +174,7 @@ def resolve_length_weights(batch: RolloutBatch, rule: LengthWeight, max_completi
     first = batch.responses[0]
     micro_batches = [r.micro_batch for r in batch.responses if r.micro_batch is not None]
     return length_weights(
-        [len(response.response_ids) for response in batch.responses],
+        batch.lengths,
         batch.group_sizes,
         rule,
         max_completion_length=max_completion_length or first.max_completion_length,

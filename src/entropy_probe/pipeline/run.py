@@ -45,6 +45,7 @@ from entropy_probe.optimizers.step_parts import predict_parts
 from entropy_probe.optimizers.validation import validate_preconditioner
 from entropy_probe.optimizers.what_if import learning_rate_for_fall
 from entropy_probe.pipeline import diagnostics
+from entropy_probe.pipeline.also_moved import target_sections
 from entropy_probe.pipeline.assemble import (
     assemble_report,
     describe_checkpoint,
@@ -388,6 +389,7 @@ def _probe_as_marked(
         evaluation=evaluation,
         folds=realized.folds,
         step=step,
+        targets=target_sections(task.also, gradients, settings.interval),
         gradient_statistics=gradient_statistics,
         reached=gradients.ascent,
         zero_v=zero_v,

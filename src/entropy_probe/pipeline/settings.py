@@ -241,6 +241,12 @@ class Analyses(Part):
     noise: bool = setting(
         True, truth, "Say where the noise of δH₁ comes from; a forward and one or two backwards more."
     )
+    targets: bool = setting(
+        False,
+        truth,
+        "Say what the step does to expected reward and response length even where their vectors make units fewer, or "
+        "streamed; by default it is said where they fit beside the entropy's.",
+    )
     interval: IntervalMethod | None = setting(
         None,
         optional(partial(member, kind=IntervalMethod)),

@@ -21,6 +21,7 @@ from entropy_probe.gradients import (
     Plan,
     Preparation,
     Rules,
+    Sides,
     UnitGradients,
     Wanted,
     cross_gradients,
@@ -47,6 +48,7 @@ from entropy_probe.optimizers.what_if import (
     without_negative_advantages,
 )
 from entropy_probe.pipeline import diagnostics
+from entropy_probe.pipeline.also_moved import AlsoMoved, plan_targets
 from entropy_probe.pipeline.inputs import (
     check_cross_memory,
     check_evaluation,
@@ -107,6 +109,7 @@ class Task:
         settings: as asked for.
         policy: the model at θ, as it was prepared.
         target: what X estimates.
+        also: what else is differentiated.
         advantages: A_ng, [N].
         advantage_rule: that gave them.
         coefficients: a_ng = A_ng w_ng, [N].
@@ -121,6 +124,7 @@ class Task:
     settings: Settings
     policy: Policy
     target: EntropyTarget
+    also: AlsoMoved
     advantages: Tensor
     advantage_rule: AdvantageRule
     coefficients: Tensor
@@ -168,14 +172,19 @@ def make_task(
     ranks = subject.sharding.ranks
     memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
     geometry = Geometry.of(subject.adam, settings.zero_v, settings.vector_dtype)
-    plan = make_plan(
-        settings.mode,
-        settings.blocks,
-        prompts=len(batch.groups),
-        parameters=sum(parameter.numel() for parameter in trainable.values()),
-        bytes_per_value=geometry.vector_dtype(policy.dtype).itemsize,
-        memory_bytes=memory,
-        most_held=partial(units_on_a_rank, subject.sharding, batch),
+    plan, also = plan_targets(
+        batch,
+        lambda vectors: make_plan(
+            settings.mode,
+            settings.blocks,
+            prompts=len(batch.groups),
+            parameters=sum(parameter.numel() for parameter in trainable.values()),
+            bytes_per_value=geometry.vector_dtype(policy.dtype).itemsize,
+            memory_bytes=memory,
+            most_held=partial(units_on_a_rank, subject.sharding, batch),
+            vectors=vectors,
+        ),
+        asked=settings.targets,
     )
     check_interval(settings.interval, plan)
     with clock.stage("prepare"):
@@ -199,6 +208,7 @@ def make_task(
         settings=settings,
         policy=policy,
         target=EntropyTarget(settings.estimator, settings.entropy),
+        also=also,
         advantages=advantages,
         advantage_rule=rule,
         coefficients=coefficients,
@@ -227,8 +237,7 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
         policy,
         task.subject.batch,
         units,
-        task.target,
-        task.coefficients,
+        Sides(task.target, task.coefficients, task.also.given),
         task.geometry,
         wanted=Wanted(
             task.plan.storage,
@@ -357,8 +366,7 @@ def without_negatives(task: Task, rules: Rules | None) -> CrossStatistics:
         task.policy,
         task.subject.batch,
         task.plan.units,
-        task.target,
-        task.coefficients.clamp(min=0.0),
+        Sides(task.target, task.coefficients.clamp(min=0.0)),
         task.geometry,
         wanted=Wanted(task.plan.storage),
         rules=rules,

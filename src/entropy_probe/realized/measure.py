@@ -8,9 +8,6 @@ docs/method.md, section 7.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import assert_never
-
-import numpy as np
 
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.data.rollouts import RolloutBatch
@@ -19,11 +16,11 @@ from entropy_probe.statistics.importance_sampling import (
     EntropyChange,
     LinearTerm,
     Weighting,
-    entropy_change,
     linear_term,
     resampled_change,
 )
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, response_entropies
+from entropy_probe.targets.base import Sample
+from entropy_probe.targets.entropy import EntropyTarget
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,7 @@ class EntropyMeasure:
 
     def change(self, batch: RolloutBatch, before: Measured, after: Measured) -> EntropyChange:
         """ΔH on common samples."""
-        v = (self._entropies(batch, before), self._entropies(batch, after))
-        return entropy_change(
-            before.scores.numpy(),
-            after.scores.numpy(),
-            batch.group_sizes,
-            entropies=v if self.target.needs_token_entropies else None,
-            lengths=self._lengths(batch),
-            weighting=self.weighting,
-        )
+        return self.target.change(Sample.of(batch, before), Sample.of(batch, after), self.weighting)
 
     def linear_term(self, batch: RolloutBatch, before: Measured) -> LinearTerm:
         """Its derivative at no step."""
@@ -67,20 +56,12 @@ class EntropyMeasure:
         )
 
     def _entropies(self, batch: RolloutBatch, measured: Measured) -> FloatArray:
-        lengths = [len(response.response_ids) for response in batch.responses]
-        found: FloatArray = response_entropies(
-            self.target.estimator, measured.scores, measured.entropies, lengths
-        ).numpy()
+        found: FloatArray = self.target.values(Sample.of(batch, measured)).numpy()
         return found
 
     def _lengths(self, batch: RolloutBatch) -> FloatArray | None:
-        match self.target.unit:
-            case EntropyUnit.PER_RESPONSE:
-                return None
-            case EntropyUnit.PER_TOKEN:
-                return np.array([len(response.response_ids) for response in batch.responses], dtype=np.float64)
-            case unknown:
-                assert_never(unknown)
+        exposure = self.target.exposure(Sample.of(batch))
+        return None if exposure is None else exposure.numpy()
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def plan_resampling(
     if eos_ids is None:
         ended = {r.response_ids[-1] for r in batch.responses if r.cut is False}
         eos_ids = tuple(dict.fromkeys((*end_token_ids(policy.model), *sorted(ended))))
-    lengths = [len(r.response_ids) for r in batch.responses]
+    lengths = batch.lengths
     if not eos_ids and len(set(lengths)) > 1:
         raise InputError(
             "nothing tells what ends a fresh response: the model's config names no end token; set eos_token_id, or give the "
@@ -160,7 +160,7 @@ def _length_limit(
     ]
     if cut:
         return max(cut), "where the rollouts were cut"
-    doubled = 2 * max(len(r.response_ids) for r in batch.responses)
+    doubled = 2 * max(batch.lengths)
     if context is not None:
         doubled = min(doubled, max(1, context - max(len(group.prompt_ids) for group in batch.groups)))
     return doubled, "twice the longest rollout, none of which was cut"

@@ -26,7 +26,7 @@ from entropy_probe.realized.changes import RealizedChange, average
 from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
 from entropy_probe.realized.steps import HELD_OUT, Step
-from entropy_probe.targets.entropy import EntropyCoefficients
+from entropy_probe.targets.base import TokenPair
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Realizer:
     def changes(self, batch: RolloutBatch, steps: Sequence[Step]) -> FloatArray:
         """dS, then d Σ_t H_t where a measure needs it, of every response along every step: [N, M, steps]."""
         ones = torch.ones(len(batch.responses), dtype=torch.float64)
-        combinations = [EntropyCoefficients(ones)]
+        combinations = [TokenPair(ones)]
         if self._needs_entropies:
-            combinations.append(EntropyCoefficients(torch.zeros_like(ones), ones))
+            combinations.append(TokenPair(torch.zeros_like(ones), ones))
         found: FloatArray = response_dots(
             self.policy,
             batch,

@@ -13,6 +13,7 @@ from typing import Any
 
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.optimizers.stored_precision import Rounding
+from entropy_probe.report.targets_section import TargetSection
 
 SCHEMA = 1
 
@@ -415,6 +416,7 @@ class Report:
     two_batches: TwoBatchSection | None
     folds: FoldSection | None
     adamw: AdamWSection
+    targets: list[TargetSection]
     what_if: WhatIfSection
     units: UnitsSection
     engine: EngineSection
@@ -439,6 +441,7 @@ class Report:
         records = (
             *(content["first_order"], content["needed"], content["noise"]),
             *(content["adamw"], *content["adamw"]["parts"].values()),
+            *content["targets"],
             *content["what_if"]["rows"],
             *([] if fall is None else [fall]),
             *content["realized"],

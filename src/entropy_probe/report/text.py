@@ -10,6 +10,7 @@ from rich.text import Text
 from entropy_probe.common.files import readable_size
 from entropy_probe.report.schema import Report
 from entropy_probe.report.sentences import CAUSES, quantity, range_of, signed
+from entropy_probe.targets.registry import ALSO_MOVED
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -20,6 +21,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print()
     console.print(section("The optimizer's own step, to first order", _adamw(report)))
     console.print(section("The preconditioned step, to first order: δH₁", _first_order(report)))
+    console.print(section("Also moved by this step, to first order", _targets(report)))
     console.print(section("Where the noise of δH₁ comes from, in shares of its variance", _noise(report)))
     console.print(section(f"Realised, after a step ({_nats(report)})", _realized(report)))
     if report.sweep:
@@ -98,6 +100,19 @@ def _zero_v(report: Report) -> list[tuple[str, str, str]]:
         else f"P is 1/ε there; what they add: {added}"
     )
     return [("elements with v = 0", f"{found.elements:,}", treated)]
+
+
+def _targets(report: Report) -> Table:
+    said = {target.name: target.description for target in ALSO_MOVED}
+    rows = []
+    for target in report.targets:
+        what = said.get(target.name, "")
+        if target.delta is None:
+            rows.append((target.name, f"none: {target.null_reasons['delta']}", ""))
+        else:
+            interval = "" if target.ci95 is None else f"; 95 % [{target.ci95[0]:+.4g}, {target.ci95[1]:+.4g}]"
+            rows.append((target.name, signed(target.delta, target.se), what + interval))
+    return rows_of(*rows)
 
 
 def _noise(report: Report) -> Table:

@@ -1,1 +1,4 @@
-"""What X differentiates: the entropy, by score or Rao-Blackwellised, per response or per token."""
+"""What the probe differentiates, one a file: entropy by score or Rao-Blackwell, per response or per token; reward; length.
+
+:mod:`~entropy_probe.targets.base` is the interface, :mod:`~entropy_probe.targets.registry` the list.
+"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -137,6 +138,26 @@ class RolloutBatch:
         """G_n, the number of responses of each prompt."""
         return tuple(len(group.responses) for group in self.groups)
 
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """T of every response: its tokens, flat."""
+        return tuple(len(response.response_ids) for response in self.responses)
+
+    @cached_property
+    def first_token(self) -> tuple[int, ...]:
+        """Where every response's tokens begin among all response tokens laid end to end; their number comes last: [N + 1]."""
+        return (0, *itertools.accumulate(self.lengths))
+
+    @cached_property
+    def first_row(self) -> tuple[int, ...]:
+        """Where every prompt's responses begin among all; their number comes last: [B + 1]."""
+        return (0, *itertools.accumulate(self.group_sizes))
+
+    @cached_property
+    def prompt_of_row(self) -> tuple[int, ...]:
+        """The prompt of every response, by its place: [N]."""
+        return tuple(n for n, size in enumerate(self.group_sizes) for _ in range(size))
+
     def of_prompts(self, prompts: Sequence[int]) -> RolloutBatch:
         """The batch of these prompts alone, by their places."""
         return RolloutBatch(tuple(self.groups[n] for n in prompts), self.temperature)
@@ -144,13 +165,14 @@ class RolloutBatch:
     @cached_property
     def mean_length(self) -> float:
         """T̄, the mean over prompts of the mean response length, in tokens."""
-        means = [sum(len(r.response_ids) for r in group.responses) / len(group.responses) for group in self.groups]
+        parts = itertools.pairwise(self.first_row)
+        means = [sum(self.lengths[start:stop]) / (stop - start) for start, stop in parts]
         return sum(means) / len(means)
 
     @cached_property
     def tokens(self) -> int:
         """Number of response tokens."""
-        return sum(len(response.response_ids) for response in self.responses)
+        return self.first_token[-1]
 
     @cached_property
     def positions(self) -> tuple[int, ...]:

@@ -18,12 +18,12 @@ from entropy_probe.ranks.sharding import WHOLE, Sharding
 
 
 class Contractions:
-    """D_uc = Σ_{i∈u} w_ci g_i · V_k by parameter, with w the strips' mixing weights; channel c is for direction c mod K.
+    """D_uc = Σ_{i∈u} w_ci g_i · V_k by parameter, with w the strips' mixing weights and k the direction of channel c.
 
     Args:
         directions: V by parameter name, [K, elements].
         units: u.
-        combinations: as many times K channels there are.
+        of_channel: the direction of every channel; None takes each in turn.
         sharding: where ranks have their spans of V alone, a layer's are gathered while a backward is at it.
         layers: parameter names by layer, the model's last one first.
         dtype: of products; sums over chunks are float64.
@@ -38,7 +38,7 @@ class Contractions:
         units: int,
         dtype: torch.dtype,
         device: torch.device,
-        combinations: int = 1,
+        of_channel: Sequence[int] | None = None,
         sharding: Sharding = WHOLE,
         layers: Sequence[Sequence[str]] = (),
     ) -> None:
@@ -46,9 +46,9 @@ class Contractions:
         self.arithmetic = torch.promote_types(dtype, torch.float32)
         self.reached: set[str] = set()
         self._own = {name: v.to(device, self.arithmetic) for name, v in directions.items()}
+        self._of_channel = list(of_channel if of_channel is not None else range(len(next(iter(directions.values())))))
         self.values = {
-            name: torch.zeros((units, combinations * len(v)), dtype=torch.float64, device=device)
-            for name, v in self._own.items()
+            name: torch.zeros((units, len(self._of_channel)), dtype=torch.float64, device=device) for name in self._own
         }
         self._sharding, self._layers = sharding, layers
         self._directions = {} if sharding.sharded else self._own
@@ -134,14 +134,15 @@ class Contractions:
         self.reached.add(name)
         if self._sharding.sharded:
             self._order.reach(name)
-        directions = self._directions[name]
-        first = mixing.channels.start % len(directions)
-        return directions[first : first + mixing.channels.stop - mixing.channels.start]
+        wanted = self._of_channel[mixing.channels]
+        return self._directions[name][min(wanted) : max(wanted) + 1]
 
     def _into(self, name: str, dots: Tensor, strip: Strip) -> None:
-        """Add [n, channels] to the units' sums."""
+        """Add [n, directions used] to the units' sums, channel by channel."""
         if strip.units == IDLE:
             return
         (mixing,) = strip.mixing
+        wanted = self._of_channel[mixing.channels]
+        dots = dots[:, [direction - min(wanted) for direction in wanted]]
         units = torch.tensor(strip.units, device=dots.device)
         self.values[name][:, mixing.channels].index_add_(0, units, mixing.weights.T.double() * dots.double())

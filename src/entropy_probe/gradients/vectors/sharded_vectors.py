@@ -28,7 +28,7 @@ class ShardedVectors:
         device: where they live.
         sharding: whose elements are whose.
         layers: parameter names by layer, the model's last one first.
-        channels: 2 for X and Y.
+        channels: 2 for X and Y, further ones for the vectors of further targets.
     """
 
     def __init__(

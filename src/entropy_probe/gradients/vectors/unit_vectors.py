@@ -17,13 +17,14 @@ from entropy_probe.gradients.vectors.outer_products import MOST_ROWS, SHORT, Out
 
 
 class UnitVectors:
-    """Unpreconditioned XS_u, YS_u by parameter: [slots, 2, elements], a slot for each unit that is open.
+    """Unpreconditioned XS_u, YS_u by parameter: [slots, channels, elements], a slot for each unit that is open.
 
     Args:
         shapes: of the parameters, by name.
         slots: units held at a time.
         dtype: of the stored values (bfloat16 halves the memory of float32); sums of products are taken in float32 or better.
         device: where they live.
+        channels: 2 for X and Y, further ones for the vectors of further targets.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class UnitVectors:
                         self._touched.add((name, slot, channel))
 
     def of(self, name: str, units: Sequence[int]) -> Tensor:
-        """[units, 2, elements], a view where the slots lie in order."""
+        """[units, channels, elements], a view where the slots lie in order."""
         slots = [self._slot_of[unit] for unit in units]
         if not slots:
             return self.values[name][:0]
@@ -136,7 +137,12 @@ class UnitVectors:
                     if untouched:
                         self._target(name, unit, mixing).zero_()
             target = self.values[name][slots[0] : slots[-1] + 1, mixing.channels]
-            _mix(target.view(-1, flat.shape[1]), strip.block_weights, flat, all(first))
+            if len(units) > 1 and 1 < target.shape[1] < self.values[name].shape[1]:
+                # Some of several channels of several units do not lie in even steps.
+                mixed = (strip.block_weights @ flat).view(target.shape)
+                target.copy_(mixed if all(first) else target + mixed)
+            else:
+                _mix(target.view(-1, flat.shape[1]), strip.block_weights, flat, all(first))
             return
         for segment in self._segments(strip):
             fresh = self._first_touch(name, segment.unit, mixing)

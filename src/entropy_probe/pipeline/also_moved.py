@@ -1,0 +1,70 @@
+"""Which targets beside the entropy a probe differentiates: those of its list that differ among responses and that fit.
+
+Each takes a vector a unit more. Unasked, they must leave units and storage as they would be without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from entropy_probe.data.rollouts import RolloutBatch
+from entropy_probe.gradients import Plan, Storage, UnitGradients
+from entropy_probe.report.targets_section import TargetSection, target_section
+from entropy_probe.statistics.intervals import IntervalMethod
+from entropy_probe.statistics.u_statistics import cross_statistics
+from entropy_probe.targets.base import Sample
+from entropy_probe.targets.of_responses import TargetOfResponses
+from entropy_probe.targets.registry import ALSO_MOVED
+
+
+@dataclass(frozen=True)
+class AlsoMoved:
+    """The targets that get vectors, and by name why the others do not."""
+
+    given: tuple[TargetOfResponses, ...]
+    reasons: Mapping[str, str]
+
+
+def plan_targets(batch: RolloutBatch, plan_for: Callable[[int], Plan], *, asked: bool) -> tuple[Plan, AlsoMoved]:
+    """The plan of the units' vectors, and the targets that it has room for.
+
+    Args:
+        batch: the rollouts.
+        plan_for: the plan with so many vectors a unit.
+        asked: whether targets are to have room even if fewer vectors fit then, or none.
+    """
+    sample = Sample.of(batch)
+    differing = tuple(target for target in ALSO_MOVED if bool((target.weights(sample) != 0).any()))
+    same = {
+        target.name: f"no {target.name} differs among the responses to one prompt, so there is nothing to learn from"
+        for target in ALSO_MOVED
+        if target not in differing
+    }
+    plan, with_targets = plan_for(2), plan_for(2 + len(differing))
+    if asked:
+        return with_targets, AlsoMoved(differing, same)
+    if plan.storage is Storage.STREAMED:
+        why = "vectors are streamed; set targets to true for these too"
+    elif (plan.units, plan.storage) != (with_targets.units, with_targets.storage):
+        why = (
+            "their vectors do not fit beside the entropy's; give more memory, or set targets to true and units become fewer or "
+            "are streamed"
+        )
+    else:
+        return plan, AlsoMoved(differing, same)
+    return plan, AlsoMoved((), {target.name: why for target in differing} | same)
+
+
+def target_sections(also: AlsoMoved, gradients: UnitGradients, interval: IntervalMethod | None) -> list[TargetSection]:
+    """The report's list of targets, in the order of :data:`~entropy_probe.targets.registry.ALSO_MOVED`."""
+    given = {target.name for target in also.given}
+    return [
+        target_section(
+            target.name,
+            cross_statistics(gradients.step_weighted_of(target.name), interval)
+            if target.name in given
+            else also.reasons[target.name],
+        )
+        for target in ALSO_MOVED
+    ]
