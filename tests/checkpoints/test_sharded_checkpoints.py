@@ -45,9 +45,9 @@ from entropy_probe.checkpoints.sharded import decoder_layers, load_sharded_check
 from entropy_probe.errors import InputError
 from entropy_probe.model.input_limits import end_token_ids
 from entropy_probe.optimizers.state import MOMENTS
-from entropy_probe.pipeline.assemble import describe_checkpoint
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.same_inputs import digest_of_tensors
+from entropy_probe.report import CheckpointSection
 from rank_processes import failed_cases
 from spoiled import NORM, Malicious
 from support import (
@@ -224,7 +224,7 @@ def distributed_alike(name: str, root: Path, ranks: Ranks) -> None:
     whole = load_checkpoint(folder, base=base)
     assert_equal(whole, expected)
     for loaded in (found, whole):
-        said = describe_checkpoint(loaded)
+        said = CheckpointSection.of_folder(loaded)
         assert (said.kind, said.base) == ("lora" if name == "lora" else "full", str(base))
     frozen = load_model(folder, base=base, trainable=False).model
     assert any(p.requires_grad for p in frozen.parameters()) == (name != "lora")

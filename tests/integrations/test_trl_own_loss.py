@@ -25,7 +25,7 @@ from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.integrations.trl.trainer import check_batch
 from entropy_probe.model.dropout import active_dropout
-from entropy_probe.pipeline.diagnostics import recorder_warnings
+from entropy_probe.report.rollout_warnings import recorder_warnings
 
 
 class HalfOfTheTokens(GRPOTrainer):  # type: ignore[misc]

@@ -25,7 +25,7 @@ from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_wei
 from entropy_probe.pipeline.run import probe, probe_checkpoint
 from entropy_probe.pipeline.settings import Settings
 from entropy_probe.ranks.sharding import WHOLE
-from entropy_probe.report.sentences import signed
+from entropy_probe.report.numbers import signed
 
 RATE = 2e-4
 

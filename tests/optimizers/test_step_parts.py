@@ -33,7 +33,7 @@ from entropy_probe.optimizers.state import AdamGroup, AdamMoments
 from entropy_probe.optimizers.step_parts import PARTS, StepPrediction, predict_parts
 from entropy_probe.optimizers.steps_of_others import StepsOfOthers
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.report.schema import AdamWPart, FallSection, WhatIfRow, WhatIfSection
+from entropy_probe.report import AdamWPart, FallSection, WhatIfRow, WhatIfSection
 from entropy_probe.report.sentences import step_sentence
 from entropy_probe.report.text import print_report
 from entropy_probe.statistics.quantiles import t_quantile

@@ -23,8 +23,7 @@ from entropy_probe.optimizers.what_if import (
     learning_rate_for_fall,
     no_momentum,
 )
-from entropy_probe.report import Report
-from entropy_probe.report.schema import WhatIfRow
+from entropy_probe.report import Report, WhatIfRow
 from entropy_probe.statistics.estimate import Estimate
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.targets.entropy import EntropyTarget, Estimator

@@ -23,11 +23,12 @@ from entropy_probe import (
     state_of_optimizer,
     write_rollouts,
 )
+from entropy_probe.common.source import Source
 from entropy_probe.data.bundled_run import demo_folder
-from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS, LengthWeight
 from entropy_probe.optimizers.state import AdamGroup, AdamState
-from entropy_probe.pipeline.recorded import LENGTH_WEIGHT_OF_LOSS, Source, trainers_step
-from entropy_probe.report.schema import Report
+from entropy_probe.pipeline.recorded import trainers_step
+from entropy_probe.report import Report
 from support import run_command
 
 

@@ -21,8 +21,7 @@ from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
 from entropy_probe.realized.steps import Step
 from entropy_probe.realized.sweep import StepLine, _slope, sweep_step
-from entropy_probe.report import Report, plots, write_report_folder
-from entropy_probe.report.schema import SweepSection
+from entropy_probe.report import Report, SweepSection, plots, write_report_folder
 from entropy_probe.report.text import print_report
 from entropy_probe.statistics.linearity import SweepRange
 from entropy_probe.targets.entropy import EntropyTarget, Estimator

@@ -23,11 +23,12 @@ from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState
-from entropy_probe.pipeline.diagnostics import interval_warnings
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.report import Report, write_report_folder
-from entropy_probe.report.schema import AdamWSection
-from entropy_probe.report.sentences import clipping_words, headline, preconditioned_sentence, quantity
+from entropy_probe.report import AdamWSection, Report, write_report_folder
+from entropy_probe.report.headline import clipping_words, headline
+from entropy_probe.report.numbers import quantity
+from entropy_probe.report.sections.first_order import interval_warnings
+from entropy_probe.report.sentences import preconditioned_sentence
 from entropy_probe.report.text import print_report
 from entropy_probe.statistics.intervals import interval
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics

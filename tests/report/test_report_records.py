@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from rich.console import Console
 
 import support
 from entropy_probe import ProbeResult, Settings, probe, state_of_optimizer
-from entropy_probe.pipeline.assemble import assemble_report, describe_ranks
+from entropy_probe.pipeline.assemble import Found, assemble_report
 from entropy_probe.ranks.collectives import Kind, Payload, Ranks
 from entropy_probe.ranks.sharding import Sharding
-from entropy_probe.report import Report, plots
+from entropy_probe.report import RanksSection, Report, plots
 from entropy_probe.report.text import print_report
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.statistics.unit_dots import UnitDots
@@ -105,7 +106,7 @@ def test_who_shared_the_work_is_in_the_report(result: ProbeResult) -> None:
         "count": 1, "sharding": None, "backend": None, "prompts": [12], "tokens": [batch.tokens], "sent": {},
     }  # fmt: skip
     for sharded, named in ((False, "replicated"), (True, "fsdp2")):
-        ranks = describe_ranks(Sharding(Group(1, 4), sharded=sharded), [2, 2, 2, 1], [9, 8, 7, 6], SENT)
+        ranks = RanksSection.of(Sharding(Group(1, 4), sharded=sharded), [2, 2, 2, 1], [9, 8, 7, 6], SENT)
         content = json.loads(json.dumps(dataclasses.replace(result.report, ranks=ranks).to_dict()))["ranks"]
         assert content == {
             "count": 4, "sharding": named, "backend": "gloo", "prompts": [2, 2, 2, 1], "tokens": [9, 8, 7, 6],
@@ -115,7 +116,7 @@ def test_who_shared_the_work_is_in_the_report(result: ProbeResult) -> None:
             },
         }  # fmt: skip
     # A group of one shares nothing out, whatever holds its weights.
-    assert describe_ranks(Sharding(Group(0, 1), sharded=True), [3], [9], {}).sharding is None
+    assert RanksSection.of(Sharding(Group(0, 1), sharded=True), [3], [9], {}).sharding is None
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_several_ranks_have_a_line_with_their_prompts_and_what_crossed(
     result: ProbeResult, capsys: pytest.CaptureFixture[str], count: int, sent: dict[Kind, Payload], said: str
 ) -> None:
     prompts = [2] * (count - 1) + [1]
-    ranks = describe_ranks(Sharding(Group(0, count)), prompts, prompts, sent)
+    ranks = RanksSection.of(Sharding(Group(0, count)), prompts, prompts, sent)
     print_report(dataclasses.replace(result.report, ranks=ranks), Console(width=240))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert f"ranks {count} gloo, replicated: {said}" in lines
@@ -195,11 +196,11 @@ def test_the_first_order_section_is_the_statistics_of_its_kernel(result: ProbeRe
 
 
 def test_units_entropy_and_realised_rows_are_those_of_the_batch_and_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+    seen: list[Found] = []
 
-    def keep(**found: Any) -> Report:
-        seen.update(found)
-        return assemble_report(**found)
+    def keep(found: Found, timing: Mapping[str, float]) -> Report:
+        seen.append(found)
+        return assemble_report(found, timing)
 
     monkeypatch.setattr(importlib.import_module("entropy_probe.pipeline.run"), "assemble_report", keep)
     model = support.tiny_model()
@@ -213,7 +214,7 @@ def test_units_entropy_and_realised_rows_are_those_of_the_batch_and_the_steps(mo
     assert (report.units.prompts, report.units.responses) == (5, 31)
     assert report.units.tokens == sum(map(sum, tokens))
     assert report.first_order.unit_ids == [["p0", "p1", "p2"], ["p3", "p4"]]
-    scores = torch.split(seen["measured"].scores, sizes)
+    scores = torch.split(seen[0].measured.scores, sizes)
     entropy = -float(torch.stack([part.mean() for part in scores]).mean())
     length = sum(sum(part) / len(part) for part in tokens) / 5
     assert report.entropy.per_response == pytest.approx(entropy, rel=1e-12)
@@ -223,7 +224,7 @@ def test_units_entropy_and_realised_rows_are_those_of_the_batch_and_the_steps(mo
     assert report.entropy.se == pytest.approx((spread / 5 / 4) ** 0.5, rel=1e-9)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (report.checkpoint.parameters, report.checkpoint.frozen_parameters) == (trainable, 16)
-    for row, change in zip(report.realized, seen["realized"], strict=True):
+    for row, change in zip(report.realized, seen[0].realizations.rows, strict=True):
         weights = change.change.weights
         assert weights.pareto_k is not None
         expected = {

@@ -19,11 +19,18 @@ from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState
 from entropy_probe.optimizers.step_parts import StepPrediction
-from entropy_probe.pipeline import diagnostics
+from entropy_probe.optimizers.without_v import elements_without_v
 from entropy_probe.pipeline.recorded import trainers_step
 from entropy_probe.realized.changes import RealizedChange
 from entropy_probe.realized.measure import EntropyMeasure
 from entropy_probe.report import ZeroVSection
+from entropy_probe.report.rollout_warnings import advantage_warnings, on_policy_warnings
+from entropy_probe.report.sections.adamw import own_step_warnings
+from entropy_probe.report.sections.checkpoint import parameter_warnings
+from entropy_probe.report.sections.engine import coverage_warnings
+from entropy_probe.report.sections.first_order import interval_warnings, learning_rate_warnings
+from entropy_probe.report.sections.realized import realized_warnings
+from entropy_probe.report.sections.zero_v import zero_v_warnings
 from entropy_probe.statistics.importance_sampling import EntropyChange, ImportanceWeights, pareto_k_limit
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
 from entropy_probe.statistics.unit_dots import UnitDots
@@ -58,7 +65,7 @@ def statistics(units: int = 10, **changed: Any) -> CrossStatistics:
 def test_warnings_about_the_interval(changed: dict[str, Any], expected: set[str]) -> None:
     changed = dict(changed)
     interval = changed.pop("ci95", (0.1, 2.0))
-    assert codes(diagnostics.interval_warnings(statistics(**changed), interval)) == expected
+    assert codes(interval_warnings(statistics(**changed), interval)) == expected
 
 
 def parts_of_a_step(gradient: float, gradient_v_at_t: float, deviation: float = 0.0) -> StepPrediction:
@@ -79,7 +86,7 @@ def parts_of_a_step(gradient: float, gradient_v_at_t: float, deviation: float = 
 def test_the_own_steps_interval_falls_short_where_v_is_mostly_this_gradients_square(
     step: StepPrediction, expected: set[str]
 ) -> None:
-    assert codes(diagnostics.own_step_warnings(step)) == expected
+    assert codes(own_step_warnings(step)) == expected
 
 
 def group(names: tuple[str, ...], learning_rate: float) -> AdamGroup:
@@ -90,7 +97,7 @@ def test_a_learning_rate_of_zero_counts_where_it_trains_something_and_its_source
     def warned(state: AdamState, **rate: Any) -> list[Evidence]:
         batch = support.random_batch(2, 2, extra=rate.pop("rows", {}))
         trainer = trainers_step(batch, Settings(**rate), assumed=LengthWeight.GUIDE)
-        return diagnostics.learning_rate_warnings(trainer.of(state), trainer, state.learning_rates)
+        return learning_rate_warnings(trainer.of(state), trainer.learning_rate_source, state.learning_rates)
 
     assert warned(AdamState((group((), 0.0), group(("a",), 1e-3)), {})) == []
     still = AdamState((group(("a",), 0.0),), {})
@@ -104,10 +111,8 @@ def test_a_learning_rate_of_zero_counts_where_it_trains_something_and_its_source
 
 def test_a_prompt_counts_as_without_advantage_only_if_every_response_is() -> None:
     half = torch.tensor([1.0, 0.0, -1.0] * 2 + [0.0] * 6)
-    assert diagnostics.advantage_warnings(half, [3] * 4) == []
-    assert codes(diagnostics.advantage_warnings(torch.cat([half, torch.zeros(3)]), [3] * 5)) == {
-        "zero_advantage_groups"
-    }
+    assert advantage_warnings(half, [3] * 4) == []
+    assert codes(advantage_warnings(torch.cat([half, torch.zeros(3)]), [3] * 5)) == {"zero_advantage_groups"}
 
 
 def off_policy(gaps: list[float], tokens: int = 2) -> set[str]:
@@ -115,7 +120,7 @@ def off_policy(gaps: list[float], tokens: int = 2) -> set[str]:
     rows = [
         Rollout(f"p{n // 2}", (3,), (4,) * tokens, 0.0, logprobs=(-1.0 + gap,) * tokens) for n, gap in enumerate(gaps)
     ]
-    return codes(diagnostics.on_policy_warnings(group_rollouts(rows), torch.full((len(gaps),), -float(tokens))))
+    return codes(on_policy_warnings(group_rollouts(rows), torch.full((len(gaps),), -float(tokens))))
 
 
 def test_off_policy_is_the_mean_distance_a_token_or_a_response() -> None:
@@ -129,16 +134,16 @@ def test_off_policy_is_the_mean_distance_a_token_or_a_response() -> None:
 def test_a_second_moment_of_zero_counts_where_there_is_a_gradient() -> None:
     v, y = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 2.0])
     state = AdamState((group(("a",), 1e-3),), {"a": AdamMoments(1, torch.zeros(3), v)})
-    assert diagnostics.elements_without_v({"a": torch.tensor([0.0, 1.0, 0.0])}, Preconditioners(state)) == {}
-    assert diagnostics.zero_v_warnings(ZeroVSection("leave-out", 0, 0.0), {}) == []
-    assert diagnostics.elements_without_v({"a": y}, Preconditioners(state)) == {"a": 1}
-    (found,) = diagnostics.zero_v_warnings(ZeroVSection("leave-out", 1, 0.5), {"a": 1})
+    assert elements_without_v({"a": torch.tensor([0.0, 1.0, 0.0])}, Preconditioners(state)) == {}
+    assert zero_v_warnings(ZeroVSection("leave-out", 0, 0.0), {}) == []
+    assert elements_without_v({"a": y}, Preconditioners(state)) == {"a": 1}
+    (found,) = zero_v_warnings(ZeroVSection("leave-out", 1, 0.5), {"a": 1})
     assert found.seen.startswith("1 elements (a)")
-    (rival,) = diagnostics.parameter_warnings((), (), ("another rule",))
+    (rival,) = parameter_warnings((), (), ("another rule",))
     assert (rival.code, "another rule" in rival.seen) == ("ambiguous_mapping", True)
-    (untouched,) = diagnostics.parameter_warnings(list("abcde"), (), ())
+    (untouched,) = parameter_warnings(list("abcde"), (), ())
     assert untouched.seen.endswith("a, b, c and 2 more")
-    told = diagnostics.parameter_warnings(list("abc"), ("b",), ())
+    told = parameter_warnings(list("abc"), ("b",), ())
     assert [(w.seen.split()[0], w.seen[-4:], "Adam's moments" in w.seen) for w in told] == [
         ("1", "m: b", True),
         ("2", "a, c", False),
@@ -159,7 +164,7 @@ def realized(
     weights = ImportanceWeights(np.full(10, 0.1), ess, ess / 10, k, None, "" if k is None else None, limit)
     change = EntropyChange(1.0, 1.0 + delta_h, delta_h, 0.1, smoothed, weights)
     return codes(
-        diagnostics.realized_warnings(
+        realized_warnings(
             [RealizedChange("adamw", "clone", "same", EntropyMeasure(EntropyTarget()), change, predicted, floor, 1.0)]
         )
     )
@@ -182,7 +187,7 @@ def test_warnings_about_a_realised_step() -> None:
 
 
 def test_parameters_without_a_rule_are_named_with_their_share() -> None:
-    assert diagnostics.coverage_warnings(Coverage()) == []
-    (found,) = diagnostics.coverage_warnings(Coverage(fallback=("gain",), fallback_share=0.25))
+    assert coverage_warnings(Coverage()) == []
+    (found,) = coverage_warnings(Coverage(fallback=("gain",), fallback_share=0.25))
     assert "gain" in found.seen
     assert "25 %" in found.seen

@@ -26,8 +26,8 @@ from entropy_probe import (
 from entropy_probe.checkpoints import tokenizer_ids
 from entropy_probe.data.rollouts import SpecialIds, doubtful_rows, refuse_unsampled
 from entropy_probe.model.input_limits import special_ids
-from entropy_probe.pipeline.diagnostics import padding_warnings
 from entropy_probe.ranks.collectives import Ranks
+from entropy_probe.report.rollout_warnings import padding_warnings
 from entropy_probe.targets.entropy import Estimator
 from rank_processes import on_ranks
 from spoiled import Place, refuse_run

@@ -21,7 +21,7 @@ from entropy_probe.gradients import cross_gradients, reference
 from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
-from entropy_probe.pipeline.diagnostics import two_batch_warnings
+from entropy_probe.report.sections.two_batches import two_batch_warnings
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.two_batches import fold_statistics, folds_of, two_batch_statistics
 from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator

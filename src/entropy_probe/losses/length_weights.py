@@ -24,6 +24,17 @@ class LengthWeight(StrEnum):
     BNPO = "bnpo"
 
 
+LENGTH_WEIGHT_OF_LOSS = {
+    "grpo": LengthWeight.GRPO,
+    "sapo": LengthWeight.GRPO,
+    "dr_grpo": LengthWeight.DR_GRPO,
+    "dapo": LengthWeight.DAPO,
+    "cispo": LengthWeight.DAPO,
+    "bnpo": LengthWeight.BNPO,
+}
+"""TRL's losses whose gradient, at ratio 1, is a weight a response times its log-prob's; and their length weights there."""
+
+
 def length_weights(
     lengths: Sequence[int],
     group_sizes: Sequence[int],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import Plan, Storage, UnitGradients
-from entropy_probe.report.targets_section import TargetSection, target_section
+from entropy_probe.report import TargetSection
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.targets.base import Sample
@@ -60,7 +60,7 @@ def target_sections(also: AlsoMoved, gradients: UnitGradients, interval: Interva
     """The report's list of targets, in the order of :data:`~entropy_probe.targets.registry.ALSO_MOVED`."""
     given = {target.name for target in also.given}
     return [
-        target_section(
+        TargetSection.of(
             target.name,
             cross_statistics(gradients.step_weighted_of(target.name), interval)
             if target.name in given

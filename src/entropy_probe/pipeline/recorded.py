@@ -11,28 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import TypeVar
 
 import torch
 
 from entropy_probe.common.choices import number, shown
+from entropy_probe.common.source import Source
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
-from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS, LengthWeight
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.pipeline.settings import StepSettings
 from entropy_probe.pipeline.torch_types import OFF
-
-LENGTH_WEIGHT_OF_LOSS = {
-    "grpo": LengthWeight.GRPO,
-    "sapo": LengthWeight.GRPO,
-    "dr_grpo": LengthWeight.DR_GRPO,
-    "dapo": LengthWeight.DAPO,
-    "cispo": LengthWeight.DAPO,
-    "bnpo": LengthWeight.BNPO,
-}
-"""TRL's losses whose gradient, at ratio 1, is a weight a response times its log-prob's; and their length weights there."""
 
 MIXED_PRECISION = {None: None, "no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Accelerate's names."""
@@ -41,14 +31,6 @@ SAME_RATE = 1e-9
 """Relative difference up to which a recorded learning rate is the stored one."""
 
 T = TypeVar("T", bound=Hashable)
-
-
-class Source(StrEnum):
-    """Where a value comes from: a caller, the rows, or neither."""
-
-    GIVEN = "given"
-    RECORDED = "recorded"
-    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.choices import member, path_of, settings_of
 from entropy_probe.common.devices import AUTO, check_device, choose_device
 from entropy_probe.common.progress import Clock, Progress, Silent
+from entropy_probe.common.source import Source
 from entropy_probe.compat.wrappers import named_parameters, unwrap
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, as_batch, read_batch, refuse_unsampled
 from entropy_probe.data.rollouts.digest import digest_of_batch
@@ -35,7 +36,6 @@ from entropy_probe.gradients import Preparation, marked, trained_before
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.digest import digest_of_model
 from entropy_probe.model.input_limits import check_fits, input_limits, special_ids
-from entropy_probe.model.policy import Measured
 from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
 from entropy_probe.optimizers.digest import digest_of_adam
 from entropy_probe.optimizers.gradient_weights import gradient_weights
@@ -44,21 +44,13 @@ from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import predict_parts
 from entropy_probe.optimizers.validation import validate_preconditioner
 from entropy_probe.optimizers.what_if import learning_rate_for_fall
-from entropy_probe.pipeline import diagnostics
-from entropy_probe.pipeline.also_moved import target_sections
-from entropy_probe.pipeline.assemble import (
-    assemble_report,
-    describe_checkpoint,
-    describe_model,
-    describe_ranks,
-    describe_zero_v,
-)
+from entropy_probe.optimizers.without_v import elements_without_v
+from entropy_probe.pipeline.assemble import Found, assemble_report
 from entropy_probe.pipeline.inputs import read_evaluation
-from entropy_probe.pipeline.recorded import Source, TrainersStep, trainers_step
+from entropy_probe.pipeline.recorded import TrainersStep, trainers_step
 from entropy_probe.pipeline.settings import Settings, ShardingChoice, refuse_unused_constant
 from entropy_probe.pipeline.stages import (
     Subject,
-    Task,
     against_evaluation,
     asked_what_ifs,
     gradients_of_units,
@@ -67,10 +59,9 @@ from entropy_probe.pipeline.stages import (
     realize_steps,
     without_negatives,
 )
-from entropy_probe.pipeline.torch_types import OFF, autocast_name, dtype_name
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.same_inputs import check_same_inputs, digest_of_settings
-from entropy_probe.report import ConfigSection, Report
+from entropy_probe.report import CheckpointSection, Report
 from entropy_probe.statistics.u_statistics import cross_statistics
 
 DEFAULTS = Settings()
@@ -153,7 +144,7 @@ def probe_checkpoint(
         sharding_of(loaded.model, ranks),
         batch,
         evaluation,
-        describe_checkpoint(loaded),
+        CheckpointSection.of_folder(loaded),
         loaded.mapping.rivals,
         str(rollouts),
         None if evaluation_rollouts is None else str(evaluation_rollouts),
@@ -217,7 +208,7 @@ def probe(
     for rows in (batch, evaluation):
         if rows is not None:
             check_fits(rows, *input_limits(model))
-    facts, special = describe_model(model, adam, test), special_ids(model)
+    facts, special = CheckpointSection.of_model(model, adam, test), special_ids(model)
     subject = Subject(
         model,
         trainer.of(adam),
@@ -311,7 +302,7 @@ def _probe_as_marked(
     if subject.evaluation is not None:
         refuse_unsampled(subject.evaluation, subject.special, "the evaluation rollouts")
     task, preparation = make_task(subject, settings, earlier, clock, progress)
-    batch, evaluation, adam, policy = subject.batch, subject.evaluation, subject.adam, task.policy
+    evaluation, adam, policy = subject.evaluation, subject.adam, task.policy
     trainer = subject.trainer
 
     with clock.stage("gradients"):
@@ -342,109 +333,23 @@ def _probe_as_marked(
             positive = without_negatives(task, rules)
     what_ifs = asked_what_ifs(settings.analyses, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
     fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
-    trained = trained_before(gradients.untouched, adam, policy.sharding)
-    without_v = diagnostics.elements_without_v(
-        gradients.ascent, Preconditioners(adam, settings.zero_v), policy.sharding
-    )
-    zero_v = describe_zero_v(settings.zero_v, without_v, gradients.delta_h1_of_zero_v)
-
-    warnings = [
-        *subject.notes,
-        *diagnostics.learning_rate_warnings(adam, trainer, subject.facts.stored_learning_rates),
-        *diagnostics.interval_warnings(statistics, step_statistics.negated.ci95),
-        *diagnostics.two_batch_warnings(two_batches),
-        *diagnostics.own_step_warnings(step),
-        *diagnostics.advantage_warnings(task.advantages, batch.group_sizes),
-        *diagnostics.on_policy_warnings(batch, gradients.scores),
-        *diagnostics.loss_warnings(trainer),
-        *diagnostics.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
-        *diagnostics.recorder_warnings(batch),
-        *diagnostics.padding_warnings(batch, subject.special),
-        *diagnostics.parameter_warnings(gradients.untouched, trained, subject.rivals),
-        *diagnostics.zero_v_warnings(zero_v, without_v),
-        *diagnostics.coverage_warnings(gradients.coverage),
-        *diagnostics.rounding_warnings(realized.rows, settings.weight_rounding),
-        *diagnostics.realized_warnings(realized.rows),
-        *diagnostics.sweep_warnings(realized.curves),
-        *(replace(warning, seen=f"evaluation rollouts: {warning.seen}") for warning in realized.of_evaluation),
-        *diagnostics.weighting_warnings(settings.weighting, batch.group_sizes),
-        *diagnostics.clipping_warnings(batch, norm, trainer.max_grad_norm),
-    ]
-    ranks = subject.sharding.ranks
-    dealt = [task.plan.units.prompts(share) for share in task.plan.units.deal(batch.positions, ranks.count)]
-    report = assemble_report(
+    found = Found(
+        task=task,
+        preparation=preparation,
+        gradients=gradients,
         statistics=statistics,
         step_statistics=step_statistics,
-        step_kernel=gradients.step_weighted.kernel,
-        plan=task.plan,
-        batch=batch,
-        target=task.target,
-        target_se=settings.target_se,
-        measured=Measured(gradients.scores, gradients.token_entropies),
-        adam=adam,
-        realized=realized.rows,
-        sweep=realized.curves,
+        gradient_statistics=gradient_statistics,
+        gradient_norm=norm,
+        step=step,
         two_batches=two_batches,
         noise=noise,
-        evaluation=evaluation,
-        folds=realized.folds,
-        step=step,
-        targets=target_sections(task.also, gradients, settings.interval),
-        gradient_statistics=gradient_statistics,
-        reached=gradients.ascent,
-        zero_v=zero_v,
-        gradient_norm=norm,
-        trainer=trainer,
+        realizations=realized,
         what_ifs=what_ifs,
         fall=fall,
-        warnings=warnings,
-        config=_config(task),
-        checkpoint=subject.facts,
-        preparation=preparation,
-        coverage=gradients.coverage,
-        ranks=describe_ranks(
-            subject.sharding,
-            [len(prompts) for prompts in dealt],
-            [batch.of_prompts(prompts).tokens for prompts in dealt],
-            ranks.most_sent(since=subject.sent_before),
-        ),
-        timing=clock.seconds(),
+        trained=trained_before(gradients.untouched, adam, policy.sharding),
+        without_v=elements_without_v(gradients.ascent, Preconditioners(adam, settings.zero_v), policy.sharding),
+        sent=subject.sharding.ranks.most_sent(since=subject.sent_before),
     )
+    report = assemble_report(found, clock.seconds())
     return ProbeResult(report, gradients.total.kernel, replace(preparation, rules=rules))
-
-
-def _config(task: Task) -> ConfigSection:
-    """The settings, with what the rollouts and the model decided of them."""
-    subject, settings, trainer = task.subject, task.settings, task.subject.trainer
-    return ConfigSection(
-        mode=settings.mode,
-        blocks=settings.blocks,
-        estimator=settings.estimator,
-        entropy=settings.entropy,
-        importance_weights=settings.weighting,
-        evaluation_rollouts=subject.evaluation_rollouts,
-        noise=settings.noise,
-        interval=settings.interval,
-        split=settings.split,
-        sweep=None if settings.sweep is None else [settings.sweep.low, settings.sweep.high, settings.sweep.count],
-        resample=settings.resample,
-        resample_batch=settings.resample_batch,
-        rollouts=subject.rollouts,
-        freeze=list(subject.freeze),
-        advantage=task.advantage_rule,
-        length_weight=trainer.length_weight,
-        max_completion_length=settings.max_completion_length,
-        learning_rate=settings.learning_rate,
-        temperature=subject.batch.temperature,
-        dtype=dtype_name(settings.dtype),
-        autocast=autocast_name(OFF if settings.autocast == OFF else trainer.autocast),
-        microbatch_size=settings.microbatch_size,
-        vector_dtype=dtype_name(task.vector_dtype),
-        gradient_checkpointing=settings.gradient_checkpointing,
-        memory_bytes=settings.memory_bytes,
-        device=str(task.policy.device),
-        seed=settings.seed,
-        max_grad_norm=None if trainer.max_grad_norm_source is Source.UNKNOWN else trainer.max_grad_norm or 0.0,
-        weight_rounding=settings.weight_rounding,
-        zero_v=settings.zero_v,
-    )

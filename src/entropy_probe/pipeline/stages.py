@@ -47,7 +47,6 @@ from entropy_probe.optimizers.what_if import (
     no_momentum,
     without_negative_advantages,
 )
-from entropy_probe.pipeline import diagnostics
 from entropy_probe.pipeline.also_moved import AlsoMoved, plan_targets
 from entropy_probe.pipeline.inputs import (
     check_cross_memory,
@@ -70,7 +69,7 @@ from entropy_probe.realized.resampling import GENERATED_TOGETHER, Resampling, pl
 from entropy_probe.realized.rows import Realizer
 from entropy_probe.realized.steps import HELD_OUT, SAME
 from entropy_probe.realized.sweep import SweepCurve, sweep
-from entropy_probe.report import CheckpointSection
+from entropy_probe.report import CheckpointSection, rollout_warnings
 from entropy_probe.statistics.noise import LEAST_UNITS, NoiseParts, noise_of
 from entropy_probe.statistics.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
@@ -329,11 +328,11 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
             if factors:
                 curves += sweep(realizer.policy, evaluation, evaluated, steps, held_out, factors, progress)
             of_evaluation = [
-                *diagnostics.on_policy_warnings(evaluation, evaluated.scores),
-                *diagnostics.pairing_warnings(
+                *rollout_warnings.on_policy_warnings(evaluation, evaluated.scores),
+                *rollout_warnings.pairing_warnings(
                     evaluation, task.subject.facts.trainer_step, task.subject.trainer.length_weight
                 ),
-                *diagnostics.padding_warnings(evaluation, task.subject.special),
+                *rollout_warnings.padding_warnings(evaluation, task.subject.special),
             ]
     return Realizations(rows, curves, folds, of_evaluation)
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from entropy_probe.common.progress import Progress
 from entropy_probe.errors import InputError
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards, advantages_over_batch
-from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS, LengthWeight
 from entropy_probe.pipeline.inputs import resolve_length_weights
-from entropy_probe.pipeline.recorded import LENGTH_WEIGHT_OF_LOSS
 from entropy_probe.replay_check.case import Cause, Replayed
 
 ADVANTAGE_WORDS = {

@@ -33,8 +33,6 @@ from entropy_probe.model.input_limits import check_fits, special_ids
 from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.optimizers.adamw_step import adamw_step
 from entropy_probe.optimizers.preconditioner import ZeroV
-from entropy_probe.pipeline.assemble import versions
-from entropy_probe.pipeline.diagnostics import padding_warnings
 from entropy_probe.pipeline.inputs import free_memory, resolve_advantages, resolve_length_weights
 from entropy_probe.pipeline.recorded import check_recorded, recorded_count, trainers_step
 from entropy_probe.pipeline.settings import refuse_unused_constant
@@ -44,7 +42,10 @@ from entropy_probe.replay_check.case import Replayed, against
 from entropy_probe.replay_check.settings import ReplaySettings
 from entropy_probe.replay_check.suspicions import Findings, find_suspicions
 from entropy_probe.replay_check.update_comparison import compare_gradients, recovered_gradient
+from entropy_probe.replay_check.warnings import replay_warnings
 from entropy_probe.report.replay_schema import ReplayConfig, ReplayReport
+from entropy_probe.report.rollout_warnings import padding_warnings
+from entropy_probe.report.versions import versions
 
 DEFAULTS = ReplaySettings()
 
@@ -159,7 +160,7 @@ def replay(
         suspicions=findings.suspicions,
         tried=findings.tried,
         warnings=[
-            *sections.warnings(case, measured, loaded, logged, all(state.global_step is not None for state in states)),
+            *replay_warnings(case, measured, loaded, logged, all(state.global_step is not None for state in states)),
             *padding_warnings(batch, special),
         ],
         kind=loaded.folder.kind,

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from entropy_probe.report.schema import Report, SweepSection
+from entropy_probe.report.schema import Report
+from entropy_probe.report.sections.sweep import SweepSection
 
 PREDICTED, REALIZED, NEUTRAL = "#3b6fb5", "#c8553d", "#777777"
 
@@ -32,7 +33,7 @@ def plot_predicted_and_realized(report: Report, path: Path) -> None:
     axes.axvline(0.0, color=NEUTRAL, linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlabel(f"entropy change, nats {report.first_order.entropy.replace('-', ' ')}")
+    axes.set_xlabel(f"entropy change, {report.first_order.nats}")
     # Below the whole figure: long names of steps leave the axes too narrow for it.
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     _save(figure, path)

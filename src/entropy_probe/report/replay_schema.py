@@ -1,87 +1,19 @@
-"""The JSON of ``entropy-probe replay``, schema 1: plain records. Every number is finite, or null with its reason."""
+"""The JSON of ``entropy-probe replay``, schema 1. Every number is finite, or null with its reason."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from entropy_probe.common.evidence import Evidence
-from entropy_probe.report.schema import check_content
+from entropy_probe.report.rows import Block, Chapter, Row, Rows
+from entropy_probe.report.schema import content_of
+from entropy_probe.report.sections.base import Context, all_blocks
+from entropy_probe.report.sections.replay import GradientSection, LoggedSection, UpdateSection
 
 REPLAY_SCHEMA = 1
-
-
-def within_rounding(error_net: float, rounding_expected: float) -> bool:
-    """The net error is too small beside the expected rounding to be a figure of its own."""
-    return error_net <= rounding_expected / 10
-
-
-@dataclass(frozen=True)
-class ParameterRow:
-    """One parameter: relative L2 error over it (null where it did not move), and its share of the squared error of all."""
-
-    name: str
-    relative_error: float | None
-    share: float
-
-
-@dataclass(frozen=True)
-class UpdateSection:
-    """The computed update against the real one, θ of N+1 less θ of N; see :mod:`entropy_probe.replay_check.update_comparison`.
-
-    ``error_net`` is ``relative_error`` without what rounding explains, and up to ``tolerance`` counts as the same step.
-    ``part_norms`` are of momentum, fresh gradient and weight decay, over ‖Δ‖ real. ``parameters``: largest share first.
-    """
-
-    relative_error: float
-    error_net: float
-    rounding_floor: float
-    rounding_expected: float
-    tolerance: float
-    cosine: float | None
-    norm_ratio: float
-    update_norm: float
-    part_norms: Mapping[str, float]
-    parameters: list[ParameterRow]
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class GradientSection:
-    """The loss gradient −Ȳ: its norm before clipping, and after it against the one that Adam's moments at N+1 show.
-
-    ``scale`` is the factor that brings the unclipped gradient nearest to the recovered one. ``relative_error`` up to
-    ``tolerance`` counts as the same gradient.
-    """
-
-    norm: float
-    max_grad_norm: float | None
-    max_grad_norm_from: str
-    clip_factor: float
-    relative_error: float | None
-    cosine: float | None
-    norm_ratio: float | None
-    scale: float | None
-    tolerance: float
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LoggedSection:
-    """Recomputed figures beside those of ``trainer_state.json``.
-
-    ``entropy`` as TRL logs it: the mean over micro-batches of the token-weighted mean of H_t, nats per token, before the
-    update. ``grad_norm``: before clipping. ``learning_rate``: of the step from N to N+1.
-    """
-
-    entropy: float
-    entropy_logged: float | None
-    grad_norm: float
-    grad_norm_logged: float | None
-    learning_rate: float | list[float]
-    learning_rate_logged: float | None
-    null_reasons: Mapping[str, str] = field(default_factory=dict)
+STEP = Chapter(90, "Step and batch")
 
 
 @dataclass(frozen=True)
@@ -122,8 +54,8 @@ class ReplayReport:
     headline: str
     matched: bool
     update: UpdateSection
-    gradient: GradientSection
     logged: LoggedSection
+    gradient: GradientSection
     suspicions: list[Suspicion]
     tried: int
     warnings: list[Evidence]
@@ -141,6 +73,23 @@ class ReplayReport:
         Raises:
             AssertionError: a number is not finite, or a null has no reason: a fault of ours.
         """
-        content = {"schema": REPLAY_SCHEMA, **asdict(self)}
-        check_content(content, (content["update"], content["gradient"], content["logged"]))
-        return content
+        return content_of(self, REPLAY_SCHEMA)
+
+    def blocks(self) -> list[Block]:
+        """What is shown of it, for a renderer."""
+        config = self.config
+        context = Context("nats per token", self.prompts, self.parameters, config.dtype)
+        step = "unknown" if config.step is None else str(config.step)
+        facts = (
+            Row("step", step, f"{self.kind} weights, {config.dtype}"),
+            Row("rollouts", str(self.responses), f"responses to {self.prompts} prompts"),
+            Row("loss", config.length_weight, f"advantages {config.advantage}, temperature {config.temperature:g}"),
+            Row("time", f"{self.timing['total']:.1f} s"),
+        )
+        return [*all_blocks(self, context), Rows(STEP, facts)]
+
+    def seen(self, suspicion: Suspicion) -> str:
+        """What was seen of a suspicion, and the error that is left with it."""
+        if suspicion.error_net is None:
+            return suspicion.seen
+        return f"{suspicion.seen} (with it the error is {self.update.net(suspicion.error_net)})"

@@ -1,53 +1,10 @@
-"""What a report says in sentences: of the optimizer's own step first, then of δH₁; and how numbers are written in them."""
+"""What sections say in sentences: of the optimizer's own step, of δH₁, and of a step that is rounded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from entropy_probe.report.schema import AdamWSection
-
-
-def headline(adamw: AdamWSection, entropy: float, unit: str) -> str:
-    """One sentence a person understands first: what the optimizer's next step does to the entropy, and how sure that is.
-
-    Args:
-        adamw: that step.
-        entropy: as it is now, nats per ``unit``.
-        unit: response or token.
-    """
-    clipping = clipping_words(adamw)
-    if adamw.total == 0.0 and not any(part.value for part in adamw.parts.values()):
-        return (
-            "The optimizer's next step changes nothing to first order: its learning rate is zero, or there is neither "
-            "momentum, nor an advantage, nor weight decay."
-        )
-    share = f" ({100 * abs(adamw.total) / entropy:.2g} % of {entropy:.3g})" if entropy > 0 else ""
-    if adamw.ci95 is None:
-        return (
-            f"To first order the optimizer's next step changes entropy by {signed(adamw.total, None)} nats per {unit}{share}, "
-            f"{clipping}; it has no error: {adamw.null_reasons['ci95']}."
-        )
-    low, high = adamw.ci95
-    interval = f"95 % interval of the change [{low:+.3g}, {high:+.3g}], {clipping}"
-    if low <= 0.0 <= high:
-        return (
-            "This batch does not tell whether the optimizer's next step raises or lowers entropy: "
-            f"{signed(adamw.total, adamw.se)} nats per {unit}{share}, {interval}."
-        )
-    return (
-        f"To first order the optimizer's next step {'lowers' if adamw.total < 0 else 'raises'} entropy by "
-        f"{quantity(abs(adamw.total), adamw.se)} nats per {unit}{share}, {interval}."
-    )
-
-
-def clipping_words(adamw: AdamWSection) -> str:
-    """What is assumed of clipping, and where the limit, or its absence, is known from: given, recorded or unknown."""
-    source = adamw.max_grad_norm_source
-    if adamw.max_grad_norm is None:
-        return "no clipping assumed" if source == "unknown" else f"no clipping, as {source}"
-    if adamw.clip_factor == 1.0:
-        return f"gradient norm within the clip of {adamw.max_grad_norm:g}, as {source}"
-    return f"gradient clipped at {adamw.max_grad_norm:g}, as {source}"
+from entropy_probe.report.numbers import quantity, range_of, signed
 
 
 def stored_sentence(said: str, delta_h: float, se: float, unit: str) -> str:
@@ -142,26 +99,3 @@ def step_sentence(
         alone = ", ".join(f"{CAUSES[name]} alone {'lowers' if parts[name] < 0 else 'raises'} it" for name in resolved)
         return f"Whether the optimizer's own step lowers or raises entropy cannot be told within the errors; {alone}."
     return "Neither the optimizer's own step nor any part of it can be told from zero within the errors."
-
-
-def quantity(value: float, se: float | None) -> str:
-    """``value ± se`` with two digits of the error."""
-    if se is None or se == 0.0:
-        return f"{value:.4g}"
-    exponent = int(f"{se:e}".split("e")[1])
-    if -4 <= exponent <= 3:
-        digits = max(0, 1 - exponent)
-        return f"{value:.{digits}f} ± {se:.{digits}f}"
-    leading = max(exponent, int(f"{value:e}".split("e")[1]))
-    scale, digits = 10.0**leading, 1 + leading - exponent
-    return f"({value / scale:.{digits}f} ± {se / scale:.{digits}f})e{leading}"
-
-
-def signed(value: float, se: float | None) -> str:
-    """:func:`quantity` with its sign."""
-    return f"{'+' if value >= 0 else '−'}{quantity(abs(value), se)}"
-
-
-def range_of(factors: float | list[float]) -> str:
-    """One number, or from which to which."""
-    return f"{min(factors):.3g} to {max(factors):.3g}" if isinstance(factors, list) else f"{factors:.3g}"

@@ -29,7 +29,7 @@ from entropy_probe.compat.trl import (
 )
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl.own_code import replacement
-from entropy_probe.pipeline.recorded import LENGTH_WEIGHT_OF_LOSS
+from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS
 
 
 def refuse(reason: str) -> InputError:

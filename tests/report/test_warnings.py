@@ -13,7 +13,7 @@ from entropy_probe import Settings, probe, state_of_optimizer
 from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
-from entropy_probe.pipeline.diagnostics import on_policy_warnings, pairing_warnings
+from entropy_probe.report.rollout_warnings import on_policy_warnings, pairing_warnings
 
 
 def with_rates(*rates: float) -> Any:
@@ -109,9 +109,9 @@ def test_rollouts_of_another_step_or_another_loss_are_named() -> None:
 
 
 def test_a_heavy_tail_is_said_where_it_matters_and_not_of_a_tiny_step() -> None:
-    from entropy_probe.pipeline.diagnostics import realized_warnings
     from entropy_probe.realized.changes import RealizedChange
     from entropy_probe.realized.measure import EntropyMeasure
+    from entropy_probe.report.sections.realized import realized_warnings
     from entropy_probe.statistics.importance_sampling import entropy_change
     from entropy_probe.targets.entropy import EntropyTarget
 

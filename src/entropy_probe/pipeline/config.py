@@ -1,0 +1,45 @@
+"""The report's section of settings, as they were resolved."""
+
+from __future__ import annotations
+
+from entropy_probe.common.source import Source
+from entropy_probe.pipeline.stages import Task
+from entropy_probe.pipeline.torch_types import OFF, autocast_name, dtype_name
+from entropy_probe.report import ConfigSection
+
+
+def config_section(task: Task) -> ConfigSection:
+    """The settings, with what the rollouts and the model decided of them."""
+    subject, settings, trainer = task.subject, task.settings, task.subject.trainer
+    return ConfigSection(
+        mode=settings.mode,
+        blocks=settings.blocks,
+        estimator=settings.estimator,
+        entropy=settings.entropy,
+        importance_weights=settings.weighting,
+        evaluation_rollouts=subject.evaluation_rollouts,
+        noise=settings.noise,
+        interval=settings.interval,
+        split=settings.split,
+        sweep=None if settings.sweep is None else [settings.sweep.low, settings.sweep.high, settings.sweep.count],
+        resample=settings.resample,
+        resample_batch=settings.resample_batch,
+        rollouts=subject.rollouts,
+        freeze=list(subject.freeze),
+        advantage=task.advantage_rule,
+        length_weight=trainer.length_weight,
+        max_completion_length=settings.max_completion_length,
+        learning_rate=settings.learning_rate,
+        temperature=subject.batch.temperature,
+        dtype=dtype_name(settings.dtype),
+        autocast=autocast_name(OFF if settings.autocast == OFF else trainer.autocast),
+        microbatch_size=settings.microbatch_size,
+        vector_dtype=dtype_name(task.vector_dtype),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        memory_bytes=settings.memory_bytes,
+        device=str(task.policy.device),
+        seed=settings.seed,
+        max_grad_norm=None if trainer.max_grad_norm_source is Source.UNKNOWN else trainer.max_grad_norm or 0.0,
+        weight_rounding=settings.weight_rounding,
+        zero_v=settings.zero_v,
+    )
