@@ -55,7 +55,7 @@ def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
                 "off_policy",
                 f"the sampler's log-probs differ from this checkpoint's by {gap / len(pairs):.3g} nats a response, "
                 f"{gap / tokens:.3g} a token, over {len(pairs)} responses",
-                "Pair checkpoint N with the rollouts of step N+1 and the right temperature, or sample anew with "
+                "Pair checkpoint N with the rollouts of step N+1 and the right temperature, or sample again with "
                 "`entropy-probe sample`",
             )
         )

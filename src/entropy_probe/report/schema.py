@@ -89,14 +89,19 @@ def content_of(report: Sectioned, schema: int) -> dict[str, Any]:
     Raises:
         AssertionError: see :func:`check_content`.
     """
-    check_content(report)
-    return {"schema": schema, **asdict(report)}
+    content = asdict(report)
+    check_content(report, content)
+    return {"schema": schema, **content}
 
 
-def check_content(report: Sectioned) -> None:
+def check_content(report: Sectioned, content: Mapping[str, Any]) -> None:
     """Every number of a report is finite, and every null of a record with ``null_reasons`` has its reason there.
 
     Records are looked for wherever they stand in the report.
+
+    Args:
+        report: whose records are looked at.
+        content: the same as mappings and lists.
 
     Raises:
         AssertionError: not so: a fault of ours.
@@ -107,7 +112,7 @@ def check_content(report: Sectioned) -> None:
             continue
         for name, value in values.items():
             assert value is not None or name in values["null_reasons"], f"{name} is null without a reason"
-    _assert_finite(asdict(report), "report")
+    _assert_finite(content, "report")
 
 
 def _assert_finite(value: Any, where: str) -> None:

@@ -184,7 +184,7 @@ def own_step_warnings(step: StepPrediction) -> list[Evidence]:
     """An interval of the optimizer's own step that is known to fall short: its v is mostly this very gradient's square."""
     gradient = step.parts["gradient"]
     before, after = abs(float(step.values_v_at_t[PARTS.index("gradient")])), abs(gradient.value)
-    # The gradient's part goes as 1/√v, and v after the step holds v before it: their ratio tells how much is fresh.
+    # The gradient's part is proportional to 1/√v, and v after the step holds v before it: their ratio tells how much is fresh.
     if gradient.se is None or before * math.sqrt(1.0 - FRESH_SHARE) <= after + gradient.se:
         return []
     return [

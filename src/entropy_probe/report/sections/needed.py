@@ -15,7 +15,7 @@ from entropy_probe.statistics.u_statistics import CrossStatistics
 
 @dataclass(frozen=True)
 class NeededSection(Section):
-    """Prompts that would settle a question, were they like these: the same U_cross, variance parts and responses a prompt.
+    """Prompts that would settle a question, if they are like these: the same U_cross, variance parts and responses a prompt.
 
     ``exclude_zero`` is for a 95 % interval of δH₁ without zero, ``reach_target_se`` for a standard error of ``target_se`` nats.
     """
@@ -63,7 +63,7 @@ class NeededSection(Section):
     def _said(self, prompts: int) -> tuple[str, str]:
         if self.exclude_zero is None:
             return none(self.null_reasons, "exclude_zero"), ""
-        said = f"for an interval without zero, were they like these {prompts}"
+        said = f"for an interval without zero, if they are like these {prompts}"
         if self.target_se is None:
             return f"{self.exclude_zero}", said
         reach = "none would do" if self.reach_target_se is None else f"{self.reach_target_se}"

@@ -24,14 +24,12 @@ OWN = "adamw"
 """The step of the optimizer itself, as rows name it."""
 
 NOTES = {
-    (
-        "preconditioned",
-        SAME,
-    ): "the step that δH₁ is about, Δθ = η P Ȳ; on the same responses it also holds the diagonal "
-    "that U_cross leaves out",
-    ("adamw", SAME): "the optimizer's own step: momentum, fresh gradient, weight decay",
+    ("preconditioned", SAME): (
+        "the step that δH₁ is about, Δθ = η P Ȳ; on the same responses it also holds the diagonal that U_cross leaves out"
+    ),
+    (OWN, SAME): "the optimizer's own step: momentum, fresh gradient, weight decay",
     ("preconditioned", HELD_OUT): "the step from other prompts' responses than these, so without the diagonal",
-    ("adamw", HELD_OUT): "the optimizer's own step from other prompts' responses than these",
+    (OWN, HELD_OUT): "the optimizer's own step from other prompts' responses than these",
 }
 
 
@@ -72,7 +70,7 @@ class RealizedRow(Entry):
         if realized.kept is None:
             reasons["rounded"] = (
                 "the step before any rounding of the weights"
-                if realized.step == "adamw"
+                if realized.step == OWN
                 else "the preconditioned step is not the optimizer's own, which alone is stored"
             )
         if weights.pareto_reason is not None:
@@ -149,7 +147,7 @@ class RealizedRow(Entry):
 
 def _note(realized: RealizedChange, max_grad_norm: float | None) -> str:
     note = NOTES[realized.step, realized.batch]
-    if realized.step != "adamw":
+    if realized.step != OWN:
         return note
     note += "; no gradient clipping" if max_grad_norm is None else f"; gradient clipped at {max_grad_norm:g}"
     kept = realized.kept
