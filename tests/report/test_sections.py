@@ -175,8 +175,14 @@ def test_metrics_are_flat_floats_under_the_names_that_a_tracker_knows(report: Re
         "entropy": report.entropy.per_response, "entropy_per_token": report.entropy.per_token,
         "seconds": report.timing["total"],
     }  # fmt: skip
+    for target in report.targets:
+        low, high = target.ci95 or (None, None)
+        expected |= {
+            f"delta_{target.name}": target.delta, f"delta_{target.name}_low": low, f"delta_{target.name}_high": high,
+        }  # fmt: skip
+    assert {"delta_reward", "delta_reward_low", "delta_length_high"} <= expected.keys()
     found = report.metrics()
-    assert found == expected
+    assert found == {name: value for name, value in expected.items() if value is not None}
     assert all(type(value) is float for value in found.values())
     assert len(set(found.values())) == len(found)
 

@@ -14,6 +14,8 @@ def metrics(report: Sectioned) -> dict[str, float]:
       standard error over fresh batches and the ends of its 95 % interval;
     - ``adamw``, ``adamw_se``, ``adamw_low``, ``adamw_high``: the optimizer's own step to first order, likewise, given this
       update; ``momentum``, ``gradient``, ``weight_decay`` are its parts; ``gradient_norm`` is the gradient's, before clipping;
+    - ``delta_reward``, ``delta_length``, each with ``_low`` and ``_high``: what the preconditioned step does to the expected
+      reward and to the expected tokens of a response;
     - ``realized``, ``realized_se``, ``realized_predicted``, ``ess_fraction``: the entropy's change after the optimizer's own
       step (before any rounding of the weights) on the responses that it is made from, its linear prediction, and the effective
       share of the responses;
