@@ -12,7 +12,8 @@ import entropy_probe
 
 ROOT = Path(entropy_probe.__file__).parent
 ORDER = [
-    {"errors", "compat"},
+    {"errors"},
+    {"compat"},
     {"common"},
     {"ranks", "statistics"},
     {"data"},
@@ -94,3 +95,87 @@ def test_no_folders_of_a_room_import_each_other_in_a_circle() -> None:
 def test_statistics_know_numpy_and_scipy_alone() -> None:
     for path in (ROOT / "statistics").rglob("*.py"):
         assert not {name.split(".")[0] for name in imported(path)} & FRAMEWORKS, path
+
+
+def private(name: str) -> bool:
+    """Whether a name, or a part of a dotted one, begins with one underscore."""
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+PUBLIC_BY_DOCUMENTATION = {
+    "os._exit": "Python documents it: the exit that runs no handlers",
+}
+ASKING = {"getattr", "hasattr", "setattr", "delattr", "attrgetter"}
+"""Functions that take an attribute's name as text."""
+
+
+def private_names(tree: ast.Module) -> list[str]:
+    """Where code asks anything but itself or its class for a private name, or imports one, by line."""
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        match node:
+            case ast.Attribute(value=owner, attr=name):
+                own = isinstance(owner, ast.Name) and owner.id in {"self", "cls"}
+                names = [] if own or ast.unparse(node) in PUBLIC_BY_DOCUMENTATION else [name]
+            case ast.Import():
+                names = [alias.name for alias in node.names]
+            case ast.ImportFrom():
+                names = [node.module or "", *(alias.name for alias in node.names)]
+            case ast.Call(func=ast.Name(id=function) | ast.Attribute(attr=function)) if function in ASKING:
+                names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            case ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Name(id="vars")))):
+                names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            case ast.Subscript(value=ast.Call(func=ast.Name(id="vars")), slice=ast.Constant(value=str(name))):
+                names = [name]
+            case ast.Compare(left=ast.Constant(value=str(name)), comparators=[ast.Call(func=ast.Name(id="vars"))]):
+                names = [name]
+        found += [f"{node.lineno}: {name}" for name in names if private(name)]
+    return found
+
+
+def test_private_names_of_others_are_asked_for_in_compat_alone() -> None:
+    """Also those of other files of this package: ``from entropy_probe.x import _y`` is one."""
+    found = [
+        f"{path.relative_to(ROOT)}:{place}"
+        for path in sorted(FILES.values())
+        if room(path) != "compat"
+        for place in private_names(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "module._parameters",
+        "model.layer._buffers['x'] = 1",
+        "super()._step()",
+        "import torch._dynamo",
+        "from torch.utils._pytree import tree_flatten",
+        "from torch.utils.checkpoint import _Mode",
+        "from entropy_probe.realized.sweep import _slope",
+        "getattr(model, '_no_split_modules', None)",
+        "operator.attrgetter('state._policy')",
+        "vars(model).get('_original')",
+        "vars(model)['_original']",
+        "'_original' in vars(model)",
+    ],
+)
+def test_the_search_sees_a_private_name_however_it_is_asked_for(code: str) -> None:
+    assert private_names(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "self._own",
+        "cls._make()",
+        "os._exit(1)",
+        "type(x).__name__",
+        "vars(x).get('forward')",
+        "from __future__ import a",
+    ],
+)
+def test_the_search_leaves_what_is_ones_own_or_public(code: str) -> None:
+    assert not private_names(ast.parse(code))

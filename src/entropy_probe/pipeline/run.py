@@ -27,7 +27,8 @@ from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.choices import member, path_of, settings_of
 from entropy_probe.common.devices import AUTO, check_device, choose_device
 from entropy_probe.common.progress import Clock, Progress, Silent
-from entropy_probe.compat.wrappers import named_parameters, unwrap
+from entropy_probe.compat.checkpoint_wrappers import named_parameters
+from entropy_probe.compat.torch_modules import unwrap
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, as_batch, read_batch, refuse_unsampled
 from entropy_probe.data.rollouts.digest import digest_of_batch
 from entropy_probe.errors import InputError

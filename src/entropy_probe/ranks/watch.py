@@ -22,7 +22,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 from rich.console import Console
-from torch._C._distributed_c10d import Store  # torch.distributed has it under this name too, but not for mypy
+
+from entropy_probe.compat.torch_stores import Store
 
 PAUSE = 0.2
 """Seconds between two looks."""
