@@ -21,7 +21,6 @@ from types import FrameType
 from typing import NoReturn
 
 import torch.distributed as dist
-from rich.console import Console
 
 from entropy_probe.compat.torch_stores import Store
 
@@ -161,6 +160,8 @@ class Watch:
                 code = failure.code
                 _say(trace + failure.message(everyone=False))
         if self._board.rank == 0:
+            from rich.console import Console
+
             with suppress(OSError):
                 Console(stderr=True).show_cursor()  # a bar may have hidden it
         for stream in (sys.stdout, sys.stderr):
