@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ ORDER = [
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch", "transformers", "peft", "trl", "accelerate"}
 """What pure mathematics does not know."""
+NOT_FOR_THE_LIBRARY = {"typer", "rich", "arviz_stats", "pyarrow", "matplotlib", "psutil", "trl", "peft", "accelerate"}
+"""What the library imports where it is used, if at all."""
 
 
 def room(path: Path) -> str:
@@ -44,10 +47,11 @@ def module(path: Path) -> str:
 FILES = {module(path): path for path in ROOT.rglob("*.py")}
 
 
-def imported(path: Path) -> set[str]:
-    """Modules that a file imports, wherever in it."""
+def imported(path: Path, *, when_loaded: bool = False) -> set[str]:
+    """Modules that a file imports, wherever in it, or only those that it imports when it is loaded itself."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if when_loaded else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -95,6 +99,37 @@ def test_no_folders_of_a_room_import_each_other_in_a_circle() -> None:
 def test_statistics_know_numpy_and_scipy_alone() -> None:
     for path in (ROOT / "statistics").rglob("*.py"):
         assert not {name.split(".")[0] for name in imported(path)} & FRAMEWORKS, path
+
+
+def loaded_with(name: str) -> set[str]:
+    """Modules of other libraries that one of ours imports when it is loaded, and those that it imports, and so on."""
+    ours, others, waiting = {name}, set(), [name]
+    while waiting:
+        needs = imported(FILES[waiting.pop()], when_loaded=True)
+        others |= needs - FILES.keys()
+        waiting += (needs & FILES.keys()) - ours
+        ours |= needs & FILES.keys()
+    return others
+
+
+CHOICES = [
+    value
+    for name in entropy_probe.__all__
+    if isinstance(value := getattr(entropy_probe, name), type) and issubclass(value, Enum)
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_public_choices_stand_in_files_that_need_no_framework_but_torch(choice: type[Enum]) -> None:
+    needs = loaded_with(choice.__module__)
+    assert not {name.partition(".")[0] for name in needs} & (FRAMEWORKS - {"torch"})
+    assert not {name for name in needs if name.startswith("torch.distributed")}
+
+
+def test_what_the_command_needs_is_loaded_by_the_command_alone() -> None:
+    needs = loaded_with("entropy_probe")
+    assert {"torch", "transformers", "scipy.special"} <= needs
+    assert not {name.partition(".")[0] for name in needs} & NOT_FOR_THE_LIBRARY
 
 
 def private(name: str) -> bool:
