@@ -214,3 +214,9 @@ def test_the_search_sees_a_private_name_however_it_is_asked_for(code: str) -> No
 )
 def test_the_search_leaves_what_is_ones_own_or_public(code: str) -> None:
     assert not private_names(ast.parse(code))
+
+
+def test_tests_share_helper_modules_and_never_import_each_other() -> None:
+    here = Path(__file__).parent
+    for path in here.rglob("test_*.py"):
+        assert not [name for name in imported(path) if name.rpartition(".")[2].startswith("test_")], path.name

@@ -181,10 +181,7 @@ def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules that transformers checkpoints or never splits, save those that share a weight with others."""
     unsplit = {
-        name
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-        for name in unsplit_classes(module)
+        name for module in model.modules() if isinstance(module, PreTrainedModel) for name in unsplit_classes(module)
     }
     shared = {id(place.parameter) for place in places(model) if len(place.holders) > 1}
     inside: set[nn.Module] = set()

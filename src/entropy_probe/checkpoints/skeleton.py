@@ -252,7 +252,9 @@ def _settle_buffers(model: nn.Module, dtype: torch.dtype) -> None:
     for module, name, buffer in list(_buffers(model)):
         settled = torch.empty_like(buffer, device="cpu") if buffer.is_meta and id(buffer) in stored else buffer
         # By the dictionary: register_buffer would make it persistent.
-        own_buffers(module)[name] = settled.to(dtype) if dtype is torch.float64 and buffer.is_floating_point() else settled
+        own_buffers(module)[name] = (
+            settled.to(dtype) if dtype is torch.float64 and buffer.is_floating_point() else settled
+        )
 
 
 def _refuse_lost_buffers(path: Path, model: nn.Module, stored: StoredWeights | StoredAdapter) -> None:
