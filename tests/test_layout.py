@@ -133,8 +133,8 @@ def test_what_the_command_needs_is_loaded_by_the_command_alone() -> None:
 
 
 def private(name: str) -> bool:
-    """Whether a name, or a part of a dotted one, begins with one underscore."""
-    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+    """Whether a name, or a part of a dotted one, begins with one underscore; one at the end too is enum's, and public."""
+    return any(part.startswith("_") and not part.startswith("__") and part[-1] != "_" for part in name.split("."))
 
 
 PUBLIC_BY_DOCUMENTATION = {
