@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from transformers import (
 from transformers.trainer_pt_utils import get_parameter_names
 
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.data.units import Mode
+from entropy_probe.gradients.plan import Plan, make_plan
+from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.optimizers.state import AdamState
 
 VOCABULARY = 23
@@ -258,3 +261,22 @@ def assert_same_moments(found: AdamState, expected: AdamState) -> None:
         assert found.moments[name].step == moments.step, name
         assert torch.equal(found.moments[name].exp_avg, moments.exp_avg), name
         assert torch.equal(found.moments[name].exp_avg_sq, moments.exp_avg_sq), name
+
+
+def adam_state(**changed: Any) -> tuple[AdamState, dict[str, torch.Size]]:
+    """A state of three parameters, the second of them as told."""
+    model = nn.ModuleDict({name: nn.Linear(3, 2, bias=False) for name in ("a", "b", "c")}).double()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    state = state_of_optimizer(optimizer, model)
+    moments = dict(state.moments)
+    moments["b.weight"] = replace(moments["b.weight"], **changed)
+    return AdamState(state.groups, moments), {name: p.shape for name, p in model.named_parameters()}
+
+
+def plan(**more: Any) -> Plan:
+    """What is planned for 40 prompts of 1000 parameters and 1 GB, or as told."""
+    common = {"prompts": 40, "parameters": 1000, "bytes_per_value": 4, "memory_bytes": 1e9}
+    return make_plan(more.pop("mode", Mode.AUTO), more.pop("blocks", None), **(common | more))

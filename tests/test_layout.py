@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import entropy_probe
 
 ROOT = Path(entropy_probe.__file__).parent
 ORDER = [
-    {"errors", "compat"},
+    {"errors"},
+    {"compat"},
     {"common"},
     {"ranks", "statistics"},
     {"data"},
@@ -29,6 +31,8 @@ ORDER = [
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch", "transformers", "peft", "trl", "accelerate"}
 """What pure mathematics does not know."""
+NOT_FOR_THE_LIBRARY = {"typer", "rich", "arviz_stats", "pyarrow", "matplotlib", "psutil", "trl", "peft", "accelerate"}
+"""What the library imports where it is used, if at all."""
 
 
 def room(path: Path) -> str:
@@ -43,10 +47,11 @@ def module(path: Path) -> str:
 FILES = {module(path): path for path in ROOT.rglob("*.py")}
 
 
-def imported(path: Path) -> set[str]:
-    """Modules that a file imports, wherever in it."""
+def imported(path: Path, *, when_loaded: bool = False) -> set[str]:
+    """Modules that a file imports, wherever in it, or only those that it imports when it is loaded itself."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if when_loaded else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -94,3 +99,124 @@ def test_no_folders_of_a_room_import_each_other_in_a_circle() -> None:
 def test_statistics_know_numpy_and_scipy_alone() -> None:
     for path in (ROOT / "statistics").rglob("*.py"):
         assert not {name.split(".")[0] for name in imported(path)} & FRAMEWORKS, path
+
+
+def loaded_with(name: str) -> set[str]:
+    """Modules of other libraries that one of ours imports when it is loaded, and those that it imports, and so on."""
+    ours, others, waiting = {name}, set(), [name]
+    while waiting:
+        needs = imported(FILES[waiting.pop()], when_loaded=True)
+        others |= needs - FILES.keys()
+        waiting += (needs & FILES.keys()) - ours
+        ours |= needs & FILES.keys()
+    return others
+
+
+CHOICES = [
+    value
+    for name in entropy_probe.__all__
+    if isinstance(value := getattr(entropy_probe, name), type) and issubclass(value, Enum)
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_public_choices_stand_in_files_that_need_no_framework_but_torch(choice: type[Enum]) -> None:
+    needs = loaded_with(choice.__module__)
+    assert not {name.partition(".")[0] for name in needs} & (FRAMEWORKS - {"torch"})
+    assert not {name for name in needs if name.startswith("torch.distributed")}
+
+
+def test_what_the_command_needs_is_loaded_by_the_command_alone() -> None:
+    needs = loaded_with("entropy_probe")
+    assert {"torch", "transformers", "scipy.special"} <= needs
+    assert not {name.partition(".")[0] for name in needs} & NOT_FOR_THE_LIBRARY
+
+
+def private(name: str) -> bool:
+    """Whether a name, or a part of a dotted one, begins with one underscore; one at the end too is enum's, and public."""
+    return any(part.startswith("_") and not part.startswith("__") and part[-1] != "_" for part in name.split("."))
+
+
+PUBLIC_BY_DOCUMENTATION = {
+    "os._exit": "Python documents it: the exit that runs no handlers",
+}
+ASKING = {"getattr", "hasattr", "setattr", "delattr", "attrgetter"}
+"""Functions that take an attribute's name as text."""
+
+
+def private_names(tree: ast.Module) -> list[str]:
+    """Where code asks anything but itself or its class for a private name, or imports one, by line."""
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        match node:
+            case ast.Attribute(value=owner, attr=name):
+                own = isinstance(owner, ast.Name) and owner.id in {"self", "cls"}
+                names = [] if own or ast.unparse(node) in PUBLIC_BY_DOCUMENTATION else [name]
+            case ast.Import():
+                names = [alias.name for alias in node.names]
+            case ast.ImportFrom():
+                names = [node.module or "", *(alias.name for alias in node.names)]
+            case ast.Call(func=ast.Name(id=function) | ast.Attribute(attr=function)) if function in ASKING:
+                names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            case ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Name(id="vars")))):
+                names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            case ast.Subscript(value=ast.Call(func=ast.Name(id="vars")), slice=ast.Constant(value=str(name))):
+                names = [name]
+            case ast.Compare(left=ast.Constant(value=str(name)), comparators=[ast.Call(func=ast.Name(id="vars"))]):
+                names = [name]
+        found += [f"{node.lineno}: {name}" for name in names if private(name)]
+    return found
+
+
+def test_private_names_of_others_are_asked_for_in_compat_alone() -> None:
+    """Also those of other files of this package: ``from entropy_probe.x import _y`` is one."""
+    found = [
+        f"{path.relative_to(ROOT)}:{place}"
+        for path in sorted(FILES.values())
+        if room(path) != "compat"
+        for place in private_names(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "module._parameters",
+        "model.layer._buffers['x'] = 1",
+        "super()._step()",
+        "import torch._dynamo",
+        "from torch.utils._pytree import tree_flatten",
+        "from torch.utils.checkpoint import _Mode",
+        "from entropy_probe.realized.sweep import _slope",
+        "getattr(model, '_no_split_modules', None)",
+        "operator.attrgetter('state._policy')",
+        "vars(model).get('_original')",
+        "vars(model)['_original']",
+        "'_original' in vars(model)",
+    ],
+)
+def test_the_search_sees_a_private_name_however_it_is_asked_for(code: str) -> None:
+    assert private_names(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "self._own",
+        "cls._make()",
+        "os._exit(1)",
+        "type(x).__name__",
+        "vars(x).get('forward')",
+        "from __future__ import a",
+    ],
+)
+def test_the_search_leaves_what_is_ones_own_or_public(code: str) -> None:
+    assert not private_names(ast.parse(code))
+
+
+def test_tests_share_helper_modules_and_never_import_each_other() -> None:
+    here = Path(__file__).parent
+    for path in here.rglob("test_*.py"):
+        assert not [name for name in imported(path) if name.rpartition(".")[2].startswith("test_")], path.name

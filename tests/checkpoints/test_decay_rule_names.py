@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_optimizer_names import ORACLES
 from torch import nn
 
 from entropy_probe.checkpoints.decay_rules import RULES
+from trainer_decay_rules import ORACLES
 
 
 class ScaleRMSNorm(nn.Linear):

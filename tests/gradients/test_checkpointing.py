@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import assert_same
-from test_language_head import gradients
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -28,6 +26,7 @@ from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.report import Report
 from entropy_probe.targets.entropy import EntropyTarget, Estimator
 from enumerable import EnumerablePolicy
+from gradient_pairs import assert_same, gradients
 
 FAMILIES = ["llama-tied", "gpt2", "gemma2", "mixtral"]
 LAYERS = {

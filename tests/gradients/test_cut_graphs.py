@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import support
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
-from entropy_probe.compat.wrappers import forward_is
+from entropy_probe.compat.torch_modules import forward_is
 from entropy_probe.data.rollouts import write_rollouts
 from entropy_probe.replay_check import ReplaySettings, replay
 

@@ -10,62 +10,14 @@ import torch
 from torch import nn
 
 import support
-from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
-from entropy_probe.data.units import Units, block_units, exact_units
+from entropy_probe.data.rollouts import Rollout, group_rollouts
+from entropy_probe.data.units import block_units, exact_units
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import Storage, UnitGradients, Wanted, engine, prepare, reference, treatments
+from entropy_probe.gradients import Storage, Wanted, prepare, treatments
 from entropy_probe.gradients.capture.modules import Treatment, first_treatment
-from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.geometry import Geometry
-from entropy_probe.targets.entropy import EntropyTarget
-
-SCORE = EntropyTarget()
-
-RELATIVE = 1e-11
-"""Rounding of float64 sums in another order; a misplaced sequence is an error of order one."""
-
-
-def coefficients(batch: RolloutBatch, seed: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(len(batch.responses), generator=generator, dtype=torch.float64)
-
-
-def both(
-    model: nn.Module,
-    batch: RolloutBatch,
-    units: Units,
-    size: int,
-    c: torch.Tensor | EntropyTarget = SCORE,
-    **more: Any,
-) -> tuple[UnitGradients, UnitGradients]:
-    policy = Policy(model, 0.8, microbatch_size=size)
-    generator = torch.Generator().manual_seed(1)
-    p = {n: torch.rand(q.shape, generator=generator, dtype=torch.float64) + 0.1 for n, q in policy.trainable().items()}
-    geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
-    a = coefficients(batch)
-    return (
-        engine.unit_gradients(policy, batch, units, Sides(c, a), geometry, **more),
-        reference.unit_gradients(policy, batch, units, Sides(c, a), geometry),
-    )
-
-
-def assert_same(found: UnitGradients, expected: UnitGradients, relative: float = RELATIVE) -> None:
-    for group, dots in expected.dots.items():
-        scale = float(np.abs(dots.kernel).max())
-        for field in ("x_dot_sum", "y_dot_sum", "diagonal"):
-            gap = np.abs(getattr(found.dots[group], field) - getattr(dots, field)).max()
-            assert gap <= relative * scale * len(dots.sizes), field
-        if found.dots[group].kernel is not None:
-            assert np.abs(found.dots[group].kernel - dots.kernel).max() <= relative * scale
-    whole = max(float(y.norm()) for y in expected.ascent.values())
-    assert found.ascent.keys() == expected.ascent.keys()
-    for name, y in expected.ascent.items():
-        assert float((found.ascent[name] - y).norm()) <= relative * max(float(y.norm()), 1e-3 * whole), name
-    assert found.untouched == expected.untouched
-    assert found.cut == expected.cut
-    assert torch.allclose(found.scores, expected.scores, rtol=1e-12, atol=1e-12)
+from gradient_pairs import assert_same, both
 
 
 @pytest.mark.parametrize("storage", list(Storage))

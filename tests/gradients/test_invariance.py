@@ -17,7 +17,6 @@ from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.data.units import Mode, block_units, exact_units
 from entropy_probe.gradients import Storage, Wanted, unit_gradients
 from entropy_probe.gradients.coefficients import Sides
-from entropy_probe.gradients.plan import make_plan
 from entropy_probe.model.padding import pad_right
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
@@ -229,18 +228,13 @@ def test_an_unused_parameter_is_named_and_counts_as_zero(setting: tuple[Any, Any
     assert "spare" in evidence["untouched_parameters"]
 
 
-def plan(**more: Any) -> Any:
-    common = {"prompts": 40, "parameters": 1000, "bytes_per_value": 4, "memory_bytes": 1e9}
-    return make_plan(more.pop("mode", Mode.AUTO), more.pop("blocks", None), **(common | more))
-
-
 def test_auto_is_exact_while_it_fits_then_blocks_then_streamed() -> None:
     per_unit = 2 * 1000 * 4
-    everything = plan()
+    everything = support.plan()
     assert (everything.units.mode, everything.storage, len(everything.units.ranges)) == (Mode.EXACT, Storage.STORED, 40)
-    some = plan(memory_bytes=2 * 20.5 * per_unit)
+    some = support.plan(memory_bytes=2 * 20.5 * per_unit)
     assert (some.units.mode, some.storage, len(some.units.ranges)) == (Mode.BLOCK, Storage.STORED, 20)
-    few = plan(memory_bytes=2 * 15.5 * per_unit)
+    few = support.plan(memory_bytes=2 * 15.5 * per_unit)
     assert (few.units.mode, few.storage, len(few.units.ranges)) == (Mode.EXACT, Storage.STREAMED, 40)
     assert all(p.reason for p in (everything, some, few))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from test_invariance import plan
 
 from entropy_probe.data.units import Mode, Units
 from entropy_probe.gradients import Storage
@@ -11,7 +10,7 @@ from entropy_probe.gradients.plan import VECTOR_SHARE
 from entropy_probe.pipeline.inputs import units_on_a_rank
 from entropy_probe.ranks.collectives import Ranks
 from entropy_probe.ranks.sharding import Sharding
-from support import random_batch
+from support import plan, random_batch
 
 
 def test_what_is_asked_for_is_kept_and_streamed_where_it_does_not_fit() -> None:

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import assert_same
-from test_language_head import gradients
 from torch import nn
 
 import support
@@ -23,6 +21,7 @@ from entropy_probe.gradients.vectors import unit_vectors
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.targets.entropy import EntropyTarget
+from gradient_pairs import assert_same, gradients
 
 
 def setting(name: str = "llama-tied", **more: Any) -> tuple[Any, Any, Any]:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 from entropy_probe.checkpoints.sharded import decoder_layers, shard_model, sharding_of
-from entropy_probe.compat.wrappers import gathered_as_held
+from entropy_probe.compat.fsdp import gathered_as_held
 from entropy_probe.data.rollouts import RolloutBatch, group_rollouts
 from entropy_probe.data.units import exact_units
 from entropy_probe.errors import InputError

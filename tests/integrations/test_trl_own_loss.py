@@ -14,7 +14,6 @@ pytest.importorskip("trl")
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from test_trl_recorder import make_trainer, rebuilt_gradient, relative_error, tiny_model, tiny_tokenizer, train, vowels
 from transformers import MixtralConfig, OPTConfig, PhimoeConfig
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gmpo import GMPOTrainer
@@ -26,6 +25,7 @@ from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.integrations.trl.trainer import check_batch
 from entropy_probe.model.dropout import active_dropout
 from entropy_probe.report.rollout_warnings import recorder_warnings
+from trl_training import make_trainer, rebuilt_gradient, relative_error, tiny_model, tiny_tokenizer, train, vowels
 
 
 class HalfOfTheTokens(GRPOTrainer):  # type: ignore[misc]

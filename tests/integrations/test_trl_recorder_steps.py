@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from test_trl_recorder import make_trainer
 
 from entropy_probe.data.rollouts import read_rollouts
 from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.integrations.trl.trainer import learning_rates
+from trl_training import make_trainer
 
 
 def test_every_records_the_steps_after_each_checkpoint_and_nothing_of_those_between(tmp_path: Path) -> None:

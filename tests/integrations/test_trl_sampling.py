@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("trl")
 
-from test_trl_recorder import EOS, MAX_LENGTH, NEUTRAL_COLUMNS, SYMBOLS, TEMPERATURE, make_trainer
 from transformers import GenerationMixin, TrainerCallback
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -19,6 +18,7 @@ from entropy_probe.data.rollouts.columns import SAMPLING
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.integrations.trl.sampling import NEUTRAL, VLLM_NEUTRAL, neutral_sampling
+from trl_training import EOS, MAX_LENGTH, NEUTRAL_COLUMNS, SYMBOLS, TEMPERATURE, make_trainer
 
 
 @pytest.fixture(scope="module")

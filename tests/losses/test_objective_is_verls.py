@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_objective_is_trls import LENGTHS, WIDTH, flat, padded, rows_of
 from torch import Tensor
 
 from entropy_probe.losses.gmpo import GMPO
@@ -17,6 +16,7 @@ from entropy_probe.losses.kl import KLEstimator, KLTerm
 from entropy_probe.losses.objective import BonusAverage, EntropyBonus, Objective
 from entropy_probe.losses.ppo_clip import PPOClip
 from entropy_probe.losses.rows import LossRows
+from loss_rows import LENGTHS, WIDTH, flat, padded, rows_of
 
 TOLERANCE = 1e-12
 

@@ -7,25 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import assert_same, coefficients
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import support
 from entropy_probe import Settings, probe, state_of_optimizer
-from entropy_probe.data.rollouts import Rollout, RolloutBatch
-from entropy_probe.data.units import exact_units
-from entropy_probe.gradients import UnitGradients, engine, loss_gradient, reference
-from entropy_probe.gradients.coefficients import Sides
+from entropy_probe.data.rollouts import Rollout
+from entropy_probe.gradients import engine, loss_gradient, reference
 from entropy_probe.model import language_head
 from entropy_probe.model.head_choice import choose_head
 from entropy_probe.model.language_head import HeadMode
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.geometry import Geometry
-from entropy_probe.targets.entropy import EntropyTarget
 from enumerable import EnumerablePolicy
-
-SCORE = EntropyTarget()
+from gradient_pairs import assert_same, coefficients, gradients
 
 ROWS = (Rollout("a", (3,), (4, 5, 6), 0.0), Rollout("b", (7, 8), (9,), 0.0))
 
@@ -33,18 +27,6 @@ ROWS = (Rollout("a", (3,), (4, 5, 6), 0.0), Rollout("b", (7, 8), (9,), 0.0))
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_head, "CHUNK_VALUES", 7 * support.VOCABULARY)
-
-
-def gradients(
-    backend: Any, policy: Policy, batch: RolloutBatch, c: torch.Tensor | EntropyTarget = SCORE
-) -> UnitGradients:
-    generator = torch.Generator().manual_seed(1)
-    p = {n: torch.rand(q.shape, generator=generator, dtype=torch.float64) + 0.1 for n, q in policy.trainable().items()}
-    units = exact_units(len(batch.groups))
-    found: UnitGradients = backend.unit_gradients(
-        policy, batch, units, Sides(c, coefficients(batch)), Geometry.fixed(p)
-    )
-    return found
 
 
 def models() -> dict[str, Any]:

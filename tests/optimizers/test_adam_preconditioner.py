@@ -23,23 +23,11 @@ from entropy_probe.optimizers.validation import normal_chunk, validate_precondit
 from entropy_probe.ranks.collectives import Ranks
 from entropy_probe.ranks.sharding import Sharding, row_spans
 from support import (
+    adam_state,
     hf_groups,
     save_checkpoint,
     tiny_model,
 )
-
-
-def adam_state(**changed: Any) -> tuple[AdamState, dict[str, torch.Size]]:
-    """A state of three parameters, the second of them as told."""
-    model = nn.ModuleDict({name: nn.Linear(3, 2, bias=False) for name in ("a", "b", "c")}).double()
-    optimizer = torch.optim.AdamW(model.parameters())
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-    state = state_of_optimizer(optimizer, model)
-    moments = dict(state.moments)
-    moments["b.weight"] = replace(moments["b.weight"], **changed)
-    return AdamState(state.groups, moments), {name: p.shape for name, p in model.named_parameters()}
 
 
 def _with(value: float) -> torch.Tensor:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_adam_preconditioner import adam_state
 from torch import nn
 
 from entropy_probe import AdamState, state_of_optimizer
 from entropy_probe.optimizers.state import AdamGroup, group_from_settings
 from entropy_probe.statistics.importance_sampling import entropy_change, entropy_estimate
 from oracle import optimizer_step
+from support import adam_state
 
 
 def test_a_groups_settings_are_read_and_what_older_torch_does_not_write_is_adamws() -> None:

@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 import enumerable
 import support
-from entropy_probe import AdamState, InputError, ProbeResult, Settings, probe, state_of_optimizer
-from entropy_probe.data.rollouts import RolloutBatch, group_rollouts
+from entropy_probe import AdamState, InputError, ProbeResult, Settings, probe
+from entropy_probe.data.rollouts import group_rollouts
 from entropy_probe.data.units import Mode, Units, block_units, exact_units
 from entropy_probe.gradients import Storage, UnitGradients, Wanted, reference, response_dots, unit_gradients
 from entropy_probe.gradients.coefficients import Sides
-from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
 from entropy_probe.optimizers.adamw_step import adamw_step, clip_factor, gradient_norm
@@ -32,7 +31,6 @@ from entropy_probe.optimizers.gradient_weights import gradient_factors
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments
 from entropy_probe.optimizers.step_parts import PARTS, StepPrediction, predict_parts
 from entropy_probe.optimizers.steps_of_others import StepsOfOthers
-from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.report import AdamWPart, FallSection, WhatIfRow, WhatIfSection
 from entropy_probe.report.sentences import step_sentence
 from entropy_probe.report.text import print_report
@@ -42,20 +40,10 @@ from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
 from entropy_probe.targets.per_token import entropy_ratio
 from enumerable import EnumerablePolicy
 from oracle import optimizer_step, parts_with_v_at_t
+from step_setting import coefficients, setting
 
 MAX_GRAD_NORM = 0.05
 DEFAULTS = Settings()
-
-
-def coefficients(batch: RolloutBatch) -> Tensor:
-    return resolve_advantages(batch, None)[0] * resolve_length_weights(batch, LengthWeight.GUIDE)
-
-
-@functools.cache
-def setting() -> tuple[nn.Module, AdamState, RolloutBatch]:
-    model = support.tiny_model("llama-tied", dtype=torch.float64)
-    adam = state_of_optimizer(support.trained_optimizer(model, steps=5, learning_rate=1e-4), model)
-    return model, adam, support.random_batch(7, [3, 4, 2, 3, 3, 4, 2])
 
 
 def looked(units: Units, target: EntropyTarget, storage: Storage) -> UnitGradients:

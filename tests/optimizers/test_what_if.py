@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_step_parts import coefficients, setting
 
 import support
 from entropy_probe import AdamState, Settings, probe
@@ -27,6 +26,7 @@ from entropy_probe.report import Report, WhatIfRow
 from entropy_probe.statistics.estimate import Estimate
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from step_setting import coefficients, setting
 
 MODEL, ADAM, _ = setting()
 BATCH = support.random_batch(8, 3)

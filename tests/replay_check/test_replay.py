@@ -18,7 +18,6 @@ pytest.importorskip("trl")
 pytest.importorskip("peft")
 
 from safetensors.torch import save_file
-from test_trl_recorder import make_trainer, tiny_model
 from transformers import LlamaForCausalLM
 
 from entropy_probe import ReplaySettings
@@ -40,6 +39,7 @@ from entropy_probe.replay_check.update_comparison import recovered_gradient
 from entropy_probe.report.replay_schema import ReplayReport
 from spoiled import assert_refused
 from support import fingerprint, make_checkpoint, run_command
+from trl_training import make_trainer, tiny_model
 
 CLIP = 0.5
 """Below every gradient norm of these runs, so that the trainer clips at each step."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from drawn_kernels import coverage, kernels, one, statistics, symmetric
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn_kernels import coverage, kernels, one, statistics, symmetric
 from scipy import stats
 
 import support
+from drawn_kernels import coverage, kernels, one, statistics, symmetric
 from entropy_probe import InputError, Settings, probe, state_of_optimizer
 from entropy_probe.common.choices import member
 from entropy_probe.data.units import Mode

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from drawn_kernels import dots_of, found_for, replicates
 
 import oracle
+from drawn_kernels import dots_of, found_for, replicates
 from entropy_probe.statistics.jackknife import jackknife_variance
 from entropy_probe.statistics.u_statistics import cross_statistics
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from drawn_kernels import coverage, kernels, one
 
+from drawn_kernels import coverage, kernels, one
 from entropy_probe.statistics.intervals import IntervalMethod, interval
 from entropy_probe.statistics.shortfall import known_shortfall
 from entropy_probe.statistics.u_statistics import cross_statistics

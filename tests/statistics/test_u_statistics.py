@@ -7,12 +7,12 @@ import math
 
 import numpy as np
 import pytest
-from drawn_kernels import dots_of, found_for, replicates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 import oracle
+from drawn_kernels import dots_of, found_for, replicates
 from entropy_probe.statistics.intervals import interval
 from entropy_probe.statistics.jackknife import delete_one, jackknife_variance
 from entropy_probe.statistics.u_statistics import cross_statistics

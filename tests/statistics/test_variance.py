@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from drawn_kernels import found_for, kernels, replicates, statistics
 
+from drawn_kernels import found_for, kernels, replicates, statistics
 from entropy_probe.statistics.jackknife import jackknife_variance
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.statistics.unit_dots import UnitDots

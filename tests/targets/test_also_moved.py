@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_engine import assert_same, coefficients
 from torch import Tensor, nn
 
 import enumerable
@@ -35,6 +34,7 @@ from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
 from entropy_probe.targets.of_responses import TargetOfResponses
 from entropy_probe.targets.registry import ALSO_MOVED, ESTIMATORS
 from enumerable import EnumerablePolicy
+from gradient_pairs import assert_same, coefficients
 
 LIMIT = 3
 PAIRS = 2

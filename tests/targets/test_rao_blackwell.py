@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_engine import assert_same, both
 from torch import Tensor
 
 import enumerable
@@ -26,6 +25,7 @@ from entropy_probe.targets.per_token import entropy_ratio
 from entropy_probe.targets.rao_blackwell import entropy_to_come
 from entropy_probe.targets.registry import ESTIMATORS
 from enumerable import EnumerablePolicy
+from gradient_pairs import assert_same, both
 
 LIMIT = 3
 TARGETS = [EntropyTarget(estimator, unit) for estimator in Estimator for unit in EntropyUnit]

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from entropy_probe.checkpoints.files.stored import StoredTensor
 from entropy_probe.checkpoints.skeleton import Skeleton, places
-from entropy_probe.compat.wrappers import held_part
+from entropy_probe.compat.fsdp import held_part
 from entropy_probe.errors import InputError
 
 

@@ -31,7 +31,9 @@ from entropy_probe.checkpoints.records import Checkpoint, ModelFolder
 from entropy_probe.checkpoints.skeleton import ADVICE, Skeleton, adapter_skeleton, full_skeleton, places
 from entropy_probe.checkpoints.sources import Sources, folder_of, open_optimizer, open_sources, trainer_state_of
 from entropy_probe.common.choices import path_of
-from entropy_probe.compat.wrappers import held_part, named_parameters, reshard
+from entropy_probe.compat.checkpoint_wrappers import named_parameters
+from entropy_probe.compat.fsdp import held_part, reshard
+from entropy_probe.compat.transformers_models import unsplit_classes
 from entropy_probe.errors import InputError, one_line, out_of_memory
 from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.ranks.collectives import Ranks
@@ -179,10 +181,7 @@ def sharding_of(model: nn.Module, ranks: Ranks) -> Sharding:
 def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules that transformers checkpoints or never splits, save those that share a weight with others."""
     unsplit = {
-        name
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-        for name in getattr(module, "_no_split_modules", None) or ()
+        name for module in model.modules() if isinstance(module, PreTrainedModel) for name in unsplit_classes(module)
     }
     shared = {id(place.parameter) for place in places(model) if len(place.holders) > 1}
     inside: set[nn.Module] = set()

@@ -18,6 +18,8 @@ from entropy_probe.checkpoints.files.stored import StoredTensor
 from entropy_probe.checkpoints.formats.base import StoredAdapter, StoredWeights
 from entropy_probe.checkpoints.pretrained import LOAD_ERRORS, expert_kernels
 from entropy_probe.checkpoints.sources import Sources
+from entropy_probe.compat.torch_modules import own_buffers
+from entropy_probe.compat.transformers_models import unexpected_keys_to_ignore
 from entropy_probe.errors import InputError, one_line, out_of_memory, some_of
 from entropy_probe.model.input_limits import input_limits
 
@@ -183,7 +185,7 @@ def way_out(stored: StoredWeights | StoredAdapter) -> str:
 def _match(path: Path, model: PreTrainedModel, weights: StoredWeights) -> dict[str, Origin]:
     tensors = model.state_dict(keep_vars=True)
     renamed = {_name_in(tensors, key, model.base_model_prefix): key for key in sorted(weights.tensors, reverse=True)}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    ignored = [re.compile(pattern) for pattern in unexpected_keys_to_ignore(model)]
     keys: dict[int, list[str]] = {}
     for name in tensors:
         if name in renamed:
@@ -250,7 +252,9 @@ def _settle_buffers(model: nn.Module, dtype: torch.dtype) -> None:
     for module, name, buffer in list(_buffers(model)):
         settled = torch.empty_like(buffer, device="cpu") if buffer.is_meta and id(buffer) in stored else buffer
         # By the dictionary: register_buffer would make it persistent.
-        module._buffers[name] = settled.to(dtype) if dtype is torch.float64 and buffer.is_floating_point() else settled
+        own_buffers(module)[name] = (
+            settled.to(dtype) if dtype is torch.float64 and buffer.is_floating_point() else settled
+        )
 
 
 def _refuse_lost_buffers(path: Path, model: nn.Module, stored: StoredWeights | StoredAdapter) -> None:

@@ -7,12 +7,13 @@ Sources: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memo
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import psutil
+from entropy_probe.errors import InputError
 
 NO_LIMIT = 1 << 60
 """Version 1 writes about 2⁶³ where nothing is limited."""
@@ -31,9 +32,32 @@ def memory_there(root: Path = Path("/")) -> tuple[Room, ...]:
 
     Args:
         root: where ``proc`` and the mounts are looked for.
+
+    Raises:
+        InputError: psutil is not there, and neither the kernel nor POSIX says what is free.
     """
-    machine = Room(float(psutil.virtual_memory().available), None)
+    machine = Room(_of_machine(root), None)
     return (machine, *(room for hierarchy in _hierarchies(root) for room in hierarchy.rooms()))
+
+
+def _of_machine(root: Path) -> float:
+    """Bytes that the machine has available, by psutil; without it by Linux's meminfo, or by the pages that are free."""
+    try:
+        import psutil
+    except ImportError:
+        pass
+    else:
+        return float(psutil.virtual_memory().available)
+    for line in _lines(root / "proc/meminfo"):
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable":
+            return float(amount.split()[0]) * 1024.0
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError) as error:
+        raise InputError(
+            "how much memory is free cannot be found on this machine without psutil; install psutil, or give memory_bytes"
+        ) from error
 
 
 @dataclass(frozen=True)

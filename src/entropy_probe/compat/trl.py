@@ -5,11 +5,18 @@ Read in the sources of TRL 1.10 to 1.16 and of transformers 4.56 to 5.23.
 
 from __future__ import annotations
 
+from typing import Any
+
+from entropy_probe.compat.gates import attribute
+
 FIRST_KNOWN, LAST_KNOWN = (1, 10), (1, 16)
 """Versions of TRL, major and minor, whose loss was read."""
 KNOWN_VERSIONS = f"{FIRST_KNOWN[0]}.{FIRST_KNOWN[1]} to {LAST_KNOWN[0]}.{LAST_KNOWN[1]}"
 
-WRAPPED = ("_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs")
+CALCULATE_REWARDS = "_calculate_rewards"
+GENERATE_AND_SCORE = "_generate_and_score_completions"
+PREPARE_INPUTS = "_prepare_inputs"
+WRAPPED = (CALCULATE_REWARDS, GENERATE_AND_SCORE, PREPARE_INPUTS)
 """Methods of the trainer that the recorder wraps while it trains."""
 
 SETTINGS = (
@@ -68,3 +75,22 @@ GENERATE_BATCH = (
     *("generate_batch", "continuous_batching_context_manager", "init_continuous_batching", "_get_logits_processor"),
 )
 """Methods of a transformers model that decide which token is drawn: in ``generate``, and in continuous batching."""
+
+
+def tokenizer_of(trainer: Any) -> Any:
+    """The trainer's tokenizer, also where its processing class is a multimodal processor. Reads ``_tokenizer``.
+
+    Raises:
+        InputError: there is no such name.
+    """
+    return attribute("trl", trainer, "_tokenizer", object)
+
+
+def adds_entropy_bonus(trainer: Any) -> bool:
+    """Whether the trainer's loss has an entropy bonus, fixed or adaptive. Reads ``_entropy_bonus_enabled``.
+
+    Raises:
+        InputError: there is no such name, or it is no bool.
+    """
+    enabled: bool = attribute("trl", trainer, "_entropy_bonus_enabled", bool)
+    return enabled

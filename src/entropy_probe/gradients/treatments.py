@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.compat.wrappers import reset_sharding
+from entropy_probe.compat.fsdp import reset_sharding
 from entropy_probe.data.rollouts import Rollout, RolloutBatch
 from entropy_probe.errors import InputError, one_line, out_of_memory
 from entropy_probe.gradients.capture.backward_order import outside, sharded_layers

@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
+from entropy_probe.compat.checkpoint_wrappers import unwrapped_names
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.capture.modules import parameter_owners
 from entropy_probe.model.policy import Policy
@@ -73,7 +73,7 @@ def unexplained(model: nn.Module, untouched: Sequence[str], ran: Collection[str]
         untouched: names of trainable parameters that no response reaches.
         ran: names of parameters whose modules a forward has called, on any rank.
     """
-    paths = [path.replace(_CHECKPOINT_PREFIX, "") for path, _ in model.named_modules()]
+    paths = unwrapped_names(model)
     around = {
         path.rpartition(".")[0]
         for path in paths

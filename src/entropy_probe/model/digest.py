@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from entropy_probe.compat.wrappers import named_parameters
+from entropy_probe.compat.checkpoint_wrappers import named_parameters
 from entropy_probe.ranks.same_inputs import digest_of_tensors
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 from transformers import PreTrainedModel
 
-from entropy_probe.compat.wrappers import forward_is
+from entropy_probe.compat.torch_modules import forward_is, has_hooks
 
 CHUNK_VALUES = 1 << 24
 """Logits that stand in memory at a time when chunked: 64 MiB in float32. Beside them one tensor of their size; two for H."""
@@ -53,8 +53,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def chunkable(head: nn.Module) -> bool:
     """Whether the head is one linear layer and nothing else: no adapter, no hook, no forward put in its place."""
-    hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
-    return type(head) is nn.Linear and not hooks and "forward" not in vars(head)
+    return type(head) is nn.Linear and not has_hooks(head) and "forward" not in vars(head)
 
 
 @dataclass(frozen=True)

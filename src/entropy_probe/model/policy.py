@@ -22,14 +22,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from entropy_probe.common.progress import Progress, Silent
-from entropy_probe.compat.wrappers import (
-    held_part,
-    mixed_precision,
-    named_parameters,
-    reset_sharding,
-    reshard,
-    without_accelerate_autocast,
-)
+from entropy_probe.compat.accelerate import without_accelerate_autocast
+from entropy_probe.compat.checkpoint_wrappers import named_parameters
+from entropy_probe.compat.fsdp import held_part, mixed_precision, reset_sharding, reshard
 from entropy_probe.data.rollouts import Rollout
 from entropy_probe.errors import InputError
 from entropy_probe.model.float64_mode import Float64Mode

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from entropy_probe.compat.wrappers import gathered_as_held, held_part, named_parameters, reshard
+from entropy_probe.compat.checkpoint_wrappers import named_parameters
+from entropy_probe.compat.fsdp import gathered_as_held, held_part, reshard
 
 
 @contextmanager

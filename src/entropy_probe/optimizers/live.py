@@ -7,7 +7,9 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from entropy_probe.compat.wrappers import held_part, named_parameters, reshard, unwrap
+from entropy_probe.compat.checkpoint_wrappers import named_parameters
+from entropy_probe.compat.fsdp import held_part, reshard
+from entropy_probe.compat.torch_modules import unwrap
 from entropy_probe.errors import InputError
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState, group_from_settings, moments_from_entry
 

@@ -16,19 +16,14 @@ from typing import Any, assert_never
 import torch
 from torch import nn
 
-from entropy_probe.checkpoints import (
-    load_checkpoint,
-    load_sharded_checkpoint,
-    patterns_of,
-    sharding_of,
-    tokenizer_ids,
-)
+from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, patterns_of, sharding_of, tokenizer_ids
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.choices import member, path_of, settings_of
 from entropy_probe.common.devices import AUTO, check_device, choose_device
 from entropy_probe.common.progress import Clock, Progress, Silent
 from entropy_probe.common.source import Source
-from entropy_probe.compat.wrappers import named_parameters, unwrap
+from entropy_probe.compat.checkpoint_wrappers import named_parameters
+from entropy_probe.compat.torch_modules import unwrap
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, as_batch, read_batch, refuse_unsampled
 from entropy_probe.data.rollouts.digest import digest_of_batch
 from entropy_probe.errors import InputError

@@ -19,8 +19,8 @@ from typing import NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # as torch.distributed has them, but not for mypy
 
+from entropy_probe.compat.torch_stores import PrefixStore, Store, TCPStore
 from entropy_probe.errors import InputError, one_line, out_of_memory
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.watch import BAD_INPUT, FAULT, INTERRUPTED, Board, Failure, Watch

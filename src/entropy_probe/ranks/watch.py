@@ -21,8 +21,8 @@ from types import FrameType
 from typing import NoReturn
 
 import torch.distributed as dist
-from rich.console import Console
-from torch._C._distributed_c10d import Store  # torch.distributed has it under this name too, but not for mypy
+
+from entropy_probe.compat.torch_stores import Store
 
 PAUSE = 0.2
 """Seconds between two looks."""
@@ -160,6 +160,8 @@ class Watch:
                 code = failure.code
                 _say(trace + failure.message(everyone=False))
         if self._board.rank == 0:
+            from rich.console import Console
+
             with suppress(OSError):
                 Console(stderr=True).show_cursor()  # a bar may have hidden it
         for stream in (sys.stdout, sys.stderr):

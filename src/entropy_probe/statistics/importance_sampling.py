@@ -23,7 +23,6 @@ from enum import StrEnum
 from typing import assert_never
 
 import numpy as np
-from arviz_stats.base import array_stats
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
@@ -131,7 +130,10 @@ def pareto_k_limit(count: int) -> float:
 
 
 def pareto_smooth(log_weights: FloatArray) -> tuple[float | None, FloatArray | None, str | None]:
-    """(k̂, smoothed weights that sum to 1, None) by arviz-stats' PSIS, or (None, None, reason) where there is no tail to fit."""
+    """(k̂, smoothed weights that sum to 1, None) by arviz-stats' PSIS, or (None, None, reason) where there is no tail to fit.
+
+    Without arviz-stats, too, there are none, with that reason.
+    """
     count = len(log_weights)
     tail = int(3 * math.sqrt(count)) if count > 225 else count // 5
     if tail < 5:
@@ -139,6 +141,11 @@ def pareto_smooth(log_weights: FloatArray) -> tuple[float | None, FloatArray | N
     ordered = np.sort(log_weights)
     if np.ptp(ordered[-tail - 1 :]) < 1e-13:
         return None, None, "the largest weights are equal, so there is no tail to fit"
+    try:
+        # Here: it takes longer to import than a small probe runs, and nothing else needs it.
+        from arviz_stats.base import array_stats
+    except ImportError as error:
+        return None, None, f"arviz-stats, which fits the tail, is not installed ({error})"
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         try:

@@ -30,31 +30,11 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from entropy_probe.checkpoints.files.stored import StoredTensor
+from entropy_probe.compat.distributed_checkpoints import ALLOWED
 from entropy_probe.errors import InputError, one_line, out_of_memory
 
 BLOCK = 4096
 """Bytes that are read at one place of a stored part to tell folders apart."""
-
-ALLOWED = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
-}
-"""Everything that a .metadata names: records of shapes, types and places. None of it does anything when called."""
-
 
 Part = tuple[tuple[int, ...], str, int, int]
 """A stored part of a tensor: where it is in the tensor, its file, where it is in that, and its length in bytes."""

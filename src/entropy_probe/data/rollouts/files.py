@@ -8,15 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from entropy_probe.common.choices import path_of
 from entropy_probe.common.files import replacing
 from entropy_probe.data.rollouts.grouping import group_rollouts
+from entropy_probe.data.rollouts.parquet import read_parquet, write_parquet
 from entropy_probe.data.rollouts.records import Rollout, RolloutBatch
 from entropy_probe.data.rollouts.rows import as_rollouts, rollout_from_row, row_from_rollout
-from entropy_probe.errors import InputError, one_line, out_of_memory
+from entropy_probe.errors import InputError, one_line
 
 
 def read_batch(path: str | Path, temperature: float | None = None, *, least_responses: int = 2) -> RolloutBatch:
@@ -50,13 +48,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file; expected a .jsonl or .parquet file")
     if path.suffix == ".parquet":
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            if out_of_memory(error):
-                raise
-            raise InputError(f"{path} cannot be read as Parquet: {one_line(error)}") from error
-        for number, row in enumerate(rows):
+        for number, row in enumerate(read_parquet(path)):
             yield f"{path} row {number}", row
     elif path.suffix in {".jsonl", ".json", ".ndjson"}:
         yield from _read_json_lines(path)
@@ -102,30 +94,18 @@ def write_rollouts(rollouts: RolloutBatch | Iterable[Rollout | Mapping[str, Any]
     rows = [row_from_rollout(rollout) for rollout in as_rollouts(rollouts)]
     if path.suffix not in {".jsonl", ".parquet"}:
         raise InputError(f"{path} ends in {path.suffix!r}; rollouts are written as .jsonl or .parquet")
+    if path.suffix == ".parquet":
+        write_parquet(rows, path)
+        return
     try:
-        if path.suffix == ".parquet":
-            table = pyarrow.Table.from_pylist(_same_columns(rows))
-        else:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
-        if out_of_memory(error):
-            raise
-        kind = "Parquet, which has one type a column" if path.suffix == ".parquet" else "JSON"
-        raise InputError(f"{path}: a value cannot be written as {kind}: {one_line(error)}") from error
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: a value cannot be written as JSON: {one_line(error)}") from error
     with replacing(path) as temporary:
-        if path.suffix == ".parquet":
-            pyarrow.parquet.write_table(table, temporary)
-        else:
-            temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _with_temperature(batch: RolloutBatch) -> Sequence[Rollout]:
     if batch.temperature == 1 or any(row.temperature is not None for row in batch.responses):
         return batch.responses
     return [replace(row, temperature=batch.temperature) for row in batch.responses]
-
-
-def _same_columns(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    # Table.from_pylist takes its columns from the first row alone.
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return [{name: row.get(name) for name in names} for row in rows]

@@ -16,7 +16,7 @@ from weakref import WeakMethod
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from entropy_probe.compat.wrappers import named_parameters
+from entropy_probe.compat.checkpoint_wrappers import named_parameters
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.capture.modules import Treatment
 

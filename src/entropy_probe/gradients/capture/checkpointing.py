@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.utils.checkpoint import _CachingTorchDispatchMode, checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from entropy_probe.compat.wrappers import forward_is
+from entropy_probe.compat.checkpoint_wrappers import checkpoint_wrappers, is_selective, wrapped_layer
+from entropy_probe.compat.torch_modules import forward_is
 from entropy_probe.errors import InputError
 from entropy_probe.model.language_head import output_head
 
@@ -68,7 +68,7 @@ def checkpointing(model: nn.Module, modes: Modes) -> Iterator[None]:
     head = output_head(model)
     with ExitStack() as stack:
         for wrapper, contexts in wrappers(model).items():
-            layer = wrapper._checkpoint_wrapped_module
+            layer = wrapped_layer(wrapper)
             # What is put into the head's place for a forward is gone in the backward.
             kept = head is not None and head in wrapper.modules()
             stack.enter_context(forward_is(wrapper, layer if kept else _recomputing(layer, modes, contexts)))
@@ -87,21 +87,17 @@ def not_checkpointing(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for wrapper in wrappers(model):
-            stack.enter_context(forward_is(wrapper, wrapper._checkpoint_wrapped_module))
+            stack.enter_context(forward_is(wrapper, wrapped_layer(wrapper)))
         yield
 
 
-def wrappers(model: nn.Module) -> dict[CheckpointWrapper, Contexts]:
+def wrappers(model: nn.Module) -> dict[nn.Module, Contexts]:
     """The model's ``checkpoint_wrapper`` modules, each with its ``context_fn``.
 
     Raises:
         InputError: one is of the reentrant kind, or has a checkpoint function that is not torch's.
     """
-    return {
-        module: _contexts_of(name, module.checkpoint_fn)
-        for name, module in model.named_modules()
-        if isinstance(module, CheckpointWrapper)
-    }
+    return {module: _contexts_of(name, module.checkpoint_fn) for name, module in checkpoint_wrappers(model)}
 
 
 def _contexts_of(name: str, how: Callable[..., Any]) -> Contexts:
@@ -156,7 +152,7 @@ def _with_modes(modes: Callable[[], AbstractContextManager[Any]], contexts: Cont
     first has recorded.
     """
     during, _ = contexts()
-    if isinstance(during, _CachingTorchDispatchMode):
+    if is_selective(during):
         # Selective checkpointing hands what it kept to one backward alone, and the probe runs several: all is recomputed.
         return nullcontext(), _Anew(modes)
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from entropy_probe.compat.wrappers import forward_is
+from entropy_probe.compat.torch_modules import flattened, forward_is, own_parameters, unflattened
 from entropy_probe.errors import out_of_memory
 from entropy_probe.gradients.capture.layers import FUNCTIONAL_MODULES
 from entropy_probe.gradients.capture.sequences import Strip
@@ -53,7 +52,7 @@ def parameter_owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -
     names = {id(p): name for name, p in parameters.items()}
     found: dict[nn.Module, dict[str, str]] = {}
     for module in model.modules():
-        own = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
+        own = {attribute: names[id(p)] for attribute, p in own_parameters(module).items() if id(p) in names}
         if own:
             found[module] = own
     return found
@@ -66,7 +65,7 @@ def fall_back_around(
 
     Neither autograd's graph nor the capture sees into a module that will be recomputed.
     """
-    name_of = {id(module._parameters[a]): name for module, names in owners.items() for a, name in names.items()}
+    name_of = {id(own_parameters(module)[a]): name for module, names in owners.items() for a, name in names.items()}
     changed = True
     while changed:
         changed = False
@@ -105,7 +104,7 @@ def treated(
 @contextmanager
 def _with_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """``module`` with other tensors in the place of some parameters; no hook runs, as functional_call's would."""
-    registered: dict[str, Any] = module._parameters
+    registered = own_parameters(module)
     before = {attribute: registered[attribute] for attribute in tensors}
     registered.update(tensors)
     try:
@@ -142,7 +141,7 @@ def _recomputing(
     module: nn.Module, original: Callable[..., Any], capture: Capture, names: Mapping[str, str]
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        values, structure = tree_flatten((args, kwargs))
+        values, structure = flattened((args, kwargs))
         positions = [k for k, value in enumerate(values) if isinstance(value, Tensor)]
         if not torch.is_grad_enabled() or not positions:
             return original(*args, **kwargs)
@@ -152,7 +151,7 @@ def _recomputing(
             swapped = list(values)
             for k, tensor in zip(positions, tensors, strict=True):
                 swapped[k] = tensor
-            new_args, new_kwargs = tree_unflatten(swapped, structure)
+            new_args, new_kwargs = unflattened(swapped, structure)
             return original(*new_args, **new_kwargs)
 
         capture.used.update(names.values())
@@ -163,7 +162,7 @@ def _recomputing(
             return original(*args, **kwargs)
         outputs, output_structure = call.outputs.pop()
         arrived = iter(found)
-        return tree_unflatten(
+        return unflattened(
             [next(arrived) if isinstance(value, Tensor) else value for value in outputs], output_structure
         )
 
@@ -191,7 +190,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        values, structure = tree_flatten(call.again(tensors))
+        values, structure = flattened(call.again(tensors))
         outputs = [value for value in values if isinstance(value, Tensor)]
         if not outputs or any(call.strip.by_sequence(output) is None for output in outputs):
             raise _NotApartError
@@ -224,7 +223,7 @@ class _Recomputed(torch.autograd.Function):
                 _with_parameters(call.module, own),
                 torch.autocast(deltas[0].device.type, dtype=dtype, enabled=enabled),
             ):
-                found = [value for value in tree_flatten(call.again(inputs))[0] if isinstance(value, Tensor)]
+                found = [value for value in flattened(call.again(inputs))[0] if isinstance(value, Tensor)]
             pairs = [(o, _part(d, strip, row)) for o, d in zip(found, deltas, strict=True) if o.requires_grad]
             wanted = [*own.values(), *[leaf for _, leaf, _ in leaves], *[i for i in inputs if i.requires_grad]]
             # Parameters of modules inside are captured on the way; the anchor makes autograd go there.

@@ -36,7 +36,7 @@ import trl
 from transformers import TrainerCallback
 
 from entropy_probe.common.choices import whole_number
-from entropy_probe.compat.trl import WRAPPED
+from entropy_probe.compat.trl import CALCULATE_REWARDS, GENERATE_AND_SCORE, PREPARE_INPUTS, tokenizer_of
 from entropy_probe.data.rollouts import Rollout, write_rollouts
 from entropy_probe.integrations.trl.sampling import neutral_sampling
 from entropy_probe.integrations.trl.trainer import (
@@ -106,9 +106,14 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._sampling = neutral_sampling(self.trainer)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._window = []
-        for name in WRAPPED:
+        ours = {
+            CALCULATE_REWARDS: self._keep_rewards,
+            GENERATE_AND_SCORE: self._add_rewards_and_groups,
+            PREPARE_INPUTS: self._keep_inputs,
+        }
+        for name, method in ours.items():
             self._originals[name] = getattr(self.trainer, name)
-            setattr(self.trainer, name, getattr(self, name))
+            setattr(self.trainer, name, method)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer its own methods back."""
@@ -134,18 +139,18 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
         rank = f"-rank{args.process_index}" if args.world_size > 1 else ""
         write_rollouts((row for _, row in rows), self.folder / f"step-{step:05d}{rank}.jsonl")
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        per_function: torch.Tensor = self._originals["_calculate_rewards"](*args, **kwargs)
+    def _keep_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        per_function: torch.Tensor = self._originals[CALCULATE_REWARDS](*args, **kwargs)
         weights = self.trainer.reward_weights.to(per_function.device)
         self._rewards = (per_function * weights).nansum(dim=1)
         self._rewards[per_function.isnan().all(dim=1)] = torch.nan
         return per_function
 
-    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _add_rewards_and_groups(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         training = self.trainer.model.training
         if training:
             self._sampling = neutral_sampling(self.trainer)
-        output: dict[str, Any] = self._originals["_generate_and_score_completions"](*args, **kwargs)
+        output: dict[str, Any] = self._originals[GENERATE_AND_SCORE](*args, **kwargs)
         if not training:
             return output
         check_batch(output)
@@ -160,8 +165,8 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
         output[_GROUP] = torch.stack([torch.full_like(groups, step), groups], dim=1)
         return output
 
-    def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
-        inputs: Mapping[str, Any] = self._originals["_prepare_inputs"](*args, **kwargs)
+    def _keep_inputs(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        inputs: Mapping[str, Any] = self._originals[PREPARE_INPUTS](*args, **kwargs)
         if self.trainer.model.training:
             self._window.append(inputs)
         return inputs
@@ -171,7 +176,7 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
     ) -> Iterator[tuple[tuple[int, int], Rollout]]:
         """((generation step, group), row) for each row of a micro-batch."""
         trainer, args, inputs = self.trainer, self.trainer.args, window[index]
-        tokenizer, eos = trainer._tokenizer, set(end_tokens(trainer))
+        tokenizer, eos = tokenizer_of(trainer), set(end_tokens(trainer))
         # Each num_items_in_batch counts a generation batch on all processes; it serves steps_per_generation micro-batches.
         window_tokens = sum(float(batch["num_items_in_batch"]) for batch in window) / args.steps_per_generation
         facts = self._facts()

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, GenerationMixin
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import utils as trl_model_utils
 
+from entropy_probe.compat.transformers_models import GENERATION_CONFIGS_OWN
 from entropy_probe.compat.trl import GENERATE, GENERATE_BATCH, OVERRIDE, PREPARE, VLLM_SETTINGS
 from entropy_probe.data.rollouts.columns import SAMPLING, among, leaves_whole
 from entropy_probe.errors import InputError
@@ -40,13 +41,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Values of a GenerationConfig, besides None, under which every token keeps its probability and its response."""
 HARMLESS = {
-    *(
-        "_commit_hash",
-        "_from_model_config",
-        "_original_object_hash",
-        "assistant_confidence_threshold",
-        "assistant_lookbehind",
-    ),
+    *GENERATION_CONFIGS_OWN,
+    *("assistant_confidence_threshold", "assistant_lookbehind"),
     *("bos_token_id", "compile_config", "continuous_batching_config", "decoder_start_token_id", "disable_compile"),
     *("early_stopping", "length_penalty", "low_memory", "max_cache_len", "max_length", "max_matching_ngram_size"),
     *("num_assistant_tokens", "num_assistant_tokens_schedule", "output_attentions", "output_hidden_states"),

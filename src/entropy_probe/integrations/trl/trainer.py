@@ -26,6 +26,8 @@ from entropy_probe.compat.trl import (
     STATED_WITH_THE_LOSS,
     UNTIL,
     WRAPPED,
+    adds_entropy_bonus,
+    tokenizer_of,
 )
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl.own_code import replacement
@@ -83,7 +85,7 @@ def check_trainer(trainer: Any, stated_loss: str | None, recorder: type) -> bool
 def end_tokens(trainer: Any) -> list[int]:
     """Token ids at which the trainer ends a response."""
     known = trl_release() >= SINCE["eos_token_ids"]
-    return list(trainer.eos_token_ids) if known else [trainer._tokenizer.eos_token_id]
+    return list(trainer.eos_token_ids) if known else [tokenizer_of(trainer).eos_token_id]
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
@@ -195,7 +197,7 @@ def _refused_settings(trainer: Any, loss_type: str) -> Iterator[str]:
         yield f"delta is {args.delta}: it cuts off the on-policy ratio of 1; set it above 1"
     if trainer.beta != 0.0:
         yield f"beta is {trainer.beta}: the KL term is part of the loss; set beta=0.0"
-    if trainer._entropy_bonus_enabled:
+    if adds_entropy_bonus(trainer):
         yield "entropy_coef or use_adaptive_entropy adds an entropy bonus to the loss"
     if trainer.top_entropy_quantile < 1.0:
         yield f"top_entropy_quantile is {trainer.top_entropy_quantile}: the loss leaves tokens out; set it to 1.0"
