@@ -21,11 +21,10 @@ from entropy_probe.data.units import Mode, Units
 from entropy_probe.gradients import Coverage, Plan, Preparation
 from entropy_probe.model.policy import Measured
 from entropy_probe.optimizers.adamw_step import clip_factor
-from entropy_probe.optimizers.gradient_weights import gradient_factors, spread_factors
+from entropy_probe.optimizers.base import OptimizerState, PreconditionerTest, distinct_rates
 from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import StepPrediction
-from entropy_probe.optimizers.validation import PreconditionerTest
 from entropy_probe.optimizers.what_if import Fall, WhatIf
 from entropy_probe.pipeline.recorded import Source, TrainersStep
 from entropy_probe.pipeline.settings import ShardingChoice
@@ -102,7 +101,7 @@ def assemble_report(
     target: EntropyTarget,
     target_se: float | None,
     measured: Measured,
-    adam: AdamState,
+    optimizer: OptimizerState,
     realized: Sequence[RealizedChange],
     sweep: Sequence[SweepCurve],
     two_batches: TwoBatchStatistics | None,
@@ -132,8 +131,8 @@ def assemble_report(
     entropy, entropy_se = entropy_estimate(entropies, batch.group_sizes)
     rate, rate_se = entropy_estimate(entropies, batch.group_sizes, lengths)
     now = (rate, "token") if target.unit is EntropyUnit.PER_TOKEN else (entropy, "response")
-    first = _first_order(statistics, step_statistics, adam, batch, plan.units, target, zero_v)
-    adamw = _adamw(step, gradient_statistics, adam, reached, gradient_norm, trainer)
+    first = _first_order(statistics, step_statistics, optimizer, batch, plan.units, target, zero_v)
+    adamw = _adamw(step, gradient_statistics, optimizer, reached, gradient_norm, trainer)
     said = preconditioned_sentence(first.delta_h1, first.delta_h1_se, first.delta_h1_ci95, *now)
     if first.delta_h1 != 0.0:
         said = f"{said} {difference_sentence(adamw.spread_factor)}"
@@ -256,14 +255,14 @@ def versions() -> dict[str, str]:
 def _first_order(
     statistics: CrossStatistics,
     step: CrossStatistics,
-    adam: AdamState,
+    optimizer: OptimizerState,
     batch: RolloutBatch,
     units: Units,
     target: EntropyTarget,
     zero_v: ZeroVSection,
 ) -> FirstOrder:
     """Without its sentence, which the optimizer's own step is in too."""
-    rates, delta_h1 = adam.learning_rates, step.negated
+    rates, delta_h1 = distinct_rates(optimizer), step.negated
     reasons = {name: why for name, why in statistics.null_reasons.items() if name not in {"variance", "ci95"}}
     reasons |= delta_h1.null_reasons(se="delta_h1_se", ci95="delta_h1_ci95")
     if step.se_this_step is None:
@@ -273,7 +272,7 @@ def _first_order(
         entropy=target.unit.value,
         u_cross=statistics.u_cross,
         delta_h1=delta_h1.value,
-        learning_rate=rates[0] if len(rates) == 1 else list(rates),
+        learning_rate=rates[0] if len(rates) == 1 else rates,
         bars_dot=statistics.bars_dot,
         diag_sum=statistics.diag_sum,
         row_means=statistics.row_means.tolist(),
@@ -376,7 +375,7 @@ def _stored(realized: Sequence[RealizedChange], unit: str) -> list[str]:
 def _adamw(
     step: StepPrediction,
     gradient: CrossStatistics | None,
-    adam: AdamState,
+    optimizer: OptimizerState,
     names: Collection[str],
     gradient_norm: float,
     trainer: TrainersStep,
@@ -387,8 +386,8 @@ def _adamw(
     }
     total = step.total
     why = total.null_reasons(se="se", ci95="ci95")
-    spread = spread_factors(adam, names, clip_factor(gradient_norm, trainer.max_grad_norm))
-    factors = gradient_factors(adam, names)
+    spread = optimizer.spread_factors(names, clip_factor(gradient_norm, trainer.max_grad_norm))
+    factors = optimizer.gradient_factors(names)
     factor: float | list[float] | None = None
     if factors is None:
         told = "parameters of one parameter group differ in their number of steps"

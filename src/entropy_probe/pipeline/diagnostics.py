@@ -15,8 +15,8 @@ from entropy_probe.data.rollouts import RolloutBatch, SpecialIds, doubtful_rows
 from entropy_probe.errors import some_of
 from entropy_probe.gradients import Coverage
 from entropy_probe.losses.length_weights import LengthWeight
-from entropy_probe.optimizers.preconditioner import Preconditioners, ZeroV
-from entropy_probe.optimizers.state import AdamState
+from entropy_probe.optimizers.base import Metric
+from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.step_parts import PARTS, StepPrediction
 from entropy_probe.optimizers.stored_precision import Rounding
 from entropy_probe.pipeline.recorded import LENGTH_WEIGHT_OF_LOSS, Source, TrainersStep
@@ -116,17 +116,17 @@ def own_step_warnings(step: StepPrediction) -> list[Evidence]:
     ]
 
 
-def learning_rate_warnings(state: AdamState, trainer: TrainersStep, stored: Sequence[float]) -> list[Evidence]:
+def learning_rate_warnings(rates: Sequence[float], trainer: TrainersStep, stored: Sequence[float]) -> list[Evidence]:
     """A recorded rate that is not the stored one; a rate of zero, whose parameters do not move whatever entropy would do.
 
     Args:
-        state: the optimizer's, with the learning rates of this step.
+        rates: of this step, one a parameter group.
         trainer: says where they come from.
         stored: the distinct ones that it held before.
     """
-    found = []
-    if trainer.learning_rate_source is Source.RECORDED and list(state.learning_rates) != list(stored):
-        used, held = (", ".join(f"{rate:.6g}" for rate in rates) for rates in (state.learning_rates, stored))
+    found, distinct = [], list(dict.fromkeys(rates))
+    if trainer.learning_rate_source is Source.RECORDED and distinct != list(stored):
+        used, held = (", ".join(f"{rate:.6g}" for rate in some) for some in (distinct, stored))
         found.append(
             Evidence(
                 "learning_rate_recorded",
@@ -136,11 +136,10 @@ def learning_rate_warnings(state: AdamState, trainer: TrainersStep, stored: Sequ
                 "another",
             )
         )
-    groups = [group for group in state.groups if group.names]
-    zero = sum(group.learning_rate == 0.0 for group in groups)
+    zero = sum(rate == 0.0 for rate in rates)
     if not zero:
         return found
-    which = "so this step changes nothing" if zero == len(groups) else f"in {zero} of {len(groups)} parameter groups"
+    which = "so this step changes nothing" if zero == len(rates) else f"in {zero} of {len(rates)} parameter groups"
     found.append(
         Evidence(
             "learning_rate_zero",
@@ -347,14 +346,10 @@ def coverage_warnings(coverage: Coverage) -> list[Evidence]:
     ]
 
 
-def elements_without_v(
-    ascent: Mapping[str, Tensor], preconditioners: Preconditioners, sharding: Sharding = WHOLE
-) -> dict[str, int]:
+def elements_without_v(ascent: Mapping[str, Tensor], metric: Metric, sharding: Sharding = WHOLE) -> dict[str, int]:
     """How many elements have v = 0 but a gradient in this batch, by parameter that has such; of shards, those of all ranks."""
     counts = [
-        float((preconditioners.zeros(name).to(y.device) & (y != 0)).sum())
-        if name in preconditioners.with_zeros
-        else 0.0
+        float((metric.zeros(name).to(y.device) & (y != 0)).sum()) if name in metric.with_zeros else 0.0
         for name, y in ascent.items()
     ]
     every = sharding.ranks.sum_numbers(np.array(counts)) if sharding.sharded else counts

@@ -36,13 +36,11 @@ from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.digest import digest_of_model
 from entropy_probe.model.input_limits import check_fits, input_limits, special_ids
 from entropy_probe.model.policy import Measured
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
-from entropy_probe.optimizers.digest import digest_of_adam
-from entropy_probe.optimizers.gradient_weights import gradient_weights
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.base import gradient_weights
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import predict_parts
-from entropy_probe.optimizers.validation import validate_preconditioner
 from entropy_probe.optimizers.what_if import learning_rate_for_fall
 from entropy_probe.pipeline import diagnostics
 from entropy_probe.pipeline.also_moved import target_sections
@@ -149,7 +147,7 @@ def probe_checkpoint(
         special = special_ids(loaded.model, tokenizer_ids(loaded.folder.tokenizer_folders))
     subject = Subject(
         loaded.model,
-        trainer.of(loaded.adam),
+        Adam(trainer.of(loaded.adam), settings.zero_v),
         sharding_of(loaded.model, ranks),
         batch,
         evaluation,
@@ -213,14 +211,14 @@ def probe(
         trainer = replace(trainer, learning_rates=(), learning_rate_source=Source.UNKNOWN)
     sharding = sharding_of(model, ranks)
     shapes = {name: p.shape for name, p in named_parameters(model) if p.requires_grad}
-    test = validate_preconditioner(adam, shapes, seed=settings.seed, zero_v=settings.zero_v, sharding=sharding)
+    test = Adam(adam, settings.zero_v).validate(shapes, seed=settings.seed, sharding=sharding)
     for rows in (batch, evaluation):
         if rows is not None:
             check_fits(rows, *input_limits(model))
     facts, special = describe_model(model, adam, test), special_ids(model)
     subject = Subject(
         model,
-        trainer.of(adam),
+        Adam(trainer.of(adam), settings.zero_v),
         sharding,
         batch,
         evaluation,
@@ -286,13 +284,12 @@ def _check_same_state(subject: Subject) -> None:
     """Weights and moments where all ranks have all; of shards every rank has others, and loading compares what is stored."""
     if subject.sharding.ranks.count == 1:
         return
-    steps = {name: moments.step for name, moments in subject.adam.moments.items()}
     found = {
-        "optimizer settings": digest_of_settings(subject.adam.groups, steps),
+        "optimizer settings": digest_of_settings(subject.optimizer.settings()),
         "special ids (of configs or tokenizer files)": digest_of_settings(subject.special),
     }
     if subject.sharding.replicated:
-        found |= {"weights": digest_of_model(subject.model), "optimizer state": digest_of_adam(subject.adam)}
+        found |= {"weights": digest_of_model(subject.model), "optimizer state": subject.optimizer.digest()}
     check_same_inputs(subject.sharding.ranks, found)
 
 
@@ -311,7 +308,7 @@ def _probe_as_marked(
     if subject.evaluation is not None:
         refuse_unsampled(subject.evaluation, subject.special, "the evaluation rollouts")
     task, preparation = make_task(subject, settings, earlier, clock, progress)
-    batch, evaluation, adam, policy = subject.batch, subject.evaluation, subject.adam, task.policy
+    batch, evaluation, optimizer, policy = subject.batch, subject.evaluation, subject.optimizer, task.policy
     trainer = subject.trainer
 
     with clock.stage("gradients"):
@@ -332,7 +329,7 @@ def _probe_as_marked(
         with clock.stage("noise"):
             noise = noise_by_responses(task, gradients, gradients.third_directions, step_statistics, rules)
     norm = gradient_norm(gradients.ascent, policy.sharding)
-    weights = gradient_weights(adam, gradients.ascent, clip_factor(norm, trainer.max_grad_norm))
+    weights = gradient_weights(optimizer, gradients.ascent, clip_factor(norm, trainer.max_grad_norm))
     gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
     assert gradients.looked is not None
     step = predict_parts(gradients.looked.along, gradients.looked.kernel, task.plan.units.sizes)
@@ -340,17 +337,17 @@ def _probe_as_marked(
     if settings.what_if_no_negatives:
         with clock.stage("what-if"):
             positive = without_negatives(task, rules)
-    what_ifs = asked_what_ifs(settings.analyses, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
-    fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
-    trained = trained_before(gradients.untouched, adam, policy.sharding)
-    without_v = diagnostics.elements_without_v(
-        gradients.ascent, Preconditioners(adam, settings.zero_v), policy.sharding
+    what_ifs = asked_what_ifs(
+        settings.analyses, step, step_statistics, positive, optimizer, norm, trainer.max_grad_norm
     )
+    fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
+    trained = trained_before(gradients.untouched, optimizer, policy.sharding)
+    without_v = diagnostics.elements_without_v(gradients.ascent, task.geometry.metric, policy.sharding)
     zero_v = describe_zero_v(settings.zero_v, without_v, gradients.delta_h1_of_zero_v)
 
     warnings = [
         *subject.notes,
-        *diagnostics.learning_rate_warnings(adam, trainer, subject.facts.stored_learning_rates),
+        *diagnostics.learning_rate_warnings(optimizer.group_rates, trainer, subject.facts.stored_learning_rates),
         *diagnostics.interval_warnings(statistics, step_statistics.negated.ci95),
         *diagnostics.two_batch_warnings(two_batches),
         *diagnostics.own_step_warnings(step),
@@ -381,7 +378,7 @@ def _probe_as_marked(
         target=task.target,
         target_se=settings.target_se,
         measured=Measured(gradients.scores, gradients.token_entropies),
-        adam=adam,
+        optimizer=optimizer,
         realized=realized.rows,
         sweep=realized.curves,
         two_batches=two_batches,

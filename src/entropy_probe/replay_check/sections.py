@@ -156,7 +156,7 @@ def warnings(
     batch = case.batch
     found = [
         *loaded.folder.notes,
-        *diagnostics.learning_rate_warnings(case.adam, case.trainer, loaded.adam.learning_rates),
+        *diagnostics.learning_rate_warnings(case.adam.group_rates, case.trainer, loaded.adam.learning_rates),
         *diagnostics.clipping_warnings(batch, case.step.gradient_norm, case.max_grad_norm),
         *diagnostics.on_policy_warnings(batch, measured.scores),
         *diagnostics.pairing_warnings(batch, loaded.trainer_step, case.length_weight),

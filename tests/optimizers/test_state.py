@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_adam_preconditioner import adam_state
+from test_validation import adam_state
 from torch import nn
 
 from entropy_probe import AdamState, state_of_optimizer
