@@ -143,7 +143,7 @@ def test_a_probe_that_fails_at_any_forward_leaves_everything_as_it_was(
         "entropy_probe.gradients.vectors.contractions:Contractions.add_outer",
         "entropy_probe.pipeline.run.cross_statistics",
         "torch:Tensor.double",
-        "entropy_probe.realized.measure.entropy_change",
+        "entropy_probe.targets.base.entropy_change",
         "entropy_probe.optimizers.adam.adamw_deltas",
         "entropy_probe.pipeline.run.assemble_report",
         "torch.autograd.grad",
