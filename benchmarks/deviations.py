@@ -32,6 +32,7 @@ from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.losses.surrogate import probe_loss
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.statistics.u_statistics import cross_statistics
@@ -60,13 +61,15 @@ def detached_coefficient(batch: RolloutBatch) -> str:
 def one_geometry(batch: RolloutBatch) -> str:
     """The guide's text: P on both sides in the bars, on one side in the diagonal."""
     checkpoint = load_checkpoint(demo_files().checkpoint)
-    policy, geometry = Policy(checkpoint.model), Geometry.of(checkpoint.adam)
+    policy, geometry = Policy(checkpoint.model), Geometry.of(Adam(checkpoint.adam))
     x = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     advantages, _ = resolve_advantages(batch, None)
     y = advantages * resolve_length_weights(batch, LengthWeight.GUIDE)
     units, p = exact_units(len(batch.groups)), geometry.metric
     one = unit_gradients(policy, batch, units, Sides(x, y), geometry).total
-    both = unit_gradients(policy, batch, units, Sides(x, y), Geometry.fixed({name: p[name] ** 2 for name in p})).total
+    both = unit_gradients(
+        policy, batch, units, Sides(x, y), Geometry.fixed({name: p[name] ** 2 for name in geometry.groups})
+    ).total
     count = len(batch.groups)
     ours = cross_statistics(one).u_cross
     literal = count / (count - 1) * both.sum_dot / count**2 - one.diagonal.sum() / (count * (count - 1))

@@ -33,6 +33,7 @@ from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import loss_gradient
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.realized.changes import RealizedChange
@@ -155,8 +156,8 @@ def lines(checkpoint: Path, rollouts: Path, prompts: int | None = None) -> list[
     coefficients = resolve_advantages(update, None)[0] * weights / len(update.groups)
     realizer = Realizer(
         policy=policy,
-        geometry=Geometry.of(loaded.adam),
-        adam=loaded.adam,
+        geometry=Geometry.of(Adam(loaded.adam)),
+        optimizer=Adam(loaded.adam),
         measures=[EntropyMeasure(EntropyTarget(estimator)) for estimator in (Estimator.RAO_BLACKWELL, Estimator.SCORE)],
         rules=None,
         progress=Silent(),

@@ -58,6 +58,7 @@ from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.surrogate import probe_loss
 from entropy_probe.model.padding import PaddedResponses, pad_right
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.optimizers.preconditioner import Preconditioners
@@ -228,7 +229,7 @@ def gradients_of(
         case.batch,
         exact_units(len(case.batch.groups)),
         Sides(EntropyTarget(estimator), case.advantage),
-        Geometry.of(case.adam),
+        Geometry.of(Adam(case.adam)),
         wanted=Wanted(storage),
         rules=case.preparation.rules,
     )

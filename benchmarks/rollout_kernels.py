@@ -23,6 +23,7 @@ from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.sampling.drawing import sample_rollouts
@@ -94,7 +95,7 @@ def checkpoint_case(folder: Path, prompts: int, responses: int, seed: int) -> Ca
     batch = group_rollouts(rows, 1.0)
     lengths = [len(r.response_ids) for r in batch.responses]
     weights = length_weights(lengths, batch.group_sizes, LengthWeight.DR_GRPO, max_completion_length=longest)
-    return _case(folder.name, policy, batch, weights, Geometry.of(loaded.adam), longest)
+    return _case(folder.name, policy, batch, weights, Geometry.of(Adam(loaded.adam)), longest)
 
 
 def random_case(longest: int, prompts: int, *, ends: int = 0, responses: int = 4, seed: int = 0) -> Case:
@@ -136,7 +137,7 @@ def random_case(longest: int, prompts: int, *, ends: int = 0, responses: int = 4
     batch = group_rollouts(rows, 1.0)
     weights = length_weights([len(r.response_ids) for r in batch.responses], batch.group_sizes, LengthWeight.GUIDE)
     name = f"random, {longest} tokens" if not ends else f"random, at most {longest} tokens, ended early"
-    return _case(name, policy, batch, weights, Geometry.of(state_of_optimizer(optimizer, model)), longest)
+    return _case(name, policy, batch, weights, Geometry.of(Adam(state_of_optimizer(optimizer, model))), longest)
 
 
 def _case(name: str, policy: Policy, batch: RolloutBatch, weights: Tensor, geometry: Geometry, longest: int) -> Case:

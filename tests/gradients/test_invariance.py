@@ -19,6 +19,7 @@ from entropy_probe.gradients import Storage, Wanted, unit_gradients
 from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.padding import pad_right
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.targets.entropy import Estimator
@@ -137,7 +138,7 @@ def test_streamed_and_stored_agree(setting: tuple[Any, Any], units: Any) -> None
     policy = Policy(model, microbatch_size=4)
     c = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
-    geometry = Geometry.of(adam)
+    geometry = Geometry.of(Adam(adam))
     stored, streamed = (
         unit_gradients(policy, batch, units, Sides(c, a), geometry, wanted=Wanted(storage)) for storage in Storage
     )
@@ -158,7 +159,7 @@ def test_gradients_reach_parameters_on_both_sides(setting: tuple[Any, Any]) -> N
     policy = Policy(model)
     c = score_coefficients(policy.scores(batch.responses), batch.group_sizes)
     a = torch.tensor([r.reward for r in batch.responses], dtype=torch.float64)
-    geometry = Geometry.of(adam)
+    geometry = Geometry.of(Adam(adam))
     found = unit_gradients(policy, batch, exact_units(4), Sides(c, a), geometry)
     assert found.untouched == ()
     assert set(found.ascent) == set(policy.trainable())

@@ -17,6 +17,7 @@ from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import Storage, Wanted, engine, reference
 from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.base import DotGroup
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.gradient_weights import dot_groups, gradient_factors
@@ -75,7 +76,12 @@ def test_dots_of_groups_add_up_to_those_of_all_parameters(backend: Any, storage:
 
     def found(of: AdamState) -> Any:
         return backend.unit_gradients(
-            Policy(model), batch, exact_units(5), Sides(EntropyTarget(), a), Geometry.of(of), wanted=Wanted(storage)
+            Policy(model),
+            batch,
+            exact_units(5),
+            Sides(EntropyTarget(), a),
+            Geometry.of(Adam(of)),
+            wanted=Wanted(storage),
         )
 
     one, three = found(split(state, {})), found(split(state, {"beta1": 0.5}, {"beta1": 0.8}, {}))

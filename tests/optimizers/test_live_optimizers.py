@@ -68,3 +68,19 @@ def test_another_optimizer_in_the_wrapper_is_refused_by_its_own_name() -> None:
     wrapped: Any = Accelerator(cpu=True).prepare_optimizer(torch.optim.NAdam(model.parameters()))
     with pytest.raises(InputError, match="the optimizer is NAdam"):
         state_of_optimizer(wrapped, model)
+
+
+class Muon(torch.optim.SGD):
+    """By name: torch has its own from 2.9 on, and others have theirs."""
+
+
+class Muon8bit(Muon):
+    """One of another name."""
+
+
+@pytest.mark.parametrize("build", [Muon, Muon8bit])
+def test_an_optimizer_of_whole_matrices_is_refused_by_name_with_the_reason(build: type[Muon]) -> None:
+    model = tiny_model()
+    why = rf"the optimizer is {build.__name__}, whose step multiplies whole matrices.*; the probe needs"
+    with pytest.raises(InputError, match=why):
+        state_of_optimizer(build(model.parameters(), lr=0.1), model)

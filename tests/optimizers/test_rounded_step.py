@@ -18,7 +18,8 @@ from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.adamw_step import adamw_deltas, clip_factor, gradient_norm
 from entropy_probe.optimizers.live import state_of_optimizer
-from entropy_probe.optimizers.rounded_step import RoundedStep, RoundingRule, rounded_adamw
+from entropy_probe.optimizers.rounded_step import rounded_adamw
+from entropy_probe.optimizers.rounding import RoundedStep, RoundingRule
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.stored_precision import Rounding, rounded_stochastically
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights

@@ -427,7 +427,7 @@ def test_two_units_have_parts_without_errors() -> None:
 def test_the_realised_step_is_the_pure_one_and_the_clones_are_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = live().report.realized
     monkeypatch.setattr(
-        "entropy_probe.realized.rows.adamw_deltas",
+        "entropy_probe.optimizers.adam.adamw_deltas",
         lambda parameters, adam, ascent, max_grad_norm, sharding: optimizer_step(parameters, adam, ascent),
     )
     for virtual, clone in zip(rows, live().report.realized, strict=True):

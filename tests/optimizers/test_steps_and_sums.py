@@ -20,6 +20,7 @@ from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.input_limits import check_fits
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import at_least_float32, virtual_step
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
@@ -36,7 +37,7 @@ def test_the_floor_is_the_largest_of_eight_gaps_and_the_norm_is_the_whole_steps(
     policy = Policy(model)
     scores = policy.scores(batch.responses).numpy()
     linear = loss_gradient(policy, batch.responses, torch.from_numpy(linear_term(scores, batch.group_sizes).on_scores))
-    deltas = Geometry.of(adam).step(linear)
+    deltas = Geometry.of(Adam(adam)).step(linear)
     changes = response_dots(policy, batch, [deltas])[:, 0, 0].numpy()
     before = policy.measure(batch.responses, entropies=False)
     predicted = float(linear_term(scores, batch.group_sizes).on_scores @ changes)

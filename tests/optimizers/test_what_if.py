@@ -14,6 +14,7 @@ from entropy_probe.data.units import exact_units
 from entropy_probe.gradients import reference
 from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.step_parts import StepPrediction
 from entropy_probe.optimizers.what_if import (
@@ -95,7 +96,7 @@ def test_without_negative_advantages_is_the_u_statistic_of_the_positive_ones(est
 
     def statistics(weights: torch.Tensor) -> object:
         dots = reference.unit_gradients(
-            Policy(MODEL), BATCH, exact_units(8), Sides(EntropyTarget(estimator), weights), Geometry.of(ADAM)
+            Policy(MODEL), BATCH, exact_units(8), Sides(EntropyTarget(estimator), weights), Geometry.of(Adam(ADAM))
         )
         return cross_statistics(dots.step_weighted)
 

@@ -20,7 +20,7 @@ from entropy_probe.gradients.plan import make_plan
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.optimizers.live import state_of_optimizer
-from entropy_probe.optimizers.rounded_step import RoundingRule
+from entropy_probe.optimizers.rounding import RoundingRule
 from entropy_probe.optimizers.stored_precision import Rounding
 from entropy_probe.pipeline.inputs import resolve_advantages
 from entropy_probe.pipeline.settings import PARTS, POSITIONS, Analyses, Compute, Loss

@@ -36,6 +36,7 @@ from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.treatments import prove_rules
 from entropy_probe.gradients.vectors import exchange
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState
@@ -439,7 +440,7 @@ def peak_of_gradients(ranks: Ranks, sharding: ShardingChoice) -> int:
     batch = random_batch(16, 2)
     advantage = torch.ones(len(batch.responses), dtype=torch.float64)
     target = EntropyTarget(Estimator.SCORE, EntropyUnit.PER_RESPONSE)
-    geometry = Geometry.of(AdamState((group,), moments))
+    geometry = Geometry.of(Adam(AdamState((group,), moments)))
     rules = prove_rules(policy, batch)
     tracemalloc.start()
     unit_gradients(policy, batch, exact_units(16), Sides(target, advantage), geometry, rules=rules)

@@ -21,6 +21,7 @@ from entropy_probe.gradients import unit_gradients
 from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
@@ -319,7 +320,7 @@ class StrongSignal:
         y = resolve_advantages(batch, None)[0] * resolve_length_weights(batch, LengthWeight.GUIDE)
         target = EntropyTarget(Settings().estimator, Settings().entropy)
         gradients = unit_gradients(
-            Policy(self.policy), batch, exact_units(32), Sides(target, y), Geometry.of(self.adam)
+            Policy(self.policy), batch, exact_units(32), Sides(target, y), Geometry.of(Adam(self.adam))
         )
         statistics, step = cross_statistics(gradients.total), cross_statistics(gradients.step_weighted)
         return statistics, {w.code for w in interval_warnings(statistics, step.negated.ci95)}

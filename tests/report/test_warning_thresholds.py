@@ -97,7 +97,7 @@ def test_a_learning_rate_of_zero_counts_where_it_trains_something_and_its_source
     def warned(state: AdamState, **rate: Any) -> list[Evidence]:
         batch = support.random_batch(2, 2, extra=rate.pop("rows", {}))
         trainer = trainers_step(batch, Settings(**rate), assumed=LengthWeight.GUIDE)
-        return learning_rate_warnings(trainer.of(state), trainer.learning_rate_source, state.learning_rates)
+        return learning_rate_warnings(trainer.of(state).group_rates, trainer.learning_rate_source, state.learning_rates)
 
     assert warned(AdamState((group((), 0.0), group(("a",), 1e-3)), {})) == []
     still = AdamState((group(("a",), 0.0),), {})

@@ -9,8 +9,8 @@ from torch import nn
 
 from entropy_probe.checkpoints.index_names import OptimizerMapping
 from entropy_probe.common.evidence import Evidence
+from entropy_probe.optimizers.base import PreconditionerTest
 from entropy_probe.optimizers.state import AdamState
-from entropy_probe.optimizers.validation import PreconditionerTest
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from entropy_probe.gradients.engine import (
     unit_gradients,
     weighted_gradient,
 )
-from entropy_probe.gradients.interface import Coverage, Directions, Look, Looked, Storage, UnitGradients, Wanted
+from entropy_probe.gradients.interface import Coverage, Directions, Looked, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.plan import VECTOR_SHARE, Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
 from entropy_probe.gradients.reference import loss_gradient
@@ -26,7 +26,6 @@ __all__ = [
     "VECTOR_SHARE",
     "Coverage",
     "Directions",
-    "Look",
     "Looked",
     "Plan",
     "Preparation",

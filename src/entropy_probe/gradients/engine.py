@@ -30,7 +30,7 @@ from entropy_probe.gradients.coefficients import (
     Sides,
     TargetSide,
 )
-from entropy_probe.gradients.interface import DOTS_ALONE, Directions, Look, Looked, Storage, UnitGradients, Wanted
+from entropy_probe.gradients.interface import DOTS_ALONE, Directions, Looked, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.passes import Passes, most_open_units
 from entropy_probe.gradients.products import (
     Dots,
@@ -47,6 +47,7 @@ from entropy_probe.gradients.unreached import unexplained
 from entropy_probe.gradients.vectors.exchange import Shards, exchanged, reached_anywhere
 from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
 from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.optimizers.base import Look
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.dealing import deal
 from entropy_probe.targets.base import Target, TokenPair

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Protocol
 
 from torch import Tensor
 
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.gradients.treatments import Rules
-from entropy_probe.optimizers.base import DotGroup
+from entropy_probe.optimizers.base import DotGroup, Look
 from entropy_probe.statistics.unit_dots import UnitDots
 
 
@@ -35,20 +34,6 @@ class Coverage:
     recomputed: tuple[str, ...] = ()
     fallback: tuple[str, ...] = ()
     fallback_share: float = 0.0
-
-
-class Look(Protocol):
-    """What else to take dots with, once Ȳ is known, some elements of one parameter at a time."""
-
-    @property
-    def count(self) -> int:
-        """K, how many directions."""
-
-    def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
-        """XS_u · V_uk over these elements, where V may depend on YS_u: [units, K] from x and y [units, elements]."""
-
-    def response(self, name: str, part: slice) -> Tensor:
-        """J of these elements, float64 [elements]."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from entropy_probe.common.arrays import FloatArray
-from entropy_probe.gradients.interface import Directions, Look
+from entropy_probe.gradients.interface import Directions
 from entropy_probe.gradients.vectors.contractions import Contractions
 from entropy_probe.gradients.vectors.exchange import Shards
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors, uninitialised
-from entropy_probe.optimizers.base import DotGroup
+from entropy_probe.optimizers.base import DotGroup, Look
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.sharding import WHOLE, Sharding

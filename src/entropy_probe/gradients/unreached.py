@@ -17,7 +17,7 @@ from entropy_probe.compat.checkpoint_wrappers import unwrapped_names
 from entropy_probe.errors import InputError
 from entropy_probe.gradients.capture.modules import parameter_owners
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.state import AdamState
+from entropy_probe.optimizers.base import OptimizerState
 from entropy_probe.ranks.sharding import Sharding
 
 CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
@@ -90,34 +90,33 @@ def _routed(name: str, around_routers: Collection[str]) -> bool:
     return expert is not None and any(".".join(parts[:end]) in around_routers for end in range(expert + 1))
 
 
-def trained_before(names: Sequence[str], adam: AdamState, sharding: Sharding) -> tuple[str, ...]:
-    """Those whose second moments are not all zero: a gradient came in training.
+def trained_before(names: Sequence[str], optimizer: OptimizerState, sharding: Sharding) -> tuple[str, ...]:
+    """Those to which a gradient came in training, as the optimizer's state tells.
 
     Args:
         names: of parameters; the same on all ranks.
-        adam: the state; of shards this rank's rows.
+        optimizer: its state; of shards this rank's rows.
         sharding: who holds what.
     """
-    known = [name for name in names if name in adam.moments]
-    if not known:
+    if not names:
         return ()
-    flags = np.array([float(bool((adam.moments[name].exp_avg_sq != 0).any())) for name in known])
+    flags = np.array([float(optimizer.had_gradient(name)) for name in names])
     every = sharding.ranks.sum_numbers(flags) if sharding.sharded else flags
-    return tuple(name for name, flag in zip(known, every, strict=True) if flag)
+    return tuple(name for name, flag in zip(names, every, strict=True) if flag)
 
 
-def refuse_cut(cut: Sequence[str], adam: AdamState, sharding: Sharding) -> None:
+def refuse_cut(cut: Sequence[str], optimizer: OptimizerState, sharding: Sharding) -> None:
     """Refuse parameters that no gradient reached, for no reason of routing, and that training did reach.
 
     Args:
         cut: see :func:`unexplained`; the same on all ranks.
-        adam: whose second moments tell that a gradient came in training; of shards this rank's rows.
+        optimizer: whose state tells that a gradient came in training; of shards this rank's rows.
         sharding: who holds what.
 
     Raises:
         InputError: the first of them is named.
     """
-    trained = trained_before(cut, adam, sharding)
+    trained = trained_before(cut, optimizer, sharding)
     if trained:
         more = f" (and {len(trained) - 1} more parameters)" if len(trained) > 1 else ""
         raise InputError(

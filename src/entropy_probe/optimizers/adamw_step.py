@@ -1,7 +1,7 @@
-"""Steps that an optimizer would take from θ along a given ascent direction Ȳ.
+"""The step that AdamW or Adam takes from θ on the gradient of its loss, in parts that add up to it.
 
-``preconditioned_step`` is the step that δH₁ is about, Δθ = η P Ȳ with v at t. ``adamw_step`` is the trainer's own, in parts.
-With the loss gradient g = −Ȳ (clipped), a parameter's own step t and its group's η, β₁, β₂, ε and λ,
+The step that δH₁ is about, η P Ȳ with v at t, is :meth:`~entropy_probe.optimizers.geometry.Geometry.step`. Here, with the loss
+gradient g = −Ȳ (clipped), a parameter's own step t and its group's η, β₁, β₂, ε and λ,
 
     m⁺ = β₁ m + (1 − β₁) g      v⁺ = β₂ v + (1 − β₂) g²      D = √(v⁺ / (1 − β₂^{t+1})) + ε      κ = η / ((1 − β₁^{t+1}) D)
     Δθ = −κ β₁ m  [momentum]  − κ (1 − β₁) g  [fresh gradient]  − η λ θ  [weight decay]

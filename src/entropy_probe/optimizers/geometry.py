@@ -6,16 +6,13 @@ inner product. Source: docs/method.md, sections 1 and 6.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from entropy_probe.optimizers.base import DotGroup, Metric
-from entropy_probe.optimizers.gradient_weights import dot_groups
-from entropy_probe.optimizers.preconditioner import Preconditioners, ZeroV
-from entropy_probe.optimizers.state import AdamState
+from entropy_probe.optimizers.base import DotGroup, Metric, OptimizerState
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,13 @@ class GivenMetric:
         """P of one parameter."""
         return self.values[name]
 
-    def __iter__(self) -> Iterator[str]:
-        """Names of parameters."""
-        return iter(self.values)
-
     def chunk(self, name: str, part: slice) -> Tensor:
         """Elements ``part`` of P of one parameter laid flat."""
         return self.values[name].flatten()[part]
+
+    def zeros(self, name: str) -> Tensor:
+        """None."""
+        return torch.zeros_like(self.values[name], dtype=torch.bool)
 
     def guides_zeros(self, name: str, part: slice) -> Tensor:
         """Zeros."""
@@ -57,15 +54,9 @@ class Geometry:
     dtype: torch.dtype | None = None
 
     @staticmethod
-    def of(state: AdamState, zero_v: ZeroV = ZeroV.LEAVE_OUT, dtype: torch.dtype | None = None) -> Geometry:
-        """Of an optimizer's state: P = 1 / (√v̂ + ε) and its groups' learning rates.
-
-        Args:
-            state: the optimizer's.
-            zero_v: P of elements whose v is 0.
-            dtype: of stored unit vectors.
-        """
-        return Geometry(Preconditioners(state, zero_v), dot_groups(state), dtype)
+    def of(optimizer: OptimizerState, dtype: torch.dtype | None = None) -> Geometry:
+        """P and η of an optimizer, :class:`~entropy_probe.optimizers.adam.Adam` for one; ``dtype`` of stored unit vectors."""
+        return Geometry(optimizer.metric, optimizer.dot_groups(), dtype)
 
     @staticmethod
     def fixed(

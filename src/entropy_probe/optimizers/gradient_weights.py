@@ -76,11 +76,3 @@ def _sum_of_weights(beta1: float, step: int) -> float:
         if rest <= 1e-12 * total:
             return total
         chunk = min(2 * chunk, 1 << 20)
-
-
-def gradient_weights(state: AdamState, names: Collection[str], clip_factor: float) -> dict[DotGroup, float] | None:
-    """By dot group, the weight η (1 − β₁) / (1 − β₁^{t+1}) · clip of P Ȳ in the step with v at t; None as above."""
-    factors = gradient_factors(state, names)
-    if factors is None:
-        return None
-    return {group: group.learning_rate * factor * clip_factor for group, factor in factors.items()}

@@ -1,4 +1,7 @@
-"""Adam's state of an optimizer that is in use."""
+"""The state of an optimizer that is in use: which ones are Adam, and what each parameter's entry holds.
+
+Only steps that are known are taken: torch's Adam and AdamW, also inside of accelerate's wrapper. Others are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState, gr
 
 ACCELERATED = ("accelerate.optimizer", "AcceleratedOptimizer")
 """Module and name of accelerate's wrapper, which need not be there to be known."""
+
+MATRIX_WISE = ("muon", "shampoo", "soap")
+"""Parts of the names of optimizers whose step is not elementwise, in lower case."""
 
 
 def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
@@ -54,6 +60,10 @@ def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ad
     return AdamState(tuple(groups), moments)
 
 
+def _is_matrix_wise(kind: type) -> bool:
+    return any(name in cls.__name__.lower() for cls in kind.__mro__ for name in MATRIX_WISE)
+
+
 def _plain_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
     """The torch.optim.Adam or AdamW in accelerate's wrappers.
 
@@ -71,7 +81,8 @@ def _plain_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
     kind = type(optimizer)
     # AdamW has been a subclass of Adam only since torch 2.7.
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        raise InputError(f"the optimizer is {kind.__name__}; the probe needs torch.optim.Adam or AdamW")
+        why = ", whose step multiplies whole matrices and has no P of each element" if _is_matrix_wise(kind) else ""
+        raise InputError(f"the optimizer is {kind.__name__}{why}; the probe needs torch.optim.Adam or AdamW")
     # torch wraps the step of a class for its profiler, schedulers that of an object.
     own = inspect.unwrap(kind.step)
     if own not in {inspect.unwrap(torch.optim.Adam.step), inspect.unwrap(torch.optim.AdamW.step)}:

@@ -3,8 +3,7 @@ rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import assert_never
 
 import numpy as np
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from entropy_probe.common.arrays import FloatArray
-from entropy_probe.common.choices import member
 from entropy_probe.errors import InputError
 from entropy_probe.optimizers.adamw_step import adamw_delta
+from entropy_probe.optimizers.rounding import Kept, RoundedStep, RoundingRule
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.stored_precision import (
     NARROW_TYPES,
@@ -25,76 +24,6 @@ from entropy_probe.optimizers.stored_precision import (
     stepped_in_type,
 )
 from entropy_probe.ranks.sharding import Sharding
-
-
-@dataclass(frozen=True)
-class RoundingRule:
-    """How the optimizer rounds, and the seed of its random numbers."""
-
-    how: Rounding = Rounding.NEAREST
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Put the name of a rounding into the member, and refuse an unknown one."""
-        object.__setattr__(self, "how", member("weight_rounding", self.how, Rounding))
-
-    def generator(self, sharding: Sharding) -> torch.Generator:
-        """The same on all ranks that hold the same, and each its own where they hold shards."""
-        return torch.Generator().manual_seed(self.seed + (sharding.ranks.rank if sharding.sharded else 0))
-
-
-NEAREST = RoundingRule()
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What rounding leaves of a step.
-
-    Attributes:
-        how: it was rounded.
-        dtypes: narrow types in which weights are held.
-        weights: held so, of all ranks.
-        moved: share of them that the rounded step changes.
-        moved_in_float32: share of them that the step would change if they were float32.
-    """
-
-    how: Rounding
-    dtypes: tuple[torch.dtype, ...]
-    weights: int
-    moved: float
-    moved_in_float32: float
-
-    @property
-    def types(self) -> str:
-        """As in ``bfloat16``."""
-        return " and ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-
-    @property
-    def said(self) -> str:
-        """What moves, in words."""
-        return (
-            f"{100 * self.moved:.3g} % of {self.weights} {self.types} weights move; in float32 "
-            f"{100 * self.moved_in_float32:.3g} % would"
-        )
-
-
-def mean_kept(found: Sequence[Kept]) -> Kept | None:
-    """Shares averaged over steps of the same weights; None of none."""
-    if not found:
-        return None
-    return replace(
-        found[0],
-        moved=sum(kept.moved for kept in found) / len(found),
-        moved_in_float32=sum(kept.moved_in_float32 for kept in found) / len(found),
-    )
-
-
-@dataclass(frozen=True)
-class RoundedStep:
-    """Δθ = θ⁺ − θ by parameter name, float64; those in float32 or wider move as without rounding."""
-
-    deltas: Mapping[str, Tensor]
-    kept: Kept
 
 
 def rounded_adamw(

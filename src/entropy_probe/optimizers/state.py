@@ -1,4 +1,10 @@
-"""Adam's state as the probe uses it: moments and settings, by parameter name."""
+"""Adam's state as the probe uses it: moments and settings, by parameter name.
+
+After t steps on gradients g₁ … g_t a parameter's moments are m = (1 − β₁) Σ_k β₁^{t−k} g_k (``exp_avg``) and
+v = (1 − β₂) Σ_k β₂^{t−k} g_k² (``exp_avg_sq``), both without bias correction, and under amsgrad the largest v so far
+(``max_exp_avg_sq``). t counts the steps in which the parameter had a gradient, so parameters may differ in it.
+Sources: Kingma & Ba (2015); Reddi et al. (2018); torch.optim.Adam and AdamW.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +64,12 @@ class AdamState:
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """The distinct learning rates of non-empty groups, in the order of the groups."""
-        return tuple(dict.fromkeys(group.learning_rate for group in self.groups if group.names))
+        return tuple(dict.fromkeys(self.group_rates))
+
+    @property
+    def group_rates(self) -> tuple[float, ...]:
+        """The learning rate of every non-empty group, in order."""
+        return tuple(group.learning_rate for group in self.groups if group.names)
 
     def with_learning_rate(self, learning_rate: float) -> AdamState:
         """The same state with one learning rate for every group.

@@ -1,4 +1,18 @@
-"""Each unit meets the step as the other units' mean would make it."""
+"""Each unit meets the step as the other units' mean would make it.
+
+With B = Σ s_u prompts in all, the others' mean is Ȳ_−u = (B Ȳ − YS_u) / (B − s_u). XS_u is contracted with the parts of the
+step from it (:mod:`~entropy_probe.optimizers.adamw_step`). v⁺ holds the square of the gradient g, so each unit has a
+denominator of its own; what else is in the parts is computed once:
+
+    g_−u = −clip · Ȳ_−u  [+ λ θ, coupled]      D_−u = √((β₂ v + (1 − β₂) g_−u²) / (1 − β₂^{t+1})) + ε
+
+The gradient's part W Ȳ, with W = η (1 − β₁) clip / ((1 − β₁^{t+1}) D), answers to Ȳ elementwise by J:
+
+    J = ∂(W Ȳ)/∂Ȳ = W + W Ȳ · clip · ∂ log D/∂g, since ∂g/∂Ȳ = −clip
+    ∂ log D/∂g = (1 − β₂) g / ((1 − β₂^{t+1}) (D − ε) D), and 0 where amsgrad's earlier maximum is the larger
+
+Source: docs/method.md, section 6.
+"""
 
 from __future__ import annotations
 

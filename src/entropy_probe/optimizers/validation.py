@@ -1,27 +1,23 @@
-"""Does a state fit the model: every trainable parameter has moments of its shape, and P does what it should to test vectors."""
+"""Does a state fit the model: every trainable parameter has moments of its shape, and a test dot through P is finite.
+
+The test vectors z and w are standard normal, the same for every run with a seed and however the parameters are sharded, and
+the two dots are Σ z w and Σ z P w over all elements.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from entropy_probe.errors import InputError
+from entropy_probe.optimizers.base import PreconditionerTest
 from entropy_probe.optimizers.preconditioner import Preconditioners, ZeroV
 from entropy_probe.optimizers.state import AdamState, moments_problem
 from entropy_probe.ranks.sharding import WHOLE, Sharding
-
-
-@dataclass(frozen=True)
-class PreconditionerTest:
-    """A test dot of two fixed random vectors over all parameters, without P and with it."""
-
-    plain_dot: float
-    preconditioned_dot: float
 
 
 def validate_preconditioner(

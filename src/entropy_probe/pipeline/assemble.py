@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.gradients import Preparation, UnitGradients
 from entropy_probe.model.policy import Measured
+from entropy_probe.optimizers.base import distinct_rates
 from entropy_probe.optimizers.step_parts import StepPrediction
 from entropy_probe.optimizers.what_if import Fall, WhatIf
 from entropy_probe.pipeline.also_moved import target_sections
@@ -103,7 +104,7 @@ def assemble_report(found: Found, timing: Mapping[str, float]) -> Report:
     own_step = adamw.AdamWSection.of(
         found.step,
         found.gradient_statistics,
-        subject.adam,
+        subject.optimizer,
         found.gradients.ascent,
         found.gradient_norm,
         trainer.max_grad_norm,
@@ -112,7 +113,7 @@ def assemble_report(found: Found, timing: Mapping[str, float]) -> Report:
     first = first_order.FirstOrder.of(
         found.statistics,
         step,
-        subject.adam.learning_rates,
+        distinct_rates(subject.optimizer),
         first_order.unit_ids(batch, units),
         task.target,
         found.zero_v,
@@ -159,7 +160,7 @@ def _warnings(found: Found) -> list[Evidence]:
     stored = subject.facts.stored_learning_rates
     return [
         *subject.notes,
-        *first_order.learning_rate_warnings(subject.adam, trainer.learning_rate_source, stored),
+        *first_order.learning_rate_warnings(subject.optimizer.group_rates, trainer.learning_rate_source, stored),
         *first_order.interval_warnings(found.statistics, found.step_statistics.negated.ci95),
         *two_batches.two_batch_warnings(found.two_batches),
         *adamw.own_step_warnings(found.step),

@@ -31,13 +31,11 @@ from entropy_probe.gradients import Preparation, marked, trained_before
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.digest import digest_of_model
 from entropy_probe.model.input_limits import check_fits, input_limits, special_ids
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
-from entropy_probe.optimizers.digest import digest_of_adam
-from entropy_probe.optimizers.gradient_weights import gradient_weights
-from entropy_probe.optimizers.preconditioner import Preconditioners
+from entropy_probe.optimizers.base import gradient_weights
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import predict_parts
-from entropy_probe.optimizers.validation import validate_preconditioner
 from entropy_probe.optimizers.what_if import learning_rate_for_fall
 from entropy_probe.optimizers.without_v import elements_without_v
 from entropy_probe.pipeline.assemble import Found, assemble_report
@@ -135,7 +133,7 @@ def probe_checkpoint(
         special = special_ids(loaded.model, tokenizer_ids(loaded.folder.tokenizer_folders))
     subject = Subject(
         loaded.model,
-        trainer.of(loaded.adam),
+        Adam(trainer.of(loaded.adam), settings.zero_v),
         sharding_of(loaded.model, ranks),
         batch,
         evaluation,
@@ -199,14 +197,14 @@ def probe(
         trainer = replace(trainer, learning_rates=(), learning_rate_source=Source.UNKNOWN)
     sharding = sharding_of(model, ranks)
     shapes = {name: p.shape for name, p in named_parameters(model) if p.requires_grad}
-    test = validate_preconditioner(adam, shapes, seed=settings.seed, zero_v=settings.zero_v, sharding=sharding)
+    test = Adam(adam, settings.zero_v).validate(shapes, seed=settings.seed, sharding=sharding)
     for rows in (batch, evaluation):
         if rows is not None:
             check_fits(rows, *input_limits(model))
     facts, special = CheckpointSection.of_model(model, adam, test), special_ids(model)
     subject = Subject(
         model,
-        trainer.of(adam),
+        Adam(trainer.of(adam), settings.zero_v),
         sharding,
         batch,
         evaluation,
@@ -272,13 +270,12 @@ def _check_same_state(subject: Subject) -> None:
     """Weights and moments where all ranks have all; of shards every rank has others, and loading compares what is stored."""
     if subject.sharding.ranks.count == 1:
         return
-    steps = {name: moments.step for name, moments in subject.adam.moments.items()}
     found = {
-        "optimizer settings": digest_of_settings(subject.adam.groups, steps),
+        "optimizer settings": digest_of_settings(subject.optimizer.settings()),
         "special ids (of configs or tokenizer files)": digest_of_settings(subject.special),
     }
     if subject.sharding.replicated:
-        found |= {"weights": digest_of_model(subject.model), "optimizer state": digest_of_adam(subject.adam)}
+        found |= {"weights": digest_of_model(subject.model), "optimizer state": subject.optimizer.digest()}
     check_same_inputs(subject.sharding.ranks, found)
 
 
@@ -297,7 +294,7 @@ def _probe_as_marked(
     if subject.evaluation is not None:
         refuse_unsampled(subject.evaluation, subject.special, "the evaluation rollouts")
     task, preparation = make_task(subject, settings, earlier, clock, progress)
-    evaluation, adam, policy = subject.evaluation, subject.adam, task.policy
+    evaluation, optimizer, policy = subject.evaluation, subject.optimizer, task.policy
     trainer = subject.trainer
 
     with clock.stage("gradients"):
@@ -318,7 +315,7 @@ def _probe_as_marked(
         with clock.stage("noise"):
             noise = noise_by_responses(task, gradients, gradients.third_directions, step_statistics, rules)
     norm = gradient_norm(gradients.ascent, policy.sharding)
-    weights = gradient_weights(adam, gradients.ascent, clip_factor(norm, trainer.max_grad_norm))
+    weights = gradient_weights(optimizer, gradients.ascent, clip_factor(norm, trainer.max_grad_norm))
     gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
     assert gradients.looked is not None
     step = predict_parts(gradients.looked.along, gradients.looked.kernel, task.plan.units.sizes)
@@ -326,7 +323,9 @@ def _probe_as_marked(
     if settings.what_if_no_negatives:
         with clock.stage("what-if"):
             positive = without_negatives(task, rules)
-    what_ifs = asked_what_ifs(settings.analyses, step, step_statistics, positive, adam, norm, trainer.max_grad_norm)
+    what_ifs = asked_what_ifs(
+        settings.analyses, step, step_statistics, positive, optimizer, norm, trainer.max_grad_norm
+    )
     fall = None if settings.what_if_fall is None else learning_rate_for_fall(step, settings.what_if_fall)
     found = Found(
         task=task,
@@ -342,8 +341,8 @@ def _probe_as_marked(
         realizations=realized,
         what_ifs=what_ifs,
         fall=fall,
-        trained=trained_before(gradients.untouched, adam, policy.sharding),
-        without_v=elements_without_v(gradients.ascent, Preconditioners(adam, settings.zero_v), policy.sharding),
+        trained=trained_before(gradients.untouched, optimizer, policy.sharding),
+        without_v=elements_without_v(gradients.ascent, task.geometry.metric, policy.sharding),
         sent=subject.sharding.ranks.most_sent(since=subject.sent_before),
     )
     report = assemble_report(found, clock.seconds())

@@ -35,11 +35,10 @@ from entropy_probe.losses.advantages import AdvantageRule
 from entropy_probe.model.policy import Measured, Policy
 from entropy_probe.model.virtual_step import at_least_float32, below_float32
 from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
+from entropy_probe.optimizers.base import Look, OptimizerState, distinct_rates
 from entropy_probe.optimizers.geometry import Geometry
-from entropy_probe.optimizers.rounded_step import RoundingRule
-from entropy_probe.optimizers.state import AdamState
+from entropy_probe.optimizers.rounding import RoundingRule
 from entropy_probe.optimizers.step_parts import StepPrediction
-from entropy_probe.optimizers.steps_of_others import StepsOfOthers
 from entropy_probe.optimizers.what_if import (
     WhatIf,
     another_clipping,
@@ -84,7 +83,7 @@ class Subject:
     """
 
     model: nn.Module
-    adam: AdamState
+    optimizer: OptimizerState
     sharding: Sharding
     batch: RolloutBatch
     evaluation: RolloutBatch | None
@@ -170,7 +169,7 @@ def make_task(
     )
     ranks = subject.sharding.ranks
     memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
-    geometry = Geometry.of(subject.adam, settings.zero_v, settings.vector_dtype)
+    geometry = Geometry.of(subject.optimizer, settings.vector_dtype)
     plan, also = plan_targets(
         batch,
         lambda vectors: make_plan(
@@ -228,9 +227,9 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
     """
     settings, policy, units = task.settings, task.policy, task.plan.units
 
-    def steps_of_others(ascent: Mapping[str, Tensor]) -> StepsOfOthers:
+    def steps_of_others(ascent: Mapping[str, Tensor]) -> Look:
         factor = clip_factor(gradient_norm(ascent, policy.sharding), task.subject.trainer.max_grad_norm)
-        return StepsOfOthers(policy.held(), task.subject.adam, ascent, factor, units.sizes, settings.zero_v)
+        return task.subject.optimizer.steps_of_others(policy.held(), ascent, factor, units.sizes)
 
     found = unit_gradients(
         policy,
@@ -246,7 +245,7 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
         rules=rules,
         progress=task.progress,
     )
-    refuse_cut(found.cut, task.subject.adam, policy.sharding)
+    refuse_cut(found.cut, task.subject.optimizer, policy.sharding)
     return found
 
 
@@ -301,7 +300,7 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
         realizer = Realizer(
             replace(policy, autocast=None),
             task.geometry,
-            task.subject.adam,
+            task.subject.optimizer,
             measures,
             rules if same_arithmetic else None,
             progress,
@@ -379,7 +378,7 @@ def asked_what_ifs(
     step: StepPrediction,
     delta_h1: CrossStatistics,
     positive: CrossStatistics | None,
-    adam: AdamState,
+    optimizer: OptimizerState,
     norm: float,
     max_grad_norm: float | None,
 ) -> list[WhatIf]:
@@ -388,7 +387,7 @@ def asked_what_ifs(
     if positive is not None:
         found.append(without_negative_advantages(positive.negated))
     if (rate := asked.what_if_learning_rate) is not None:
-        found.append(another_learning_rate(step, delta_h1.negated, adam.learning_rates, rate))
+        found.append(another_learning_rate(step, delta_h1.negated, distinct_rates(optimizer), rate))
     if (limit := asked.what_if_max_grad_norm) is not None:
         factors = (clip_factor(norm, max_grad_norm), clip_factor(norm, limit))
         found.append(another_clipping(step, *factors, limit))

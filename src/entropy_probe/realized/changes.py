@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from entropy_probe.optimizers.rounded_step import Kept, mean_kept
+from entropy_probe.optimizers.rounding import Kept, mean_kept
 from entropy_probe.realized.measure import EntropyMeasure
 from entropy_probe.realized.steps import step_title
 from entropy_probe.statistics.importance_sampling import (

@@ -18,10 +18,10 @@ from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import Rules, response_dots, weighted_gradient
 from entropy_probe.model.policy import Measured, Policy, check_finite
-from entropy_probe.optimizers.adamw_step import adamw_deltas, clip_factor, gradient_norm
+from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
+from entropy_probe.optimizers.base import OptimizerState
 from entropy_probe.optimizers.geometry import Geometry
-from entropy_probe.optimizers.rounded_step import NEAREST, RoundingRule, rounded_adamw
-from entropy_probe.optimizers.state import AdamState
+from entropy_probe.optimizers.rounding import NEAREST, RoundingRule
 from entropy_probe.realized.changes import RealizedChange, average
 from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
@@ -36,7 +36,7 @@ class Realizer:
     Attributes:
         policy: the model at θ, weights in float32 or better, without autocast.
         geometry: P and η by name, of the preconditioned step.
-        adam: the optimizer's state.
+        optimizer: whose own step is taken too.
         measures: which entropies are compared before and after.
         rules: of this very policy, or None.
         progress: told of long work.
@@ -46,7 +46,7 @@ class Realizer:
 
     policy: Policy
     geometry: Geometry
-    adam: AdamState
+    optimizer: OptimizerState
     measures: Sequence[EntropyMeasure]
     rules: Rules | None
     progress: Progress
@@ -70,15 +70,13 @@ class Realizer:
             InputError: the rounded step leaves the range of the narrow type.
         """
         theta, sharding = self.policy.held(), self.policy.sharding
-        adamw = adamw_deltas(theta, self.adam, ascent, max_grad_norm=self.max_grad_norm, sharding=sharding)
+        adamw = self.optimizer.deltas(theta, ascent, max_grad_norm=self.max_grad_norm, sharding=sharding)
         steps = [
             Step("preconditioned", "virtual", self.geometry.step(ascent)),
             Step("adamw", "virtual", adamw),
         ]
         factor = clip_factor(gradient_norm(ascent, sharding), self.max_grad_norm)
-        rounded = rounded_adamw(
-            theta, self.adam, ascent, adamw, clip_factor=factor, rule=self.rounding, sharding=sharding
-        )
+        rounded = self.optimizer.stored(theta, ascent, adamw, clip_factor=factor, rule=self.rounding, sharding=sharding)
         if rounded is not None:
             steps.append(Step("adamw", "virtual", rounded.deltas, rounded.kept))
         return steps

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from entropy_probe.optimizers.rounded_step import Kept
+from entropy_probe.optimizers.rounding import Kept
 
 SAME, HELD_OUT = "same", "held-out"
 """Whether the responses are those that the step was made from."""

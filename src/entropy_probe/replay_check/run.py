@@ -31,6 +31,7 @@ from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient, prepare, refuse_cut, unexplained, watched
 from entropy_probe.model.input_limits import check_fits, special_ids
 from entropy_probe.model.policy import Policy, check_finite
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.adamw_step import adamw_step
 from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.pipeline.inputs import free_memory, resolve_advantages, resolve_length_weights
@@ -124,7 +125,7 @@ def replay(
                 policy, batch.responses, coefficients, progress=progress, description="batch gradient"
             )
         untouched = [name for name in theta if name not in ascent]
-        refuse_cut(unexplained(policy.model, untouched, ran), adam, policy.sharding)
+        refuse_cut(unexplained(policy.model, untouched, ran), Adam(adam), policy.sharding)
         step = adamw_step(theta, adam, ascent, max_grad_norm=trainer.max_grad_norm)
         update = against(theta, step, theta_after, adam)
         recovered = None if adam_after is None else recovered_gradient(adam, adam_after, theta)

@@ -29,7 +29,7 @@ def replay_warnings(
     batch = case.batch
     found = [
         *loaded.folder.notes,
-        *learning_rate_warnings(case.adam, case.trainer.learning_rate_source, loaded.adam.learning_rates),
+        *learning_rate_warnings(case.adam.group_rates, case.trainer.learning_rate_source, loaded.adam.learning_rates),
         *clipping_warnings(batch, case.step.gradient_norm, case.max_grad_norm),
         *on_policy_warnings(batch, measured.scores),
         *pairing_warnings(batch, loaded.trainer_step, case.length_weight),

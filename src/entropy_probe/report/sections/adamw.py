@@ -10,8 +10,7 @@ from entropy_probe.common.evidence import Evidence
 from entropy_probe.common.source import Source
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.optimizers.adamw_step import clip_factor
-from entropy_probe.optimizers.gradient_weights import gradient_factors, spread_factors
-from entropy_probe.optimizers.state import AdamState
+from entropy_probe.optimizers.base import OptimizerState
 from entropy_probe.optimizers.step_parts import PARTS, StepPrediction
 from entropy_probe.report.numbers import interval, none, range_of, signed
 from entropy_probe.report.rows import OWN_STEP, Block, Row, Rows
@@ -85,7 +84,7 @@ class AdamWSection(Section):
         cls,
         step: StepPrediction,
         gradient: CrossStatistics | None,
-        adam: AdamState,
+        optimizer: OptimizerState,
         names: Collection[str],
         gradient_norm: float,
         max_grad_norm: float | None,
@@ -97,7 +96,7 @@ class AdamWSection(Section):
             step: what each part of the step does.
             gradient: statistics of the dots that weigh each group as the step weighs its gradient; None where parameters of one
                 group differ in that.
-            adam: the optimizer's state.
+            optimizer: whose step it is.
             names: parameters with a gradient.
             gradient_norm: before clipping.
             max_grad_norm: at which the gradient is clipped; None does not clip.
@@ -110,8 +109,8 @@ class AdamWSection(Section):
         total = step.total
         why = total.null_reasons(se="se", ci95="ci95")
         clip = clip_factor(gradient_norm, max_grad_norm)
-        spread = spread_factors(adam, names, clip)
-        factors = gradient_factors(adam, names)
+        spread = optimizer.spread_factors(names, clip)
+        factors = optimizer.gradient_factors(names)
         factor: float | list[float] | None = None
         if factors is None:
             told = "parameters of one parameter group differ in their number of steps"

@@ -10,8 +10,8 @@ from torch import nn
 from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.errors import some_of
+from entropy_probe.optimizers.base import PreconditionerTest
 from entropy_probe.optimizers.state import AdamState
-from entropy_probe.optimizers.validation import PreconditionerTest
 from entropy_probe.report.rows import FACTS, Block, Row, Rows
 from entropy_probe.report.sections.base import Context, Section
 

@@ -10,7 +10,6 @@ from entropy_probe.common.evidence import Evidence
 from entropy_probe.common.source import Source
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.data.units import Mode, Units
-from entropy_probe.optimizers.state import AdamState
 from entropy_probe.report.numbers import interval, listed, none, number
 from entropy_probe.report.rows import PRECONDITIONED, Block, Lead, Row, Rows
 from entropy_probe.report.sections.base import Context, Section, ends
@@ -224,17 +223,17 @@ def interval_warnings(statistics: CrossStatistics, delta_h1_ci95: tuple[float, f
     return found
 
 
-def learning_rate_warnings(state: AdamState, source: Source, stored: Sequence[float]) -> list[Evidence]:
+def learning_rate_warnings(rates: Sequence[float], source: Source, stored: Sequence[float]) -> list[Evidence]:
     """A recorded rate that is not the stored one; a rate of zero, whose parameters do not move whatever entropy would do.
 
     Args:
-        state: the optimizer's, with the learning rates of this step.
+        rates: of this step, one a parameter group.
         source: where they come from.
         stored: the distinct ones that it held before.
     """
-    found = []
-    if source is Source.RECORDED and list(state.learning_rates) != list(stored):
-        used, held = (", ".join(f"{rate:.6g}" for rate in rates) for rates in (state.learning_rates, stored))
+    found, distinct = [], list(dict.fromkeys(rates))
+    if source is Source.RECORDED and distinct != list(stored):
+        used, held = (", ".join(f"{rate:.6g}" for rate in some) for some in (distinct, stored))
         found.append(
             Evidence(
                 "learning_rate_recorded",
@@ -244,11 +243,10 @@ def learning_rate_warnings(state: AdamState, source: Source, stored: Sequence[fl
                 "another",
             )
         )
-    groups = [group for group in state.groups if group.names]
-    zero = sum(group.learning_rate == 0.0 for group in groups)
+    zero = sum(rate == 0.0 for rate in rates)
     if not zero:
         return found
-    which = "so this step changes nothing" if zero == len(groups) else f"in {zero} of {len(groups)} parameter groups"
+    which = "so this step changes nothing" if zero == len(rates) else f"in {zero} of {len(rates)} parameter groups"
     found.append(
         Evidence(
             "learning_rate_zero",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from entropy_probe import AdamState, state_of_optimizer
+from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.adamw_step import adamw_step, clip_factor
 from entropy_probe.optimizers.geometry import Geometry
 from oracle import optimizer_step, parts_with_v_at_t
@@ -218,7 +219,7 @@ def test_with_v_at_t_the_gradient_part_is_its_factor_of_the_preconditioned_step(
     factor = clip_factor(example.norm, example.max_grad_norm)
     _, gradient, _ = parts_with_v_at_t(example.theta, example.state, example.ascent, factor)
     groups = example.state.group_of()
-    step = Geometry.of(example.state).step(example.ascent)
+    step = Geometry.of(Adam(example.state)).step(example.ascent)
     for name, delta in gradient.items():
         beta1, t = groups[name].beta1, example.state.moments[name].step
         share = (1 - beta1) / (1 - beta1 ** (t + 1)) * factor
