@@ -106,7 +106,7 @@ def test_the_entropy_after_the_step_is_the_exact_one_of_the_moved_policy(tempera
         assert (row.method, row.change.weights.ess) == ("resampled", pytest.approx(960))
         assert row.change.entropy_before == direct.change.entropy_before
         assert row.change.delta_h == pytest.approx(row.change.entropy_after - row.change.entropy_before)
-        # Of sampling alone, these prompts given: a response's −S spreads by about a nat.
+        # From sampling alone, these prompts given: a response's −S spreads by about a nat.
         error = 1.0 / np.sqrt(960) / (t_after if per_token else 1.0)
         assert abs(row.change.entropy_after - truth) < 4 * error
         # Drawn or scored without the step it would be the old entropy.

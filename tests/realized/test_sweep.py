@@ -64,7 +64,7 @@ def test_there_is_a_curve_for_every_realised_row_and_at_one_it_is_that_row(repor
 
 @pytest.mark.parametrize("place", [0, 4])
 def test_a_factor_of_the_step_is_a_factor_of_the_learning_rate(report: Report, place: int) -> None:
-    """Of AdamW too: momentum, fresh gradient and weight decay are all proportional to it."""
+    """AdamW too: momentum, fresh gradient and weight decay are all proportional to it."""
     model, adam = live(rate=RATE)
     rate = SWEEP.factors[place] * RATE
     evaluation = support.random_batch(5, 3, seed=7)

@@ -82,7 +82,7 @@ def adam_after(path: Path, folder: ModelFolder, adam: AdamState) -> AdamState | 
         return None
     for name, moments in found.moments.items():
         old = adam.moments[name].step if name in adam.moments else 0
-        # A count of 1 is an optimizer that was started anew, which is tried as a suspicion.
+        # A count of 1 is an optimizer that was restarted, which is tried as a suspicion.
         if moments.step not in (old + 1, 1):
             raise InputError(
                 f"Adam's t goes from {old} to {moments.step} ({name}), so these optimizer states are not one step apart; "

@@ -72,7 +72,7 @@ class FirstOrder:
 
 @dataclass(frozen=True)
 class NeededSection:
-    """Prompts that would settle a question, were they like these: the same U_cross, variance parts and responses a prompt.
+    """Prompts that would settle a question if they are like the batch: the same U_cross, variance parts and responses a prompt.
 
     ``exclude_zero`` is for a 95 % interval of δH₁ without zero, ``reach_target_se`` for a standard error of ``target_se`` nats.
     """

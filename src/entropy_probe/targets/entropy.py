@@ -19,9 +19,17 @@ from entropy_probe.targets.registry import ESTIMATORS
 
 
 class Estimator(StrEnum):
-    """Of the entropy and its gradient.
+    """How the entropy and its gradient are estimated from sampled responses.
 
-    ``score``: the guide's, from whole-response scores. ``rao-blackwell``: from the entropy of every next-token distribution.
+    ``score``: from log-probabilities of what was drawn, X_n = (1/G) Σ_g (S_ng − S̄_n,−g) ∇S_ng. ``rao-blackwell``: from the
+    entropy H_t of every next-token distribution, which replaces what was drawn after a token by its expectation: less noise,
+    one backward more. Both have the mean −∇H, nats. Source: docs/method.md, section 2.
+
+    Example:
+        >>> from entropy_probe import Estimator, Settings
+        >>> Estimator("rao-blackwell")
+        <Estimator.RAO_BLACKWELL: 'rao-blackwell'>
+        >>> settings = Settings(estimator="score")
     """
 
     SCORE = "score"
@@ -29,7 +37,17 @@ class Estimator(StrEnum):
 
 
 class EntropyUnit(StrEnum):
-    """Per response: H = E[−S]. Per token: H/T̄ with T̄ = E[T], a ratio whose gradient has a length term."""
+    """Which entropy: of a whole response, or that over the mean length.
+
+    ``per-response``: H = E[−S], nats per response. ``per-token``: H/T̄ with T̄ = E[T], nats per token; its gradient has a length
+    term, and h = H/T̄ and T̄ are held fixed. Source: docs/method.md, section 2.
+
+    Example:
+        >>> from entropy_probe import EntropyUnit, Settings
+        >>> EntropyUnit("per-token")
+        <EntropyUnit.PER_TOKEN: 'per-token'>
+        >>> settings = Settings(entropy="per-token")
+    """
 
     PER_RESPONSE = "per-response"
     PER_TOKEN = "per-token"
