@@ -1,4 +1,4 @@
-"""Write a page for every public name, from its signature and its docstring: `make docs-api`.
+"""Write a page for every public name, from its signature and its docstring: `make docs`.
 
 Pages lie in docs/api; nobody edits them. With --snapshot the list of names and signatures, to which tests/test_public_api.py
 holds the package, is written too: only a change that is meant changes it.

@@ -56,22 +56,11 @@ class ProbeEveryStep(TrainerCallback):  # type: ignore[misc]
         )
 
 
-def main() -> None:
-    """A short run."""
-    parser = argparse.ArgumentParser(description="Probe a live model in TRL.")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=None, help="keep the rollouts here (default: a temporary folder)")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's own use of renamed options
-    with tempfile.TemporaryDirectory() as temporary:
-        train(arguments.steps, arguments.out or Path(temporary) / "rollouts", Path(temporary) / "run")
-
-
-def train(steps: int, rollouts: Path, run: Path) -> None:
-    """GRPO on the bundled model with recorder and probe."""
+def make_trainer(steps: int, run: Path) -> GRPOTrainer:
+    """GRPO on the bundled model."""
     lines = (demo_folder() / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     base = demo_folder() / "base"
-    trainer = GRPOTrainer(
+    return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
         processing_class=AutoTokenizer.from_pretrained(base, padding_side="left"),
         reward_funcs=sum_is_right,
@@ -94,10 +83,22 @@ def train(steps: int, rollouts: Path, run: Path) -> None:
             disable_tqdm=True,
         ),
     )
-    trainer.add_callback(RolloutRecorder(trainer, rollouts))
-    trainer.add_callback(ProbeEveryStep(trainer, rollouts))
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+
+
+def main() -> None:
+    """A short run with recorder and probe."""
+    parser = argparse.ArgumentParser(description="Probe a live model in TRL.")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=None, help="keep the rollouts here (default: a temporary folder)")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's own use of renamed options
+    with tempfile.TemporaryDirectory() as temporary:
+        rollouts = arguments.out or Path(temporary) / "rollouts"
+        trainer = make_trainer(arguments.steps, Path(temporary) / "run")
+        trainer.add_callback(RolloutRecorder(trainer, rollouts))
+        trainer.add_callback(ProbeEveryStep(trainer, rollouts))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
 
 
 if __name__ == "__main__":

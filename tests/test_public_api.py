@@ -43,7 +43,7 @@ def test_names_and_signatures_are_those_of_the_snapshot() -> None:
 def test_every_public_name_has_a_page_and_the_pages_are_current() -> None:
     assert set(entropy_probe.__all__) <= set(PUBLIC)
     written = {path.name: path.read_text(encoding="utf-8") for path in api_pages.PAGES.glob("*.md")}
-    assert written == api_pages.pages(), "docs/api is not what the docstrings say: run `make docs-api`"
+    assert written == api_pages.pages(), "docs/api is not what the docstrings say: run `make docs`"
 
 
 def test_every_public_name_has_an_example() -> None:
