@@ -1,7 +1,7 @@
 """Print the figures of the table of deviations from the guide (docs/method.md, section 9): `python benchmarks/deviations.py`.
 
 Each row compares the guide's literal text with what the package does, on the bundled checkpoint or by Monte Carlo. The same
-claims are tests in ``tests/test_deviations.py``.
+claims are tests in ``tests/pipeline/test_deviations.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Draw the rooms of the package from what their files import: `make docs` writes docs/images/rooms.svg.
 
-Floors are those of ORDER in tests/test_layout.py. An arrow leads from a room to one that it imports; arrows that follow from two others
-are left out. What a room is for is the first sentence of its `__init__.py`.
+Floors are those of ORDER in tests/test_layout.py. An arrow leads from a room to one that it imports; arrows that follow
+from others are left out. What a room is for is the first sentence of its `__init__.py`.
 """
 
 from __future__ import annotations
@@ -65,8 +65,10 @@ def draw() -> str:
     floors = [sorted(floor) for floor in layout.ORDER[:-1]]  # the last is the package's own face
     boxes: dict[str, tuple[float, float, float]] = {}
     for number, floor in enumerate(floors):
-        width = min((WIDTH - 2 * MARGIN - GAP * (len(floor) - 1)) / len(floor), 520)
+        width = min((WIDTH - 2 * MARGIN - GAP * (len(floor) - 1)) / len(floor), 430)
         left = (WIDTH - width * len(floor) - GAP * (len(floor) - 1)) / 2
+        if len(floor) == 1:  # to one side and the other, so that an arrow that skips a floor is seen to pass
+            left += 235 if number % 2 else -235
         for place, name in enumerate(floor):
             boxes[name] = (left + place * (width + GAP), MARGIN + number * (BOX + GAP), width)
     height = 2 * MARGIN + len(floors) * (BOX + GAP) - GAP
@@ -83,7 +85,7 @@ def draw() -> str:
                 f'{top + BOX + 5:.0f}"><title>{name} imports {other}</title></path>'
             )
     for name, (x, y, width) in boxes.items():
-        lines = textwrap.wrap(purpose(name), int(width / 6.4))
+        lines = textwrap.wrap(purpose(name), int(width / 7.4))
         lines = lines[:3] if len(lines) <= 3 else [*lines[:2], lines[2].rstrip(",;:") + " …"]
         rooms.append(f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{BOX}" rx="6"/>')
         rooms.append(f'<text class="name" x="{x + 12:.0f}" y="{y + 22:.0f}">{name}</text>')
@@ -94,7 +96,8 @@ def draw() -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
             "<style>",
-            f"rect {{ fill: {fill}; stroke: {stroke}; }} text {{ fill: #222; }} .name {{ font-weight: bold; font-size: 15px; }}",
+            f"rect {{ fill: {fill}; stroke: {stroke}; }} text {{ fill: #222; }}",
+            ".name { font-weight: bold; font-size: 15px; }",
             f"path {{ fill: none; stroke: {stroke}; stroke-width: 1.3; opacity: 0.75; marker-end: url(#tip); }}",
             "</style>",
             f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
