@@ -102,7 +102,7 @@ def own_step_warnings(step: StepPrediction) -> list[Evidence]:
     """An interval of the optimizer's own step that is known to fall short: its v is mostly this very gradient's square."""
     gradient = step.parts["gradient"]
     before, after = abs(float(step.values_v_at_t[PARTS.index("gradient")])), abs(gradient.value)
-    # The gradient's part goes as 1/√v, and v after the step holds v before it: their ratio tells how much is fresh.
+    # The gradient's part is proportional to 1/√v, and v after the step holds v before it: their ratio tells how much is fresh.
     if gradient.se is None or before * math.sqrt(1.0 - FRESH_SHARE) <= after + gradient.se:
         return []
     return [
@@ -217,7 +217,7 @@ def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
                 "off_policy",
                 f"the sampler's log-probs differ from this checkpoint's by {gap / len(pairs):.3g} nats a response, "
                 f"{gap / tokens:.3g} a token, over {len(pairs)} responses",
-                "Pair checkpoint N with the rollouts of step N+1 and the right temperature, or sample anew with "
+                "Pair checkpoint N with the rollouts of step N+1 and the right temperature, or sample again with "
                 "`entropy-probe sample`",
             )
         )

@@ -196,7 +196,7 @@ def _needed(report: Report) -> tuple[str, str]:
     needed = report.needed
     if needed.exclude_zero is None:
         return f"none: {needed.null_reasons['exclude_zero']}", ""
-    said = f"for an interval without zero, were they like these {report.units.prompts}"
+    said = f"for an interval without zero, if they are like these {report.units.prompts}"
     if needed.target_se is None:
         return f"{needed.exclude_zero}", said
     reach = "none would do" if needed.reach_target_se is None else f"{needed.reach_target_se}"
