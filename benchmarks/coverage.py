@@ -57,8 +57,8 @@ CHUNK = 50
 READING = """\
 The aim on linear policies was 94 to 96 % at U of 16 and more. 20 of 24 cells have it, and the others have 93.8, 96.0, 96.1 and
 96.3, each ± 0.3 to 0.4. At U = 8 it was 92 to 97 %, and they have 94.2 to 97.0. Where the degenerate part dominates the aim was
-93 to 99 %. Two of eight cells at U of 16 and more are above it (99.4 and 99.0), and all cells at U = 4 and 8. No cell at U of 16
-and more was to be below 90 % without a warning.
+93 to 99 %. Two of eight cells at U of 16 and more are above it (99.4 and 99.0), and all cells at U = 4 and 8. No cell at U of
+16 and more was to be below 90 % without a warning.
 
 `skewed_t` is the default because `unbiased_t` falls short wherever U_cross is skewed: it covers 86.5 % on the skewed policies
 and 92.5 % on the real pool. `skewed_t` adds at most a quarter to its width there and covers 90.4 and 97.1 %. `jackknife_t`

@@ -84,8 +84,9 @@ def signature(name: str, thing: Any, *, wrapped: bool) -> str:
 
 
 def members(kind: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties that a class of ours defines, in its order."""
-    for name, value in vars(kind).items():
+    """Public methods and properties that a class has from us, in the order of their definition."""
+    ours = [cls for cls in kind.__mro__ if cls.__module__.startswith("entropy_probe")]
+    for name, value in {name: value for cls in reversed(ours) for name, value in vars(cls).items()}.items():
         known = inspect.isfunction(value) or isinstance(value, property | cached_property | staticmethod | classmethod)
         if known and not name.startswith("_"):
             yield name, value
