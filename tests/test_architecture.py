@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -29,12 +29,8 @@ COMING = {
 
 
 def test_the_picture_of_the_rooms_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("rooms", ROOT / "docs" / "rooms.py")
-    assert spec is not None
-    assert spec.loader is not None
-    rooms = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(rooms)
-    assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.draw(), "run `make docs`, or python docs/rooms.py"
+    rooms = runpy.run_path(str(ROOT / "docs" / "rooms.py"))
+    assert rooms["PICTURE"].read_text(encoding="utf-8") == rooms["draw"](), "run `make docs`, or python docs/rooms.py"
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md", "docs/method.md"])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
 import inspect
-import sys
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,17 +15,7 @@ import entropy_probe
 ROOT = Path(__file__).parents[1]
 
 
-def _load_pages() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("api_pages", ROOT / "docs" / "api_pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["api_pages"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-api_pages = _load_pages()
+api_pages = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "api_pages.py")))
 PUBLIC = api_pages.public()
 EXAMPLES = {
     name: tests
