@@ -14,17 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(entropy_probe.__file__).parent
 PLACEHOLDERS = {"NAME", "length_squared", "influence/"}
 """What a recipe leaves to its reader, and a room that is not there yet."""
-COMING = {
-    "checkpoints/formats/accelerate_sharded.py",
-    "checkpoints/formats/base.py",
-    "checkpoints/formats/foreign.py",
-    "checkpoints/formats/registry.py",
-    "checkpoints/formats/trainer.py",
+COMING = {  # rooms and files that stand in CONTRIBUTING before they are there
     "report/sections/base.py",
-    "targets/base.py",
-    "targets/of_responses.py",
-    "targets/per_token.py",
-    "targets/registry.py",
 }
 
 
