@@ -60,7 +60,8 @@ from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import DEFAULT_METHOD, IntervalMethod, interval
 from entropy_probe.statistics.two_batches import two_batch_statistics
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 
 UNITS = (8, 16, 32, 128)
 SAMPLES = 4
@@ -468,7 +469,7 @@ def bias_lines(cells: Sequence[BiasCell]) -> list[str]:
         f"are beyond 2, where {0.0455 * len(cells):.1f} are expected of an unbiased estimator. The sum of z² is "
         f"{(z**2).sum():.1f} (expected {len(cells)} ± {math.sqrt(2 * len(cells)):.0f}). Cells beyond 2 again, with four times "
         "as many fresh batches: "
-        f"{repeated}. The exact mean over every outcome agrees to rounding (`tests/test_calibration.py`).",
+        f"{repeated}. The exact mean over every outcome agrees to rounding (`tests/benchmarks/test_calibration.py`).",
         "",
         "Bias is in units of the exact SE of U_cross, with Monte Carlo error "
         f"{1 / math.sqrt(cells[0].replicates):.3f}; coverage in %, nominal 95.",

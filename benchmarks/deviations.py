@@ -1,7 +1,7 @@
 """Print the figures of the table of deviations from the guide (docs/method.md, section 9): `python benchmarks/deviations.py`.
 
 Each row compares the guide's literal text with what the package does, on the bundled checkpoint or by Monte Carlo. The same
-claims are tests in ``tests/test_deviations.py``.
+claims are tests in ``tests/pipeline/test_deviations.py``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.statistics.unit_dots import UnitDots
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 from entropy_probe.targets.score import score_coefficients
 
 

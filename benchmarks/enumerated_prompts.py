@@ -32,7 +32,8 @@ from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewar
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.statistics.variance import variance_at
 from entropy_probe.targets.base import Sample
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from enumerable import EnumerablePolicy
 
 IntArray = NDArray[np.int64]

@@ -3,15 +3,15 @@
     python benchmarks/linearity.py --json FILE --markdown docs/linearity.md        all of it
     python benchmarks/linearity.py --prompts 16                                    a look
 
-In true float64, for the preconditioned and the AdamW step of one half of each checkpoint's prompts, realised on the same half
-and on the other one, by both estimators, each against its own linear term L:
+The preconditioned and the AdamW step are made from one half of each checkpoint's prompts and realised on the same half and on
+the other one, by both estimators, in true float64. L is the estimator's own linear term.
 
 - α₁ is the factor of the learning rate at which ΔH(α) and α L come to differ by 1 %. Over nine factors in [0.01, 1] α₁ the
   log-log slope of abs(ΔH) is within 1 ± 0.01, with R² of at least 0.9999.
 - The exponent of ΔH(α) − α L over nine factors in [0.01, 0.1] of ``linear_until`` (10 %) is 2 ± 0.05; where the second-order
-  term at the smallest of them is under ten noise floors that is said instead. Where the curvature is so small that the third
-  order reaches into that range the exponent cannot be 2 there; such a row does not hold, and its exponent over [0.01, 0.1] α₂
-  stands beside it, α₂ being where that difference and ½ α² d²ΔH/dα² come to differ by 10 %.
+  term at the smallest of them is under ten noise floors, that is said instead. Where the curvature is so small that the third
+  order reaches into that range, the exponent cannot be 2 there. Such a row does not hold. Its exponent over [0.01, 0.1] α₂
+  stands beside it; α₂ is where that difference and ½ α² d²ΔH/dα² come to differ by 10 %.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from entropy_probe.realized.rows import Realizer
 from entropy_probe.realized.steps import HELD_OUT, SAME
 from entropy_probe.realized.sweep import StepLine
 from entropy_probe.statistics.linearity import Curve, curvature_at_zero, fit_power_law, linear_until
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 
 FACTORS = tuple(2.0**k for k in range(-8, 13))
 """Where a departure from the linear term is looked for."""
@@ -83,7 +84,7 @@ class Figures:
 
     @property
     def is_quadratic(self) -> bool:
-        """What the linear term leaves goes as the square."""
+        """Whether what the linear term leaves is proportional to the square of the factor."""
         return self.exponent is not None and abs(self.exponent - 2.0) <= EXPONENT_TOLERANCE
 
     @property

@@ -22,7 +22,7 @@ Ratios are medians of ratios within a repeat, with the interval between their or
 all values, where there are too few: the two slowest legs run in every third repeat at T = 512).
 
 On a CPU every leg runs with glibc told to keep freed memory (the process starts itself again with MALLOC_* set). By default it
-hands blocks above 32 MiB back, and the training leg, whose microbatch is the whole batch, pages its activations in anew at
+hands blocks above 32 MiB back, and the training leg, whose microbatch is the whole batch, pages its activations in again at
 every layer; the probe, which chooses smaller microbatches, does not. ``--default-malloc`` shows that; the limits are held
 against the harder figure.
 """
@@ -64,7 +64,8 @@ from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.optimizers.preconditioner import Preconditioners
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.statistics.u_statistics import cross_statistics
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from entropy_probe.targets.score import score_coefficients
 
 LEGS = ("training", "forward", "preparation", "probe", "rao_blackwell", "streamed", "two_backward", "guide")

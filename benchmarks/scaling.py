@@ -49,7 +49,7 @@ from entropy_probe.pipeline.settings import Settings
 from entropy_probe.ranks.collectives import Kind, Ranks
 from entropy_probe.ranks.sharding import even_spans, row_spans
 from entropy_probe.statistics.noise import LEAST_UNITS
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 
 VOCABULARY, RESPONSES, MICROBATCH = 512, 2, 4
 SHORT, LONG = 12, 60

@@ -173,7 +173,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(page: str) -> str:
-    """The page with its tables made anew.
+    """The page with new tables.
 
     Raises:
         KeyError: it asks for a table that there is not.

@@ -32,7 +32,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
@@ -335,20 +335,20 @@ def model_class(model_type: str) -> type[Any]:
     return found
 
 
-def config_class(model_type: str) -> type[PreTrainedConfig]:
+def config_class(model_type: str) -> type[PretrainedConfig]:
     """The config that the family's model is built from: its text part where the family's own config has several."""
     whole, own = CONFIG_MAPPING[model_type], model_class(model_type).config_class
     return own if own in whole.sub_configs.values() else whole
 
 
-def shrunk_config(model_type: str) -> PreTrainedConfig:
+def shrunk_config(model_type: str) -> PretrainedConfig:
     """The family's default config, made small; hybrids keep every kind of layer."""
     config = _shrunk(config_class(model_type))
     config.use_cache = False
     return config
 
 
-def _shrunk(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _shrunk(cls: type[PretrainedConfig]) -> PretrainedConfig:
     overrides = OVERRIDES.get(cls.model_type, {})
     default = cls()
     values = vars(default)
@@ -365,7 +365,7 @@ def _shrunk(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
     settings: dict[str, Any] = {}
     special = TOKENS.stop
     for name, value in values.items():
-        if isinstance(value, PreTrainedConfig):
+        if isinstance(value, PretrainedConfig):
             settings[name] = _shrunk(type(value))
         elif name in kinds:
             settings[name] = _laid_out(kinds[name], layers, alternate=name != "mlp_layer_types")

@@ -1,6 +1,7 @@
 """Make the bundled demonstration data: a tiny language model that adds, and whose entropy reinforcement learning takes.
 
     python examples/train_demo.py --out src/entropy_probe/demo_data
+    python examples/train_demo.py --out /tmp/demo --short       every part once, with few steps and rollouts
 
 1. Supervised: a Llama of 83 thousand parameters learns "12+34=" -> "46" from demonstrations with wrong digits among
    them, until half of its samples are right. Its uncertainty is then shared by all prompts, as a pretrained model's is.
@@ -21,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,32 @@ BATCH = 256  # responses in a micro-batch; two micro-batches an optimizer step
 LR, LORA_LR = 2e-4, 1e-3
 WRONG_DIGITS = 0.2  # share of the demonstrations' digits that are replaced by random ones
 MAX_COMPLETION_LENGTH = 6
-# Checkpoints to ship. A consecutive pair N, N+1 with the rollouts of step N+1 lets a user check the realised step.
-FULL_STEPS, FULL_PAIR = (10, 20, 21, 60, 150), 20
-LORA_STEPS, LORA_PAIR = (20, 21), 20
-# (prompts, responses to each): sampled from the demo's checkpoints, and from the others.
-MANY, FEW = (128, 16), (64, 8)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and shipped.
+
+    Attributes:
+        full_steps: checkpoints of the full run.
+        lora_steps: of the LoRA run.
+        pair: N of the consecutive pair N, N + 1 in both, with the rollouts of step N + 1: a user can check that step.
+        accuracy: of the supervised model, at which reinforcement begins.
+        many: (prompts, responses to each) sampled from the demo's checkpoints.
+        few: the same from the others.
+    """
+
+    full_steps: tuple[int, ...]
+    lora_steps: tuple[int, ...]
+    pair: int
+    accuracy: float
+    many: tuple[int, int]
+    few: tuple[int, int]
+
+
+SHIPPED_SIZE = Size((10, 20, 21, 60, 150), (20, 21), 20, 0.5, (128, 16), (64, 8))
+SHORT_SIZE = Size((1, 2), (1, 2), 1, 0.0, (8, 4), (4, 4))
+
 SHIPPED = (
     "config.json",
     "generation_config.json",
@@ -157,9 +179,9 @@ def supervise(
     tokenizer: PreTrainedTokenizerFast,
     rows: Sequence[Mapping[str, str]],
     prompts: Path,
-    until: float,
+    size: Size,
 ) -> None:
-    """Teach the answers by cross-entropy until that share of sampled answers to ``prompts`` is right."""
+    """Teach the answers by cross-entropy until the size's share of sampled answers to ``prompts`` is right."""
     encoded = [tokenizer.encode(row["prompt"] + row["answer"] + "<eos>") for row in rows]
     width = max(map(len, encoded))
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in encoded])
@@ -181,9 +203,9 @@ def supervise(
         loss.backward()
         optimizer.step()
         if step % 100 == 0:
-            facts = describe(sample(model, tokenizer, prompts, FEW, seed=SEED))
+            facts = describe(sample(model, tokenizer, prompts, size.few, seed=SEED))
             print(f"  supervised step {step:4d}  loss {loss.item():.3f}  {facts}", flush=True)
-            if facts["accuracy"] >= until:
+            if facts["accuracy"] >= size.accuracy:
                 return
     raise RuntimeError("the supervised model did not learn to add")
 
@@ -276,7 +298,7 @@ def ship(checkpoint: Path, target: Path) -> None:
         adapter.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def make(out: Path, work: Path) -> None:
+def make(out: Path, work: Path, size: Size) -> None:
     """The three parts, in order."""
     began = time.perf_counter()
 
@@ -294,35 +316,37 @@ def make(out: Path, work: Path) -> None:
     say(f"supervised: {sum(p.numel() for p in model.parameters())} parameters")
     train_rows = [{"prompt_id": f"sum-{i:04d}", **row} for i, row in enumerate(rows[:TRAIN_PROMPTS])]
     prompts = out / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in train_rows[: MANY[0]]))
-    supervise(model, tokenizer, rows, prompts, until=0.5)
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in train_rows[: size.many[0]]))
+    supervise(model, tokenizer, rows, prompts, size)
     model.save_pretrained(work / "base")
     tokenizer.save_pretrained(work / "base")
     ship(work / "base", out / "base")
 
-    for run, steps, pair in (("full", FULL_STEPS, FULL_PAIR), ("lora", LORA_STEPS, LORA_PAIR)):
+    for run, steps in (("full", size.full_steps), ("lora", size.lora_steps)):
         say(f"GRPO, {run}: {max(steps)} steps")
         reinforce(work / "base", work / run, train_rows, steps, lora=run == "lora")
         (out / run / "rollouts").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(
-            work / run / "rollouts" / f"step-{pair + 1:05d}.jsonl",
-            out / run / "rollouts" / f"step-{pair + 1:05d}.jsonl",
+            work / run / "rollouts" / f"step-{size.pair + 1:05d}.jsonl",
+            out / run / "rollouts" / f"step-{size.pair + 1:05d}.jsonl",
         )
         for step in steps:
             target = out / run / f"checkpoint-{step}"
             ship(work / run / f"checkpoint-{step}", target)
             policy = load_model(target).model
-            rollouts = sample(policy, tokenizer, prompts, MANY if step == pair else FEW, seed=SEED + step)
+            rollouts = sample(
+                policy, tokenizer, prompts, size.many if step == size.pair else size.few, seed=SEED + step
+            )
             write_rollouts(rollouts, out / run / "rollouts" / f"checkpoint-{step}.jsonl")
             say(f"{run}/checkpoint-{step}: {describe(rollouts)}")
     names = {
-        "checkpoint": f"full/checkpoint-{FULL_PAIR}",
-        "rollouts": f"full/rollouts/checkpoint-{FULL_PAIR}.jsonl",
-        "lora_checkpoint": f"lora/checkpoint-{LORA_PAIR}",
-        "lora_rollouts": f"lora/rollouts/checkpoint-{LORA_PAIR}.jsonl",
+        "checkpoint": f"full/checkpoint-{size.pair}",
+        "rollouts": f"full/rollouts/checkpoint-{size.pair}.jsonl",
+        "lora_checkpoint": f"lora/checkpoint-{size.pair}",
+        "lora_rollouts": f"lora/rollouts/checkpoint-{size.pair}.jsonl",
         "pair": {
-            run: [step, step + 1, f"{run}/rollouts/step-{step + 1:05d}.jsonl"]
-            for run, step in (("full", FULL_PAIR), ("lora", LORA_PAIR))
+            run: [size.pair, size.pair + 1, f"{run}/rollouts/step-{size.pair + 1:05d}.jsonl"]
+            for run in ("full", "lora")
         },
         "prompts": "prompts.jsonl",
         "max_completion_length": MAX_COMPLETION_LENGTH,
@@ -339,12 +363,13 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=None, help="keep the whole runs here (default: a temporary folder)"
     )
+    parser.add_argument("--short", action="store_true", help="every part once, with few steps and rollouts")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's own use of renamed options
     logging.disable_progress_bar()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as temporary:
-        make(args.out, args.work or Path(temporary))
+        make(args.out, args.work or Path(temporary), SHORT_SIZE if args.short else SHIPPED_SIZE)
 
 
 if __name__ == "__main__":

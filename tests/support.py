@@ -23,7 +23,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     PhiConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     Qwen2Config,
 )
 from transformers.trainer_pt_utils import get_parameter_names
@@ -38,7 +38,7 @@ VOCABULARY = 23
 EOS = 1
 
 
-def _config(cls: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
+def _config(cls: type[PretrainedConfig], **more: Any) -> PretrainedConfig:
     common = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
@@ -52,7 +52,7 @@ def _config(cls: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
     return cls(**(common | more))
 
 
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama-tied": lambda: _config(LlamaConfig, intermediate_size=24, num_key_value_heads=1, tie_word_embeddings=True),
     "llama-untied": lambda: _config(LlamaConfig, intermediate_size=24, num_key_value_heads=2, tie_word_embeddings=False),
     "gpt2": lambda: GPT2Config(

@@ -22,7 +22,15 @@ NO_MEMORY = (
 class InputError(ValueError):
     """Bad input, told in one line: what was found, what was expected, what to do.
 
-    The command line prints the message alone and exits with 2; anything else that is raised is a fault of ours (exit 1).
+    The command line prints the message alone and exits with 2. Any other exception is a fault of this package (exit 1).
+
+    Example:
+        >>> from entropy_probe import InputError, group_rollouts
+        >>> try:
+        ...     group_rollouts([])
+        ... except InputError as error:
+        ...     print(error)
+        the rollouts are empty; at least two prompts with two responses each are needed
     """
 
 

@@ -36,7 +36,8 @@ from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.importance_sampling import Weighting, entropy_change
 from entropy_probe.statistics.variance import decompose, variance_at
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 
 SUBJECT = make_subject("policy", seed=3, contexts=2)
 

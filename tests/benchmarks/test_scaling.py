@@ -12,7 +12,7 @@ from entropy_probe.data.rollouts import write_rollouts
 from entropy_probe.gradients import Storage
 from entropy_probe.pipeline.settings import ShardingChoice
 from entropy_probe.ranks.collectives import Kind
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -359,7 +359,7 @@ def another_shape(folder: Path) -> None:
 
 
 def write_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """The folder of weights anew, as one process writes it, changed."""
+    """The folder of weights written once more by one process, changed."""
     tensors = load_file(folder.parent / "llama-tied" / "model.safetensors")
     change(tensors)
     shutil.rmtree(folder / MODEL_FOLDER)
@@ -367,7 +367,7 @@ def write_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -
 
 
 def write_optimizer(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """The optimizer folder anew, as one process writes it, changed."""
+    """The optimizer folder written once more by one process, changed."""
     saved = torch.load(folder.parent / "llama-tied" / "optimizer.pt", weights_only=True)
     model = tiny_model()
     names = {id(p): name for name, p in model.named_parameters()}

@@ -27,7 +27,7 @@ from entropy_probe.sampling.settings import SamplingSettings
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.entropy import EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator
 from spoiled import Place, assert_refused
 from support import random_batch, run_command, tiny_model, trained_optimizer
 

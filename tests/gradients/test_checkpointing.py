@@ -24,7 +24,8 @@ from entropy_probe.gradients.preparation import measure_activations
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.report import Report
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from enumerable import EnumerablePolicy
 from gradient_pairs import assert_same, gradients
 

@@ -14,7 +14,7 @@ import oracle
 import support
 from entropy_probe import Settings, probe_checkpoint
 from entropy_probe.data.rollouts import read_batch, write_rollouts
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 
 ETA = 1e-3
 

@@ -22,7 +22,7 @@ from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.u_statistics import cross_statistics
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 from entropy_probe.targets.score import score_coefficients
 
 

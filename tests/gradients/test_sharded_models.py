@@ -51,7 +51,8 @@ from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.pipeline.run import probe
 from entropy_probe.pipeline.settings import Settings
 from entropy_probe.ranks.collectives import ALONE, Ranks
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from rank_processes import failed_cases
 from support import CONFIGS, lora_model, random_batch, random_rollouts, tiny_model, trained_optimizer, wrapped
 

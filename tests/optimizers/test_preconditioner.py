@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_validation import adam_state
 from torch import nn
 
 from entropy_probe import AdamState, InputError, state_of_optimizer
@@ -17,6 +16,7 @@ from entropy_probe.checkpoints import load_checkpoint
 from entropy_probe.optimizers.preconditioner import ZeroV, preconditioner
 from entropy_probe.optimizers.state import AdamMoments
 from support import (
+    adam_state,
     hf_groups,
     save_checkpoint,
     tiny_model,

@@ -142,7 +142,7 @@ def test_the_stochastic_step_is_the_unrounded_one_on_average_and_repeats_with_it
     errors = draws.std(0) / len(draws) ** 0.5
     noisy = errors > 0
     scaled = (draws.mean(0) - expected)[noisy] / errors[noisy]
-    # Of 3000 elements: the mean of their deviations in errors is within 4 errors of zero, for a bias of all would show there.
+    # Over 3000 elements: the mean of their deviations in errors is within 4 errors of zero, for a bias of all would show there.
     assert abs(float(scaled.clamp(-6, 6).mean())) < 4 / float(noisy.sum()) ** 0.5
     nearest = rounded(layer, state, gradient)
     assert nearest is not None

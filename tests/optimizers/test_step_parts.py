@@ -36,7 +36,8 @@ from entropy_probe.report.sentences import step_sentence
 from entropy_probe.report.text import print_report
 from entropy_probe.statistics.quantiles import t_quantile
 from entropy_probe.targets.base import Sample
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from entropy_probe.targets.per_token import entropy_ratio
 from enumerable import EnumerablePolicy
 from oracle import optimizer_step, parts_with_v_at_t

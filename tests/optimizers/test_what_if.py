@@ -26,7 +26,8 @@ from entropy_probe.optimizers.what_if import (
 from entropy_probe.report import Report, WhatIfRow
 from entropy_probe.statistics.estimate import Estimate
 from entropy_probe.statistics.u_statistics import cross_statistics
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from step_setting import coefficients, setting
 
 MODEL, ADAM, _ = setting()

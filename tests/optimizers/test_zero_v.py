@@ -28,7 +28,8 @@ from entropy_probe.optimizers.state import AdamGroup, AdamMoments
 from entropy_probe.optimizers.validation import validate_preconditioner
 from entropy_probe.report import Report
 from entropy_probe.statistics.u_statistics import cross_statistics
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 
 RATE = 1e-5
 BATCH = 6, 3

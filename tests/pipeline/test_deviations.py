@@ -20,7 +20,7 @@ from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.statistics.unit_dots import UnitDots
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 from entropy_probe.targets.score import score_coefficients
 from enumerable import EnumerablePolicy
 from oracle import optimizer_step

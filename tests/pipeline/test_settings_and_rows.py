@@ -31,7 +31,7 @@ from entropy_probe.losses.advantages import AdvantageRule
 from entropy_probe.losses.length_weights import LengthWeight, length_weights
 from entropy_probe.model.policy import Policy
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 from spoiled import Place
 from support import random_rollouts
 

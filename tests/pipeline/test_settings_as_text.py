@@ -27,7 +27,8 @@ from entropy_probe.pipeline.settings import PARTS, POSITIONS, Analyses, Compute,
 from entropy_probe.ranks.same_inputs import digest_of_settings
 from entropy_probe.statistics.importance_sampling import Weighting, entropy_change, linear_term
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 
 ENUMS: dict[str, Any] = {
     "mode": Mode,

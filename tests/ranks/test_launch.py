@@ -75,7 +75,7 @@ class Pair:
         """Both ranks' exit code, standard output and standard error; that they took no longer than promptly.
 
         Args:
-            work: stands in for the probe.
+            work: what is called instead of the probe.
             arguments: of the command line; by default run's, with both outputs.
             agent: whether this process hosts the store, or rank 0.
             after: done once both ranks are up, to their process ids.

@@ -46,7 +46,8 @@ from entropy_probe.ranks.collectives import ALONE, Kind, Payload, Ranks
 from entropy_probe.ranks.sharding import even_spans, row_spans
 from entropy_probe.realized import floor
 from entropy_probe.report import Report
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from rank_processes import on_ranks
 from support import (
     VOCABULARY,
@@ -385,7 +386,7 @@ def test_sharded_ranks_hand_over_shards_once_and_their_part_of_directions(folder
         vectors = 4 * found.report.ranks.prompts[rank] + (rank == 0)
         assert found.elements(Kind.SHARDS) == vectors * of_other_ranks(row_spans, count, rank)
         assert found.elements(Kind.SUMS) == 0
-        # Of one layer, or of what is in none, at a time: never of all parameters.
+        # One layer at a time, or what is in none: never all parameters.
         longest = max(payload.elements for payload in found.sent if payload.kind is Kind.DIRECTIONS)
         assert longest < 6 * n / count
 

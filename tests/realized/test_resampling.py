@@ -25,7 +25,8 @@ from entropy_probe.sampling.drawing import sample_rollouts
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.settings import SamplingSettings
 from entropy_probe.statistics.importance_sampling import entropy_estimate, resampled_change
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 
 TOKENS, LIMIT, END = 5, 3, 1
 PROMPTS = ((2, 3), (4,))
@@ -106,7 +107,7 @@ def test_the_entropy_after_the_step_is_the_exact_one_of_the_moved_policy(tempera
         assert (row.method, row.change.weights.ess) == ("resampled", pytest.approx(960))
         assert row.change.entropy_before == direct.change.entropy_before
         assert row.change.delta_h == pytest.approx(row.change.entropy_after - row.change.entropy_before)
-        # Of sampling alone, these prompts given: a response's −S spreads by about a nat.
+        # From sampling alone, these prompts given: a response's −S spreads by about a nat.
         error = 1.0 / np.sqrt(960) / (t_after if per_token else 1.0)
         assert abs(row.change.entropy_after - truth) < 4 * error
         # Drawn or scored without the step it would be the old entropy.

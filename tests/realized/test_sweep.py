@@ -24,7 +24,8 @@ from entropy_probe.realized.sweep import StepLine, _slope, sweep_step
 from entropy_probe.report import Report, SweepSection, plots, write_report_folder
 from entropy_probe.report.text import print_report
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from spoiled import Place
 from support import run_command
 
@@ -63,7 +64,7 @@ def test_there_is_a_curve_for_every_realised_row_and_at_one_it_is_that_row(repor
 
 @pytest.mark.parametrize("place", [0, 4])
 def test_a_factor_of_the_step_is_a_factor_of_the_learning_rate(report: Report, place: int) -> None:
-    """Of AdamW too: momentum, fresh gradient and weight decay are all proportional to it."""
+    """AdamW too: momentum, fresh gradient and weight decay are all proportional to it."""
     model, adam = live(rate=RATE)
     rate = SWEEP.factors[place] * RATE
     evaluation = support.random_batch(5, 3, seed=7)

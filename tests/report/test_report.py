@@ -34,7 +34,8 @@ from entropy_probe.report.text import print_report
 from entropy_probe.statistics.intervals import interval
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
 from entropy_probe.statistics.variance import decompose, variance_at
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from enumerable import EnumerablePolicy
 
 CONTRACT = {
@@ -101,7 +102,7 @@ def test_the_interval_and_the_error_are_of_delta_h1(result: ProbeResult) -> None
     assert first.delta_h1_ci95 is not None
     assert first.delta_h1_ci95[0] < first.delta_h1 < first.delta_h1_ci95[1]
     assert first.delta_h1_se is not None
-    # Of −η U_cross: the ends of U_cross's interval, which is not symmetric, change places.
+    # The interval is −η U_cross's: the ends of U_cross's interval, which is not symmetric, change places.
     assert result.kernel is not None
     low, high = interval(result.kernel)
     assert first.delta_h1_ci95 == pytest.approx([-1e-4 * high, -1e-4 * low], rel=1e-9)

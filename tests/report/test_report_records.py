@@ -24,7 +24,7 @@ from entropy_probe.report import RanksSection, Report, plots
 from entropy_probe.report.text import print_report
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.statistics.unit_dots import UnitDots
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from entropy_probe.report.metrics import metrics
 from entropy_probe.report.rows import FACTS, Block, Chapter, Grid, Lead, Row, Rows, in_chapters
 from entropy_probe.report.sections.base import Context, Entry, Section
 from entropy_probe.report.text import print_report
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 
 WEATHER = Chapter(15, "Weather")
 

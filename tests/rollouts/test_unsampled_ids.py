@@ -28,7 +28,7 @@ from entropy_probe.data.rollouts import SpecialIds, doubtful_rows, refuse_unsamp
 from entropy_probe.model.input_limits import special_ids
 from entropy_probe.ranks.collectives import Ranks
 from entropy_probe.report.rollout_warnings import padding_warnings
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 from rank_processes import on_ranks
 from spoiled import Place, refuse_run
 from support import EOS, random_rollouts, run_command, tiny_model, trained_optimizer

@@ -36,7 +36,8 @@ from entropy_probe.sampling.drawing import sample_rollouts
 from entropy_probe.sampling.jobs import deal_jobs, make_jobs, put_together
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.settings import SamplingSettings
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from rank_processes import failed_cases
 from support import VOCABULARY, lora_model, make_checkpoint, save_checkpoint, tiny_model, trained_optimizer
 

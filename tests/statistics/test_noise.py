@@ -20,7 +20,8 @@ from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.pipeline.run import probe
 from entropy_probe.pipeline.settings import Settings
 from entropy_probe.statistics.noise import LEAST_UNITS, THIRDS, NoiseParts, noise_parts, within_covariance
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 
 PROMPTS, RESPONSES, DIM = 24, 6, 5
 REPLICATES = 3000

@@ -24,7 +24,8 @@ from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.report.sections.two_batches import two_batch_warnings
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.two_batches import fold_statistics, folds_of, two_batch_statistics
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 
 RAO_BLACKWELL = EntropyTarget(Estimator.RAO_BLACKWELL)
 

@@ -30,7 +30,8 @@ from entropy_probe.pipeline.settings import Settings
 from entropy_probe.report import Report
 from entropy_probe.statistics.u_statistics import UnitDots, cross_statistics
 from entropy_probe.targets.base import Sample
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from entropy_probe.targets.of_responses import TargetOfResponses
 from entropy_probe.targets.registry import ALSO_MOVED, ESTIMATORS
 from enumerable import EnumerablePolicy

@@ -157,7 +157,7 @@ def test_delta_h1_is_the_derivative_of_the_entropy_along_the_step(temperature: f
 
 @cache
 def enumerated(policy_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
-    """Of a policy of six contexts: S [contexts, responses], ∇S, and of the responses lengths and rewards; E[X̃]·E[Ỹ]."""
+    """A policy of six contexts: S [contexts, responses], ∇S, and of the responses lengths and rewards; E[X̃]·E[Ỹ]."""
     policy = EnumerablePolicy(contexts=6, tokens=3, seed=policy_seed)
     responses = enumerable.all_responses(policy.tokens, LIMIT)
     lengths = np.array([len(r) for r in responses])

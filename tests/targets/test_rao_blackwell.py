@@ -20,7 +20,8 @@ from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.targets.base import Ratio, Sample, TokenPair
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 from entropy_probe.targets.per_token import entropy_ratio
 from entropy_probe.targets.rao_blackwell import entropy_to_come
 from entropy_probe.targets.registry import ESTIMATORS

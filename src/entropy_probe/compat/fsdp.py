@@ -39,7 +39,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def reset_sharding(model: nn.Module) -> None:
-    """After a forward or backward that ended in an exception, let FSDP2 begin anew; nothing happens to others.
+    """After a forward or backward that ended in an exception, let FSDP2 start over; nothing happens to others.
 
     It would take itself to be in that backward still, and the next one would find weights that are not there. A torch that has
     no such reset only lets go of what it has gathered.

@@ -15,7 +15,18 @@ from entropy_probe.ranks.dealing import deal
 
 
 class Mode(StrEnum):
-    """How prompts become units; ``auto`` lets the planner choose by memory."""
+    """How prompts become units, the things that U_cross pairs.
+
+    ``exact``: every prompt is a unit. ``block``: a run of neighbouring prompts is a unit. ``auto``: exact where the vectors fit
+    into memory, else blocks (16 or more), else exact in two streamed passes without the matrix of dots. A report says which was
+    taken and why. Source: docs/method.md, section 3.
+
+    Example:
+        >>> from entropy_probe import Mode, Settings
+        >>> Mode("block")
+        <Mode.BLOCK: 'block'>
+        >>> settings = Settings(mode="block", blocks=16)
+    """
 
     AUTO = "auto"
     EXACT = "exact"

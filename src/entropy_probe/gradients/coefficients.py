@@ -68,7 +68,7 @@ class Coefficients(Protocol):
 
     @property
     def channels(self) -> Sequence[slice]:
-        """Of every backward in turn: the same for all rows, unless coefficients are to stand apart."""
+        """For every backward in turn: the same for all rows, unless coefficients are kept apart."""
 
     def needed_rows(self, rows: range) -> Sequence[int]:
         """Rows whose scores (and entropies) must be known before the backwards of ``rows``."""
@@ -130,7 +130,7 @@ class TargetSide:
         """X's coefficients of these rows, one a response or one a token."""
         if isinstance(self.target, Tensor):
             return TokenPair(self.target).of_rows(rows, self.batch)
-        # Of the rows' prompts alone: over the whole batch again for every strip would be quadratic in it.
+        # For the rows' prompts alone: the whole batch at every strip would be quadratic in it.
         prompts = sorted({self.batch.prompt_of_row[row] for row in rows})
         first = self.batch.first_row
         members = [row for n in prompts for row in range(first[n], first[n + 1])]

@@ -33,7 +33,7 @@ LOGIT_BYTES = 12
 """A logit, its log-softmax and its gradient in float32."""
 
 POSITIONS = {"cpu": 2048}
-"""Positions of a microbatch by kind of device. On a CPU what is larger is mapped and paged in anew at every layer, which
+"""Positions of a microbatch by kind of device. On a CPU what is larger is mapped and paged in again at every layer, which
 costs more than the arithmetic (benchmarks/RESULTS.md)."""
 
 MOST_POSITIONS = 16384
@@ -107,7 +107,7 @@ def prepare(
         memory_bytes: what the probe may use.
         microbatch_size: responses in one forward, or None for what fits.
         earlier: of this very model. What it found holds unless this batch asks for another head or has longer rows; the
-            microbatch is planned anew.
+            microbatch is planned again.
 
     Raises:
         InputError: see :func:`~entropy_probe.gradients.treatments.prove_rules` and
@@ -156,7 +156,7 @@ def prepare(
 
 
 def _whole_bytes(policy: Policy) -> float:
-    """Of a sharded model: what stands whole on a rank of one prompt's X and Y, of parameters outside of layers."""
+    """What a rank of a sharded model holds whole of one prompt's X and Y: their part in parameters outside of layers."""
     if not policy.sharding.sharded:
         return 0.0
     trainable = policy.trainable()

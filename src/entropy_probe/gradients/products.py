@@ -51,7 +51,7 @@ def stored_dots(
     units = range(len(sizes))
     device = next(iter(vectors.values.values())).device
     width = max(1, CHUNK // (2 * len(units)))
-    # One buffer for all chunks: memory that is allocated anew is paged in anew, which costs more than the products.
+    # One buffer for all chunks: fresh memory has to be paged in, which costs more than the products.
     buffer = torch.empty((2, len(units), width), dtype=torch.float64, device=device)
     weights = torch.empty(width, dtype=torch.float64, device=device)
     groups = geometry.dot_groups

@@ -70,7 +70,7 @@ class Rules:
         if self.model != _description(policy):
             raise InputError(
                 "these rules were proved for another model, other trainable parameters or another arithmetic; leave them out, "
-                "and they are proved anew"
+                "and they are proved again"
             )
 
 

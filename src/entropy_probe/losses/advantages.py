@@ -15,7 +15,18 @@ from entropy_probe.errors import InputError
 
 
 class AdvantageRule(StrEnum):
-    """Where advantages come from. ``given``: the rollouts; the others: from rewards, prompt by prompt."""
+    """Where the advantages A_ng come from: the rollouts themselves, or their rewards r_ng, prompt by prompt.
+
+    ``given``: the rows' own ``advantage``. ``dr_grpo``: r − mean (arXiv 2503.20783). ``grpo``: (r − mean) / (std + 1e-4) with
+    the sample standard deviation (arXiv 2402.03300, as TRL computes it). ``rloo``: r − mean of the prompt's other responses
+    (arXiv 2402.14740). Advantages have the unit of the reward; ``grpo``'s have none.
+
+    Example:
+        >>> from entropy_probe import AdvantageRule, Settings
+        >>> AdvantageRule("rloo")
+        <AdvantageRule.RLOO: 'rloo'>
+        >>> settings = Settings(advantage="rloo")
+    """
 
     GIVEN = "given"
     DR_GRPO = "dr_grpo"

@@ -15,7 +15,21 @@ from entropy_probe.errors import InputError
 
 
 class LengthWeight(StrEnum):
-    """How the training loss weighs a response by its length; see :func:`length_weights`."""
+    """How the training loss weighs a response by its length: w_ng in Ȳ = (1/B) Σ_n Σ_g A_ng w_ng ∇S_ng.
+
+    T_ng is the number of response tokens, end token included, and G_n the prompt's number of responses.
+
+    ``guide``: 1/(G_n L_n), L_n the prompt's longest response. ``dr_grpo``: 1/(G_n L_max), L_max the trainer's constant
+    (``max_completion_length``; arXiv 2503.20783). ``grpo``: 1/(G_n T_ng) (arXiv 2402.03300). ``dapo``: B/ΣT over the
+    accumulation window (arXiv 2503.14476). ``bnpo``: B/(K ΣT_k) over the response's micro-batch k of K, as TRL has it.
+    Source: docs/method.md, section 4.
+
+    Example:
+        >>> from entropy_probe import LengthWeight, Settings
+        >>> LengthWeight("dapo")
+        <LengthWeight.DAPO: 'dapo'>
+        >>> settings = Settings(length_weight="dr_grpo", max_completion_length=512)
+    """
 
     GUIDE = "guide"
     DR_GRPO = "dr_grpo"

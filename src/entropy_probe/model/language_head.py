@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from entropy_probe.compat.torch_modules import forward_is, has_hooks
 
 CHUNK_VALUES = 1 << 24
-"""Logits that stand in memory at a time when chunked: 64 MiB in float32. Beside them one tensor of their size; two for H."""
+"""Logits that are held at a time when chunked: 64 MiB in float32. One tensor of their size is held with them, two for H."""
 
 LEAST_LOG_PROB = -1e4
 """p underflows to 0 far above it in every number type: so bounded, p log p is 0 where a logit is −∞, and not 0 · ∞."""
@@ -158,7 +158,7 @@ def position_chunks(shape: torch.Size, vocabulary: int) -> Iterator[slice]:
 
 def scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """(hidden Wᵀ + b) / τ in float32, or float64 as it comes."""
-    # Laid out anew: of a slice, F.linear would make a batched product with a copy of the weight a row.
+    # Copied to be contiguous: with a slice, F.linear would make a batched product and copy the weight for every row.
     logits = F.linear(hidden.contiguous(), weight, bias)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return wide if temperature == 1.0 else wide / temperature
@@ -283,6 +283,6 @@ def _scaled_rows(units: Tensor, deltas: Deltas) -> Tensor:
 def chunk_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, deltas: Deltas, temperature: float
 ) -> Tensor:
-    """The logits' gradient of one chunk, from logits computed anew, in the weight's type: [n, r, V]."""
+    """The logits' gradient of one chunk, from logits computed again, in the weight's type: [n, r, V]."""
     logits = scaled_logits(hidden, weight, bias, temperature)
     return logit_gradient(logits, targets, deltas, temperature).to(weight.dtype)

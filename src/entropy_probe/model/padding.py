@@ -30,7 +30,7 @@ class PaddedResponses:
     longest: int
 
     def on_responses(self, hidden: Tensor) -> Tensor:
-        """Of [n, L, d] the positions whose logits predict response tokens: [n, R, d]; short responses repeat a later one."""
+        """The positions of [n, L, d] whose logits predict response tokens: [n, R, d]; short responses repeat a later one."""
         if len(set(self.first)) == 1 and self.first[0] + self.longest <= hidden.shape[1]:
             return hidden[:, self.first[0] : self.first[0] + self.longest]
         starts = torch.tensor(self.first, device=hidden.device)[:, None]
@@ -41,7 +41,7 @@ class PaddedResponses:
         return hidden.flatten(0, 1).index_select(0, flat.flatten()).view(*flat.shape, hidden.shape[-1])
 
     def of_tokens(self, values: Tensor) -> Tensor:
-        """Of [n, R, …] the entries of response tokens: [tokens, …]."""
+        """The entries of [n, R, …] that belong to response tokens: [tokens, …]."""
         if len(self.rows) == values.shape[0] * values.shape[1]:
             return values.flatten(0, 1)
         return values.flatten(0, 1).index_select(0, self.rows * values.shape[1] + self.places)

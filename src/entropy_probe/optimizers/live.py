@@ -26,14 +26,27 @@ MATRIX_WISE = ("muon", "shampoo", "soap")
 def state_of_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
     """The state of a live Adam or AdamW, mapped to the model's names by parameter identity.
 
-    Of a model that FSDP2 has sharded, this rank's rows.
+    Where FSDP2 has sharded the model, these are this rank's rows. The moments are the optimizer's own tensors, not copies.
+    A trainable parameter without state is left out here, and :func:`probe` then names it.
 
-    Accelerate's wrapper will do: what is inside it counts. A trainable parameter without state is left out;
-    :func:`validate_preconditioner` names it.
+    Args:
+        optimizer: torch's Adam or AdamW, or accelerate's wrapper of one (``trainer.optimizer``).
+        model: what the optimizer trains, wrapped by DDP or not.
 
     Raises:
         InputError: the optimizer is not Adam or AdamW, is a subclass with a step of its own, or holds a trainable parameter
             that the model does not.
+
+    Example:
+        >>> import torch
+        >>> from entropy_probe import state_of_optimizer
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> state = state_of_optimizer(optimizer, model)
+        >>> state.learning_rates, {name: moments.step for name, moments in state.moments.items()}
+        ((0.5,), {'weight': 1, 'bias': 1})
     """
     optimizer = _plain_adam(optimizer)
     model = unwrap(model)

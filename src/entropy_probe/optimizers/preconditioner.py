@@ -21,7 +21,18 @@ from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState, se
 
 
 class ZeroV(StrEnum):
-    """P of an element whose v is exactly 0: 0 (``leave-out``), or 1/ε as the guide has it (``guide``)."""
+    """P of an element whose second moment v is exactly 0, because no earlier batch gave it a gradient.
+
+    ``leave-out``: P = 0, so the element is in neither δH₁ nor the preconditioned step; a report counts such elements and says
+    what they would add. ``guide``: P = 1/ε, 10⁸ by default, as the formula says literally; δH₁ is then mostly their noise.
+    Source: docs/method.md, section 6.
+
+    Example:
+        >>> from entropy_probe import Settings, ZeroV
+        >>> ZeroV("leave-out")
+        <ZeroV.LEAVE_OUT: 'leave-out'>
+        >>> settings = Settings(zero_v="guide")
+    """
 
     LEAVE_OUT = "leave-out"
     GUIDE = "guide"

@@ -56,7 +56,24 @@ class AdamGroup:
 
 @dataclass(frozen=True)
 class AdamState:
-    """The whole optimizer: its groups, and the moments of every trainable parameter by name."""
+    """The whole optimizer: its groups, and the moments of every trainable parameter by name.
+
+    Attributes:
+        groups: settings of every parameter group (learning rate, β₁, β₂, ε, weight decay), with its parameters' names.
+        moments: m, v and the step count t of every parameter, in the parameter's own shape. m has the unit of the gradient
+            (nats per unit of the parameter), v its square.
+
+    Example:
+        >>> import torch
+        >>> from entropy_probe import state_of_optimizer
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.0)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> state = state_of_optimizer(optimizer, model)
+        >>> tuple(state.moments["weight"].exp_avg_sq.shape), state.with_learning_rate(0.25).learning_rates
+        ((2, 3), (0.25,))
+    """
 
     groups: tuple[AdamGroup, ...]
     moments: Mapping[str, AdamMoments]

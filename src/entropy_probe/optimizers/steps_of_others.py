@@ -75,7 +75,7 @@ class StepsOfOthers:
         seen = others * -self.clip_factor
         if not group.decoupled_weight_decay:
             seen += fixed.decay.to(x)
-        # √(v⁺ / (1 − β₂^{t+1})) + ε of every unit, in place: memory that is made anew costs more than the arithmetic.
+        # √(v⁺ / (1 − β₂^{t+1})) + ε of every unit, in place: fresh memory costs more than the arithmetic.
         denominator = torch.addcmul(fixed.kept_v.to(x), seen, seen, value=fixed.fresh_v)
         if fixed.largest_v is not None:
             denominator = torch.maximum(denominator, fixed.largest_v.to(x))

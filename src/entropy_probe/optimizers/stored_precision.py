@@ -28,7 +28,17 @@ NARROW_TYPES = (torch.bfloat16, torch.float16)
 
 
 class Rounding(StrEnum):
-    """How an optimizer rounds the weights that it holds in a narrow type."""
+    """How an optimizer rounds the weights that it holds in bfloat16 or float16 without a float32 copy.
+
+    ``nearest``: an update below half the distance to the next number is lost, as in torch's own AdamW. ``stochastic``: rounded
+    up or down at random with E[θ⁺] = θ + Δθ, as in torchao's. A checkpoint does not say which.
+
+    Example:
+        >>> from entropy_probe import Rounding, Settings
+        >>> Rounding("stochastic")
+        <Rounding.STOCHASTIC: 'stochastic'>
+        >>> settings = Settings(weight_rounding="stochastic")
+    """
 
     NEAREST = "nearest"
     STOCHASTIC = "stochastic"

@@ -25,7 +25,7 @@ from entropy_probe.ranks.dealing import deal
 from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
-from entropy_probe.targets.entropy import Estimator
+from entropy_probe.targets.choices import Estimator
 
 
 def read_evaluation(path: Path, temperature: float | None) -> RolloutBatch:

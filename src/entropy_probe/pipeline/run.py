@@ -65,8 +65,22 @@ Rows = RolloutBatch | Iterable[Rollout | Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The report, K_uw = XS_u · YS_w over all parameters (None where vectors were streamed), and what to hand to the next probe
-    of the same model."""
+    """What a probe found.
+
+    Attributes:
+        report: every number with its error, sentences and warnings (docs/report.md); ``report.to_dict()`` is report.json.
+        kernel: K_uw = XS_u · YS_w under P over all parameters, float64 [U, U], for U units; None where vectors were streamed.
+        preparation: what was found out about the model; the next probe of the same one is faster with it.
+
+    Example:
+        >>> from entropy_probe import Settings, probe_checkpoint
+        >>> from entropy_probe.data.bundled_run import demo_folder
+        >>> run = demo_folder() / "full"
+        >>> settings = Settings(blocks=4, noise=False)
+        >>> result = probe_checkpoint(run / "checkpoint-20", run / "rollouts" / "step-00021.jsonl", settings)
+        >>> result.kernel.shape, sorted(result.report.to_dict())[:4]
+        ((4, 4), ['adamw', 'checkpoint', 'config', 'engine'])
+    """
 
     report: Report
     kernel: FloatArray | None
@@ -87,16 +101,36 @@ def probe_checkpoint(
     sharding: ShardingChoice = ShardingChoice.REPLICATED,
     progress: Progress | None = None,
 ) -> ProbeResult:
-    """Load a checkpoint folder and a rollouts file, and probe.
+    """Load a checkpoint folder and a rollouts file, and probe: predict δH₁ and the optimizer's own step, then realise both.
 
     What the rows say of the trainer (loss, clip, mixed precision, learning rate) holds where the settings say nothing.
+    Entropies and their changes are in nats per response, or per token where the settings ask for it.
 
-    Several ranks share the work, and each gets the same report; every rank must call it, with the same arguments. ``freeze``
-    are regular expressions: parameters in whose names one of them is found were not trained. ``auto`` takes a GPU where there
-    is one; of several ranks, the device that their process group has for them.
+    Args:
+        checkpoint: folder with ``config.json``, safetensors weights or an adapter, and ``optimizer.pt``.
+        rollouts: ``.jsonl`` or ``.parquet``, a row a response, sampled from this checkpoint.
+        settings: see :class:`Settings`; None takes the defaults.
+        evaluation_rollouts: other rollouts of the same checkpoint, from which X is taken against this batch's update.
+        base: folder of the base model, for an adapter.
+        freeze: regular expressions; parameters in whose names one of them is found were not trained.
+        temperature: sampling temperature of rows that declare none; 1 if neither says.
+        device: ``auto`` takes a GPU where there is one; of several ranks, the device that their process group has for them.
+        ranks: who share the work. Every rank must call, with the same arguments, and each gets the same report.
+        sharding: what each of several ranks holds.
+        progress: told of long work.
 
     Raises:
-        InputError: anything that is wrong with either, in one line.
+        InputError: the folder, the rollouts or the settings will not do; one line says what was found and what to do.
+
+    Example:
+        >>> from entropy_probe import Settings, probe_checkpoint
+        >>> from entropy_probe.data.bundled_run import demo_folder
+        >>> run = demo_folder() / "full"
+        >>> settings = Settings(blocks=16, noise=False)
+        >>> report = probe_checkpoint(run / "checkpoint-20", run / "rollouts" / "step-00021.jsonl", settings).report
+        >>> low, high = report.adamw.ci95
+        >>> print(f"the next step changes entropy by {report.adamw.total:.2f} nats per response; it falls: {high < 0}")
+        the next step changes entropy by -0.02 nats per response; it falls: True
     """
     checkpoint, rollouts = path_of("checkpoint", checkpoint), path_of("rollouts", rollouts)
     if evaluation_rollouts is not None:
@@ -172,7 +206,7 @@ def probe(
             next step will take.
         evaluation: other rollouts of the same policy, from which X is taken against this batch's update; one response a prompt
             will do for Rao-Blackwell (``group_rollouts(rows, least_responses=1)``, as rows are grouped here).
-        preparation: of an earlier probe of this very model (``result.preparation``); None finds it anew.
+        preparation: of an earlier probe of this very model (``result.preparation``); None finds it again.
         ranks: who share the work (``Ranks.of_group()``), every one of whom must call with the same batch; by default this
             process does all of it, so that one rank of a job may probe by itself. What one rank alone refuses in the rollouts,
             all refuse; a fault of one (out of memory) is for the job to end, as torchrun does.
@@ -180,6 +214,25 @@ def probe(
 
     Raises:
         InputError: the optimizer's state, the rollouts or the preparation do not do, or the model is where there is no float64.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from entropy_probe import probe, state_of_optimizer
+        >>> _ = torch.manual_seed(0)
+        >>> sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=1, pad_token_id=0))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> ids = torch.randint(2, 11, (8, 6))
+        >>> model(input_ids=ids, labels=ids).loss.backward()  # training happens here
+        >>> optimizer.step()
+        >>> rows = [
+        ...     {"prompt_id": n, "prompt_ids": [2 + n], "response_ids": [3 + n + g, 4 + g, 1], "reward": g}
+        ...     for n in range(4) for g in range(2)
+        ... ]
+        >>> result = probe(model, state_of_optimizer(optimizer, model), rows)
+        >>> len(result.report.first_order.row_means), result.kernel.shape, len(result.report.adamw.ci95)
+        (4, (4, 4), 2)
     """
     if torch.is_inference_mode_enabled():
         raise InputError(

@@ -26,11 +26,20 @@ from entropy_probe.pipeline.torch_types import Autocast, autocast_setting, dtype
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.entropy import EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator
 
 
 class ShardingChoice(StrEnum):
-    """What each of several ranks holds of the parameters and of Adam's state: all, or FSDP2's shard."""
+    """What each of several ranks holds of the parameters and of Adam's state.
+
+    ``replicated``: all of both; the unit vectors alone are parted. ``fsdp2``: FSDP2's shard, a rank's rows of every parameter.
+    docs/scaling.md says which wins where.
+
+    Example:
+        >>> from entropy_probe import ShardingChoice
+        >>> ShardingChoice("fsdp2")
+        <ShardingChoice.FSDP2: 'fsdp2'>
+    """
 
     REPLICATED = "replicated"
     FSDP2 = "fsdp2"
@@ -324,6 +333,17 @@ class Settings(Loss, Target, Compute, Analyses, StepSettings, Positions):
     Names and torch types may be given as text, as on the command line: ``Settings(length_weight="dapo", dtype="float64")``.
     What says how the trainer takes its step (length weight, clip, mixed precision, learning rate) is by default what the
     rows say, where they do (:mod:`entropy_probe.pipeline.recorded`).
+
+    Raises:
+        InputError: a name that is not known (the known ones are listed), a number out of range, or two settings that contradict
+            each other.
+
+    Example:
+        >>> from entropy_probe import Settings
+        >>> settings = Settings(length_weight="dapo", max_grad_norm=1.0, dtype="float64", sweep="0.1:10:9")
+        >>> Settings(length_weight="token-mean")
+        Traceback (most recent call last):
+        entropy_probe.errors.InputError: length_weight is 'token-mean'; known are guide, dr_grpo, grpo, dapo, bnpo
     """
 
     def __post_init__(self) -> None:

@@ -72,7 +72,8 @@ from entropy_probe.report import CheckpointSection, rollout_warnings
 from entropy_probe.statistics.noise import LEAST_UNITS, NoiseParts, noise_of
 from entropy_probe.statistics.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
-from entropy_probe.targets.entropy import EntropyTarget, Estimator
+from entropy_probe.targets.choices import Estimator
+from entropy_probe.targets.entropy import EntropyTarget
 
 
 @dataclass(frozen=True)

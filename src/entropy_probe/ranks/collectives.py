@@ -48,7 +48,7 @@ class Payload:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that share the work.
+    """The ranks that share the work of a probe.
 
     Attributes:
         rank: this one, from 0.
@@ -56,6 +56,17 @@ class Ranks:
         group: torch.distributed's, None for one process.
         device: where the group's collectives want their tensors.
         sent: every payload so far.
+
+    Example:
+        One process is one rank. In a job of several, every rank makes them with ``Ranks.of_group()`` after
+        ``torch.distributed.init_process_group()``, and calls the probe with the same rollouts:
+
+        >>> from entropy_probe import Ranks
+        >>> alone = Ranks()
+        >>> alone.rank, alone.count, alone.backend
+        (0, 1, None)
+        >>> alone.sum_numbers([1.5, 2.0]).tolist()
+        [1.5, 2.0]
     """
 
     rank: int = 0

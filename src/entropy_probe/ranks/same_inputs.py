@@ -47,12 +47,12 @@ def check_same_inputs(ranks: Ranks, parts: Mapping[str, bytes]) -> None:
 
 
 def digest_of_settings(*settings: object) -> bytes:
-    """Of all that is chosen: numbers, names, types, and records of them."""
+    """Of everything that is chosen, which is numbers, names, types, and records of them."""
     return sha256(repr(settings).encode())
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """Of names, shapes, types and checksums of the bits: of weights."""
+    """Of weights, by their names, shapes, types and checksums of their bits."""
     return sha256(*(described(name, tensor) for name, tensor in tensors.items()))
 
 

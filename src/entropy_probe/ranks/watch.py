@@ -102,7 +102,7 @@ class Board:
 
 
 class Watch:
-    """Looks for failures while a command runs. Of the main thread: signals are the process's."""
+    """Looks for failures while a command runs. It belongs to the main thread, because signals are the process's."""
 
     def __init__(self, board: Board, *, hosts: bool) -> None:
         """Bind to a board of its own connection (a wait of the process group's would hold another's).

@@ -36,7 +36,7 @@ SEED_OFFSET = 0x5EED
 
 @dataclass(frozen=True)
 class Resampling:
-    """Which prompts are answered anew and how; ``limit`` says where the length limit comes from."""
+    """Which prompts are answered again and how; ``limit`` says where the length limit comes from."""
 
     prompts: tuple[Prompt, ...]
     settings: SamplingSettings

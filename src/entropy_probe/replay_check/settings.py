@@ -39,6 +39,13 @@ class ReplaySettings(StepSettings):
     """How to replay. None takes what the recorder wrote into the rows (:mod:`entropy_probe.pipeline.recorded`).
 
     Names and torch types may be given as text: ``ReplaySettings(length_weight="dapo", dtype="float64")``.
+
+    Raises:
+        InputError: a name that is not known (the known ones are listed), or a number out of range.
+
+    Example:
+        >>> from entropy_probe import ReplaySettings
+        >>> settings = ReplaySettings(length_weight="dapo", max_grad_norm=1.0)
     """
 
     dtype: torch.dtype = setting(torch.float32, exact_dtype, "Weights and arithmetic, float32 or float64.")

@@ -31,7 +31,17 @@ from entropy_probe.common.choices import member
 
 
 class Weighting(StrEnum):
-    """Over which responses the importance weights are normalised: all of them, or each prompt's own."""
+    """Over which responses the importance weights w_i = b_i exp(S⁺_i − S_i) of a realised change are normalised.
+
+    ``global``: over all of them, Σ ŵ = 1. ``per-prompt``: over each prompt's own, Σ_{i∈n} ŵ_i = 1/B; ΔH then shrinks by a share
+    of about 1/G. Source: docs/method.md, section 7.
+
+    Example:
+        >>> from entropy_probe import Settings, Weighting
+        >>> Weighting("per-prompt")
+        <Weighting.PER_PROMPT: 'per-prompt'>
+        >>> settings = Settings(weighting="per-prompt")
+    """
 
     GLOBAL = "global"
     PER_PROMPT = "per-prompt"

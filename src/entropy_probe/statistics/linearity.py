@@ -33,7 +33,22 @@ HALVINGS = 20
 
 @dataclass(frozen=True)
 class SweepRange:
-    """``count`` factors of the learning rate from ``low`` to ``high``, evenly spaced in their logarithm."""
+    """Factors α of the learning rate at which every step is realised too, evenly spaced in their logarithm.
+
+    Attributes:
+        low: the smallest factor, above 0.
+        high: the largest.
+        count: how many, 2 to 1000.
+
+    Raises:
+        InputError: low and high are not finite numbers with 0 < low < high, or the count is out of range.
+
+    Example:
+        >>> from entropy_probe import Settings, SweepRange
+        >>> [round(alpha, 6) for alpha in SweepRange.parse("0.25:4:3").factors]
+        [0.25, 1.0, 4.0]
+        >>> settings = Settings(sweep=SweepRange(0.25, 4, 3))  # or sweep="0.25:4:3"
+    """
 
     low: float
     high: float

@@ -7,32 +7,15 @@ H = E[−S] is nats per response; H/T̄ nats per token. The estimators are :mod:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import ClassVar
 
 from torch import Tensor
 
 from entropy_probe.common.choices import member
 from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, Target, TokenPair
+from entropy_probe.targets.choices import EntropyUnit, Estimator
 from entropy_probe.targets.per_token import entropy_ratio, per_token
 from entropy_probe.targets.registry import ESTIMATORS
-
-
-class Estimator(StrEnum):
-    """Of the entropy and its gradient.
-
-    ``score``: the guide's, from whole-response scores. ``rao-blackwell``: from the entropy of every next-token distribution.
-    """
-
-    SCORE = "score"
-    RAO_BLACKWELL = "rao-blackwell"
-
-
-class EntropyUnit(StrEnum):
-    """Per response: H = E[−S]. Per token: H/T̄ with T̄ = E[T], a ratio whose gradient has a length term."""
-
-    PER_RESPONSE = "per-response"
-    PER_TOKEN = "per-token"
 
 
 @dataclass(frozen=True)

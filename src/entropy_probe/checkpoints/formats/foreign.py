@@ -20,7 +20,7 @@ DEPTH = 3
 """How far down inner folders are looked into: a run's folder, its checkpoints, a step, one model's part of it."""
 
 MOST_FOLDERS = 200
-"""Of one depth: what is given by mistake may be a whole disk."""
+"""One depth alone is searched: what is given by mistake may be a whole disk."""
 
 
 @dataclass(frozen=True)

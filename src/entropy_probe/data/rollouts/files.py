@@ -18,10 +18,27 @@ from entropy_probe.errors import InputError, one_line
 
 
 def read_batch(path: str | Path, temperature: float | None = None, *, least_responses: int = 2) -> RolloutBatch:
-    """Read, check and group a rollouts file.
+    """Read, check and group a rollouts file: :func:`read_rollouts`, then :func:`group_rollouts`.
+
+    Args:
+        path: a ``.jsonl`` or ``.parquet`` file.
+        temperature: sampling temperature of rows that declare none; 1 if neither says.
+        least_responses: that a prompt must have; 1 will do for an evaluation batch under Rao-Blackwell.
 
     Raises:
         InputError: see :func:`read_rollouts` and :func:`group_rollouts`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from entropy_probe import read_batch, write_rollouts
+        >>> row = {"prompt_ids": [5], "response_ids": [7, 1], "reward": 1.0}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "rollouts.jsonl"
+        ...     write_rollouts([{"prompt_id": name} | row for name in "aabb"], path)
+        ...     batch = read_batch(path)
+        >>> len(batch.groups), batch.group_sizes
+        (2, (2, 2))
     """
     return group_rollouts(read_rollouts(path), temperature, least_responses=least_responses)
 
@@ -31,6 +48,17 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
 
     Raises:
         InputError: the file is missing, empty, not of a known kind, or a row breaks the schema (its number is named).
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from entropy_probe import read_rollouts
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "rollouts.jsonl"
+        ...     _ = path.write_text('{"prompt_id": "a", "prompt_ids": [5], "response_ids": [7, 1], "reward": 1}\\n')
+        ...     rows = read_rollouts(path)
+        >>> rows[0].prompt_id, rows[0].response_ids, rows[0].reward
+        ('a', (7, 1), 1.0)
     """
     rollouts = [rollout_from_row(row, where) for where, row in read_rows(path)]
     if not rollouts:
@@ -87,6 +115,16 @@ def write_rollouts(rollouts: RolloutBatch | Iterable[Rollout | Mapping[str, Any]
     Raises:
         InputError: a row breaks the schema, the name ends in neither ``.jsonl`` nor ``.parquet``, the folder cannot be written,
             or the format cannot hold a value.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from entropy_probe import Rollout, write_rollouts
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "rollouts.jsonl"
+        ...     write_rollouts([Rollout("a", (5,), (7, 1), 1.0)], path)
+        ...     print(path.read_text().strip())
+        {"prompt_id": "a", "prompt_ids": [5], "response_ids": [7, 1], "reward": 1.0}
     """
     path = path_of("the path of the rollouts file", path)
     if isinstance(rollouts, RolloutBatch):

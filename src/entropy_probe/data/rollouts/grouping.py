@@ -30,6 +30,17 @@ def group_rollouts(
         InputError: a row that breaks the schema, named by its number from 0; fewer than two prompts, a prompt with one
             response, two prompts under one id, rows that disagree about the temperature or about a window column, or a row
             that says that it was sampled or trained on otherwise than the probe takes it.
+
+    Example:
+        >>> from entropy_probe import group_rollouts
+        >>> rows = [
+        ...     {"prompt_id": "a", "prompt_ids": [5], "response_ids": [7, 1], "reward": 1.0},
+        ...     {"prompt_id": "b", "prompt_ids": [6], "response_ids": [1], "reward": 0.0},
+        ...     {"prompt_id": "a", "prompt_ids": [5], "response_ids": [8, 8, 1], "reward": 0.0},
+        ...     {"prompt_id": "b", "prompt_ids": [6], "response_ids": [9, 1], "reward": 1.0},
+        ... ]
+        >>> [(group.prompt_id, len(group.responses)) for group in group_rollouts(rows, temperature=0.7).groups]
+        [('a', 2), ('b', 2)]
     """
     if temperature is not None:
         temperature = values.temperature(temperature, "temperature")

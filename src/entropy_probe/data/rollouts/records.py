@@ -32,6 +32,16 @@ class Rollout:
     the micro-batch that held the row, ``window_tokens`` the token count that the trainer divides by (dapo),
     ``max_completion_length`` the constant of Dr. GRPO, ``loss_type`` the trainer's name of its loss, ``step`` the optimizer
     step that consumed the row (N + 1 for checkpoint N), and ``on_policy`` whether the sampler was the policy at that step.
+
+    Raises:
+        InputError: a value has the wrong type, is not finite, or is empty; log-probs are not one a response token; a mask does
+            not fit. The prompt and the column are named.
+
+    Example:
+        >>> from entropy_probe import Rollout
+        >>> row = Rollout("p0", prompt_ids=[5, 6], response_ids=[7, 8, 1], reward=1, logprobs=[-0.5, -0.2, -0.1])
+        >>> row.response_ids, row.reward, row.length
+        ((7, 8, 1), 1.0, 5)
     """
 
     prompt_id: PromptId
@@ -123,7 +133,22 @@ class PromptGroup:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Prompts in the order of their first row. ``temperature`` is the one at which every response was sampled."""
+    """The rollouts of one probe: prompts in the order of their first row, each with its responses.
+
+    Attributes:
+        groups: the B prompts, each with G_n responses.
+        temperature: τ, at which every response was sampled; scores are taken of logits / τ.
+
+    Example:
+        >>> from entropy_probe import group_rollouts
+        >>> rows = [
+        ...     {"prompt_id": n, "prompt_ids": [5, n], "response_ids": [7] * (n + g) + [1], "reward": g}
+        ...     for n in (2, 3) for g in (0, 1)
+        ... ]
+        >>> batch = group_rollouts(rows)
+        >>> batch.group_sizes, batch.tokens, batch.mean_length, batch.temperature
+        ((2, 2), 16, 4.0, 1.0)
+    """
 
     groups: tuple[PromptGroup, ...]
     temperature: float

@@ -2,7 +2,7 @@
 
 transformers checkpoints a layer only while it is in training mode, where dropout would be active too; and the probe's
 ``torch.autograd.grad`` refuses the reentrant kind. So the layers that the model has marked run under torch's non-reentrant
-checkpoint here. What they compute anew in the backward needs the function modes of the forward, which autograd has taken off.
+checkpoint here. What they compute again in the backward needs the function modes of the forward, which autograd has taken off.
 Layers in torch's own ``checkpoint_wrapper`` (accelerate's ``activation_checkpointing``) would be checkpointed without those
 modes; they run under the same checkpoint as the others.
 """
@@ -148,7 +148,7 @@ def _recomputing(original: Callable[..., Any], modes: Modes, contexts: Contexts)
 def _with_modes(modes: Callable[[], AbstractContextManager[Any]], contexts: Contexts) -> Any:
     """The layer's own contexts, and the forward's modes around the second.
 
-    A layer runs once more in each of several backwards, and each time in a second context made anew, which is not told what the
+    A layer runs once more in each of several backwards, and each time in a new second context, which is not told what the
     first has recorded.
     """
     during, _ = contexts()

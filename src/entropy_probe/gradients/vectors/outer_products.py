@@ -18,7 +18,7 @@ SHORT = 24
 
 
 class OuterProducts:
-    """Forms chunks of g_i in memory that is used again: what is allocated anew is paged in anew."""
+    """Forms chunks of g_i in memory that is used again, because freshly allocated memory has to be paged in."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         """Products are taken in ``dtype``."""

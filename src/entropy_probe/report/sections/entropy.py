@@ -14,7 +14,8 @@ from entropy_probe.report.rows import PRECONDITIONED, Block, Row, Rows
 from entropy_probe.report.sections.base import Context, Section
 from entropy_probe.statistics.importance_sampling import entropy_estimate
 from entropy_probe.targets.base import Sample
-from entropy_probe.targets.entropy import EntropyTarget, EntropyUnit
+from entropy_probe.targets.choices import EntropyUnit
+from entropy_probe.targets.entropy import EntropyTarget
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,13 @@ class IntervalMethod(RegisteredInterval):
     SKEWED_T: the same with Satterthwaite's degrees of freedom, and longer on the side of U_cross's skew.
 
     The last two need the matrix of dots of units of equal size, the others row means alone. Each has its formula, its source
-    and when it covers in the file of its name.
+    and when it covers in the file of its name. U_cross is in nats per unit of learning rate.
+
+    Example:
+        >>> from entropy_probe import IntervalMethod, Settings
+        >>> IntervalMethod("skewed_t").described
+        'skewed t, unbiased variance'
+        >>> settings = Settings(interval="jackknife_t")
     """
 
     NORMAL = "normal", Normal()
