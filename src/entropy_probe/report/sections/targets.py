@@ -52,7 +52,7 @@ class TargetSection(Entry):
     def shown_of(cls, entries: Sequence[Self], context: Context) -> Sequence[Block]:
         """A row a target."""
         said = {target.name: target.description for target in ALSO_MOVED}
-        return (Rows(CHAPTER, [entry._row(said.get(entry.name, "")) for entry in entries]),)
+        return (Rows(CHAPTER, [entry.row(said.get(entry.name, "")) for entry in entries]),)
 
     @classmethod
     def metrics_of(cls, entries: Sequence[Self]) -> Mapping[str, float | None]:
@@ -63,7 +63,8 @@ class TargetSection(Entry):
             found |= {name: entry.delta, **ends(name, entry.ci95)}
         return found
 
-    def _row(self, what: str) -> Row:
+    def row(self, what: str) -> Row:
+        """δ with its interval, and what it is of; or why there is none."""
         if self.delta is None:
             return Row(self.name, none(self.null_reasons, "delta"))
         shown = "" if self.ci95 is None else f"; 95 % {interval(self.ci95)}"
