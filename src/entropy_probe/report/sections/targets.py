@@ -64,6 +64,7 @@ class TargetSection(Entry):
         return found
 
     def row(self, what: str) -> Row:
+        """δ with its interval, and what it is of; or why there is none."""
         if self.delta is None:
             return Row(self.name, none(self.null_reasons, "delta"))
         shown = "" if self.ci95 is None else f"; 95 % {interval(self.ci95)}"
