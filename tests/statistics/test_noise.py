@@ -14,7 +14,8 @@ from entropy_probe.data.rollouts import group_rollouts
 from entropy_probe.data.units import Mode, block_units
 from entropy_probe.gradients import Wanted, response_parts, unit_gradients
 from entropy_probe.gradients.coefficients import Sides
-from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.model.measured import Measured
+from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.pipeline.run import probe

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.model.policy import Measured
+from entropy_probe.model.measured import Measured
 from entropy_probe.targets.base import Ratio, Sample, Target, TokenPair, at_tokens, of_rows
 from entropy_probe.targets.of_responses import TargetOfResponses
 

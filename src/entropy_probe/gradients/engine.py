@@ -46,7 +46,8 @@ from entropy_probe.gradients.treatments import Rules, prove_rules
 from entropy_probe.gradients.unreached import unexplained
 from entropy_probe.gradients.vectors.exchange import Shards, exchanged, reached_anywhere
 from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
-from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.model.measured import Measured
+from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.base import Look
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.dealing import deal

@@ -30,8 +30,9 @@ from entropy_probe.gradients.vectors.contractions import Contractions
 from entropy_probe.gradients.vectors.exchange import reached_anywhere
 from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
 from entropy_probe.gradients.vectors.unit_vectors import UnitVectors
+from entropy_probe.model.measured import Measured, TokenValues
 from entropy_probe.model.padding import PaddedResponses, idle_row, pad_right, sum_over_tokens
-from entropy_probe.model.policy import Measured, Policy, TokenValues, check_finite, combine
+from entropy_probe.model.policy import Policy, check_finite, combine
 from entropy_probe.targets.base import TokenPair
 
 

@@ -24,8 +24,9 @@ from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.interface import DOTS_ALONE, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.unreached import unexplained, watched
 from entropy_probe.losses.surrogate import probe_loss
+from entropy_probe.model.measured import Measured
 from entropy_probe.model.padding import pad_right
-from entropy_probe.model.policy import Measured, Policy, check_finite
+from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.optimizers.base import DotGroup
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.unit_dots import UnitDots

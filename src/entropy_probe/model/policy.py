@@ -35,32 +35,11 @@ from entropy_probe.model.language_head import (
     log_probs_and_entropies,
     output_head,
 )
+from entropy_probe.model.measured import Measured, TokenValues
 from entropy_probe.model.padding import PaddedResponses, idle_row, pad_right, sum_over_tokens
 from entropy_probe.ranks.collectives import Ranks
 from entropy_probe.ranks.dealing import deal
 from entropy_probe.ranks.sharding import WHOLE, Sharding
-
-
-@dataclass(frozen=True)
-class TokenValues:
-    """log π(y_t) of each response token and the entropy H_t of the distribution that it was drawn from, nats.
-
-    [tokens] each, float32 or float64, with the graph if gradients are enabled; ``entropies`` is None where not asked for.
-    """
-
-    log_probs: Tensor
-    entropies: Tensor | None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """S of every response [N], and H of every response token [tokens] in the order of the responses, or None; nats.
-
-    Float64, on the CPU, without gradients.
-    """
-
-    scores: Tensor
-    entropies: Tensor | None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.gradients import Preparation, UnitGradients
-from entropy_probe.model.policy import Measured
+from entropy_probe.model.measured import Measured
 from entropy_probe.optimizers.base import distinct_rates
 from entropy_probe.optimizers.step_parts import StepPrediction
 from entropy_probe.optimizers.what_if import Fall, WhatIf

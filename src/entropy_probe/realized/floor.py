@@ -15,7 +15,8 @@ import numpy as np
 
 from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.model.measured import Measured
+from entropy_probe.model.policy import Policy
 from entropy_probe.realized.measure import Predicted
 from entropy_probe.realized.rounding import rounding_generator
 from entropy_probe.realized.scoring import measure_after

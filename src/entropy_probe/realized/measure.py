@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.model.policy import Measured
+from entropy_probe.model.measured import Measured
 from entropy_probe.statistics.importance_sampling import (
     EntropyChange,
     LinearTerm,

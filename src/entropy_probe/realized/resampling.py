@@ -17,7 +17,8 @@ from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch, count_cut, group_rollouts
 from entropy_probe.errors import InputError
 from entropy_probe.model.input_limits import end_token_ids, input_limits
-from entropy_probe.model.policy import Measured, Policy, check_finite
+from entropy_probe.model.measured import Measured
+from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.model.virtual_step import virtual_step
 from entropy_probe.realized.changes import RealizedChange
 from entropy_probe.realized.steps import Step

@@ -17,7 +17,8 @@ from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import Rules, response_dots, weighted_gradient
-from entropy_probe.model.policy import Measured, Policy, check_finite
+from entropy_probe.model.measured import Measured
+from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
 from entropy_probe.optimizers.base import OptimizerState
 from entropy_probe.optimizers.geometry import Geometry

@@ -6,7 +6,8 @@ import torch
 
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
-from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.model.measured import Measured
+from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
 from entropy_probe.realized.rounding import rounding_noise
 from entropy_probe.realized.steps import Step

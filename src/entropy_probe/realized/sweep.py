@@ -14,7 +14,8 @@ import torch
 
 from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.model.policy import Measured, Policy
+from entropy_probe.model.measured import Measured
+from entropy_probe.model.policy import Policy
 from entropy_probe.realized.changes import RealizedChange
 from entropy_probe.realized.measure import EntropyMeasure
 from entropy_probe.realized.rounding import rounding_generator

@@ -8,7 +8,7 @@ from entropy_probe.checkpoints import Checkpoint
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.common.source import Source
 from entropy_probe.model.dropout import active_dropout
-from entropy_probe.model.policy import Measured
+from entropy_probe.model.measured import Measured
 from entropy_probe.pipeline.recorded import SAME_RATE, recorded_rates
 from entropy_probe.replay_check.case import Replayed
 from entropy_probe.replay_check.row_causes import WHOLE_FILE, incomplete, surplus

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.model.policy import Measured
+from entropy_probe.model.measured import Measured
 from entropy_probe.statistics.importance_sampling import EntropyChange, Weighting, entropy_change
 
 

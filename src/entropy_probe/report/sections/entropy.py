@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.model.policy import Measured
+from entropy_probe.model.measured import Measured
 from entropy_probe.report.numbers import quantity
 from entropy_probe.report.rows import PRECONDITIONED, Block, Row, Rows
 from entropy_probe.report.sections.base import Context, Section
