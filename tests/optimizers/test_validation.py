@@ -16,9 +16,7 @@ from entropy_probe.optimizers.state import AdamMoments
 from entropy_probe.optimizers.validation import normal_chunk, validate_preconditioner
 from entropy_probe.ranks.collectives import Ranks
 from entropy_probe.ranks.sharding import Sharding, row_spans
-from support import (
-    adam_state,
-)
+from support import adam_state
 
 
 def _with(value: float) -> torch.Tensor:
