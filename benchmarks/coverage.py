@@ -3,10 +3,10 @@
     python benchmarks/coverage.py --json FILE --markdown docs/coverage.md --pool FILE      all of it, about an hour
     python benchmarks/coverage.py --quick                                                  a look
 
-Families: policies whose every response is enumerated (``tests/enumerable.py``), synthetic vectors with light and heavy tails,
-and kernels drawn from large ones of the bundled checkpoint, by either estimator; and two batches of the policies. The truth is
-known in each. ``--json`` is written after every cell, and a run that was cut off goes on from it. ``--pool`` names a file that
-the large kernels are kept in; without it they are made again, in five to ten minutes and 4 GB.
+Families: policies whose every response is enumerated (``tests/oracles/enumerable.py``), synthetic vectors with light and
+heavy tails, and kernels drawn from large ones of the bundled checkpoint, by either estimator; and two batches of the
+policies. The truth is known in each. ``--json`` is written after every cell, and a run that was cut off goes on from it.
+``--pool`` names a file that the large kernels are kept in; without it they are made again, in five to ten minutes and 4 GB.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A prompt draws a context and G responses. X_n and Y_n do not depend on the order of the responses, so an outcome is a context
 and a multiset of responses, with probability (1/contexts) G! / Π_k m_k! · Π_k p_k^m_k for multiplicities m. Coefficients are
-the package's own; ∇log π, H_t and ∇H_t are those of ``tests/enumerable.py``, token by token. With M = E[X], N = E[Y] and the
-second moments of one outcome everything about U_cross and the two-batch mean is exact:
+the package's own; ∇log π, H_t and ∇H_t are those of ``tests/oracles/enumerable.py``, token by token. With M = E[X], N = E[Y]
+and the second moments of one outcome everything about U_cross and the two-batch mean is exact:
 
     E U_cross = M · N       g = ½ (X · N + Y · M) − M · N,  ζ₁ = Var g       τ² = Var h − 2 ζ₁
     E h² = ½ tr(E[XXᵀ] E[YYᵀ]) + ½ tr(E[YXᵀ]²)

@@ -96,6 +96,27 @@ def test_no_folders_of_a_room_import_each_other_in_a_circle() -> None:
     graphlib.TopologicalSorter(needs).prepare()
 
 
+MANY_PARAMETERS = {
+    "pipeline/run.py:probe_checkpoint": "public, its signature stays",
+    "replay_check/run.py:replay": "public, its signature stays",
+    "gradients/capture/layers.py:forward": "torch sets the signature: a tensor each, through autograd.Function.apply",
+}
+"""Functions with more than eight parameters, and why. The command line is free: an option is a parameter there."""
+
+
+def test_no_function_has_more_than_eight_parameters_but_for_a_reason() -> None:
+    found = set()
+    for path in FILES.values():
+        if room(path) == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len([a for a in given if a.arg not in ("self", "cls")]) > 8:
+                    found.add(f"{path.relative_to(ROOT).as_posix()}:{node.name}")
+    assert found == set(MANY_PARAMETERS)
+
+
 def test_statistics_know_numpy_and_scipy_alone() -> None:
     for path in (ROOT / "statistics").rglob("*.py"):
         assert not {name.split(".")[0] for name in imported(path)} & FRAMEWORKS, path

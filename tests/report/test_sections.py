@@ -178,7 +178,8 @@ def test_metrics_are_flat_floats_under_the_names_that_a_tracker_knows(report: Re
     for target in report.targets:
         low, high = target.ci95 or (None, None)
         expected |= {
-            f"delta_{target.name}": target.delta, f"delta_{target.name}_low": low, f"delta_{target.name}_high": high,
+            f"delta_{target.name}": target.delta, f"delta_{target.name}_se": target.se,
+            f"delta_{target.name}_low": low, f"delta_{target.name}_high": high,
         }  # fmt: skip
     assert {"delta_reward", "delta_reward_low", "delta_length_high"} <= expected.keys()
     found = report.metrics()

@@ -147,7 +147,7 @@ def test_the_change_of_a_reward_is_its_mean_by_importance_weights() -> None:
     rewards = torch.tensor([1.0, 0.0, 0.5, 2.0], dtype=torch.float64)
     before = torch.tensor([-1.0, -2.0, -1.5, -0.5], dtype=torch.float64)
     after = before + torch.tensor([0.1, -0.2, 0.3, 0.0], dtype=torch.float64)
-    (reward, _) = ALSO_MOVED
+    reward = next(target for target in ALSO_MOVED if target.name == "reward")
     found = reward.change(Sample(sizes, lengths, before, None, rewards), Sample(sizes, lengths, after, None, rewards))
     weights = (after - before).exp()
     assert found.delta_h == pytest.approx(float((weights * rewards).sum() / weights.sum() - rewards.mean()), rel=1e-12)
@@ -155,7 +155,9 @@ def test_the_change_of_a_reward_is_its_mean_by_importance_weights() -> None:
 
 def test_the_registry_has_every_estimator_and_every_name_once() -> None:
     assert set(ESTIMATORS) == set(Estimator)
-    assert [target.name for target in ALSO_MOVED] == ["reward", "length"]
+    names = [target.name for target in ALSO_MOVED]
+    assert names[:2] == ["reward", "length"]
+    assert len(set(names)) == len(names)
 
 
 def both(
@@ -244,10 +246,12 @@ def report_of(rows: list[Rollout] = ROWS, *, vectors: float, **more: object) -> 
 
 def test_targets_are_given_where_they_fit_and_change_no_plan() -> None:
     room, tight = report_of(vectors=33), report_of(vectors=31)
-    assert [target.name for target in room.targets] == ["reward", "length"]
+    assert [target.name for target in room.targets] == [target.name for target in ALSO_MOVED]
     assert all(target.delta is not None and target.se is not None for target in room.targets)
-    assert (tight.units, tight.first_order.delta_h1) == (room.units, room.first_order.delta_h1)
-    assert [target.delta for target in tight.targets] == [None, None]
+    assert tight.first_order.delta_h1 == room.first_order.delta_h1
+    assert replace(tight.units, reason="") == replace(room.units, reason="")
+    assert "sets of 4 vectors" in room.units.reason
+    assert all(target.delta is None for target in tight.targets)
     assert "do not fit beside the entropy's" in tight.targets[0].null_reasons["ci95"]
     streamed = report_of(vectors=1)
     assert streamed.units.storage == "streamed"
@@ -268,8 +272,33 @@ def test_a_reward_that_never_differs_tells_nothing() -> None:
     equal = [replace(row, reward=0.7, advantage=float(n % 2)) for n, row in enumerate(ROWS)]
     reward, length = report_of(equal, vectors=25).targets
     assert reward.delta is None
-    assert reward.null_reasons["delta"].startswith("no reward differs among the responses to one prompt")
+    assert reward.null_reasons["delta"].startswith("the responses to each prompt are alike in reward")
     assert length.delta is not None
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e-38])
+def test_rewards_that_float32_vectors_do_not_hold_cost_nothing_but_their_own_change(scale: float) -> None:
+    rows = [replace(row, reward=row.reward * scale, advantage=float(n % 2)) for n, row in enumerate(ROWS)]
+    found = report_of(rows, vectors=33)
+    reward, length = found.targets
+    assert "scale it" in reward.null_reasons["delta"]
+    assert length.delta is not None
+    assert found.to_dict()["targets"][0]["delta"] is None
+
+
+def test_where_no_rule_serves_a_parameter_targets_are_given_when_asked_for_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    by_rules = report_of(vectors=33)
+    original = treatments.first_treatment
+
+    def slower(module: nn.Module, parameter: nn.Parameter) -> Treatment:
+        return Treatment.FALLBACK if parameter.dim() == 1 else original(module, parameter)
+
+    monkeypatch.setattr(treatments, "first_treatment", slower)
+    unasked, asked = report_of(vectors=33), report_of(vectors=33, targets=True)
+    assert "take a backward a target" in unasked.targets[0].null_reasons["delta"]
+    assert asked.targets[0].delta == pytest.approx(by_rules.targets[0].delta, rel=1e-6)
 
 
 def test_the_command_says_them_and_takes_targets(tmp_path: Path) -> None:
@@ -278,7 +307,7 @@ def test_the_command_says_them_and_takes_targets(tmp_path: Path) -> None:
     arguments = ("run", checkpoint, "--rollouts", tmp_path / "rows.jsonl", "--no-noise", "--memory", "1e-4")
     found = support.run_command(*arguments)
     assert found.code == 0, found.err
-    assert "Also moved by this step" in found.out
+    assert "Also moved by the preconditioned step" in found.out
     assert "vectors are streamed" in found.out
     found = support.run_command(*arguments, "--targets")
     assert found.code == 0, found.err

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from entropy_probe.checkpoints.formats.base import FoundFile
+from entropy_probe.checkpoints.formats.foreign import refuse_foreign
 from entropy_probe.checkpoints.formats.registry import format_of
 from entropy_probe.checkpoints.index_names import OptimizerMapping
 from entropy_probe.checkpoints.loading import load_matched
@@ -66,13 +67,15 @@ def look_into(path: Path, base: Path | None = None) -> FolderFacts:
     """A folder's format and files; whoever gives a base needs no config.json there.
 
     Raises:
-        InputError: no folder, or none of a format that is read.
+        InputError: no folder, or none of a format that is read; another framework's is named, also beside a configuration.
     """
     known = format_of(path)
     files = tuple(
         replace(file, required=False) if base is not None and file.pattern == "config.json" else file
         for file in known.files(path)
     )
+    if any(file.required and not file.names for file in files):
+        refuse_foreign(path)
     return FolderFacts(known.name, known.trainer_state(path).global_step, known.world_size(path), files)
 
 

@@ -46,7 +46,7 @@ def stored_dots(
 ) -> Dots:
     """K_uw = X_u · P · Y_w from all units' vectors; ΣX · P · ΣY is taken from the sums, apart from K. Summed over ranks.
 
-    X's channel is ``left``: that of a further target's vectors gives their dots with Y.
+    X's channel is ``left``: that of a further target's vectors gives their dots with Y, without ΣY and ``zero_v``.
     """
     units = range(len(sizes))
     device = next(iter(vectors.values.values())).device
@@ -57,15 +57,18 @@ def stored_dots(
     groups = geometry.dot_groups
     kernels = {group: torch.zeros((len(units),) * 2, dtype=torch.float64, device=device) for group in groups}
     sum_dots = {group: torch.zeros((), dtype=torch.float64, device=device) for group in groups}
+    # ΣY and what v = 0 adds are the entropy's alone: of further targets they would be the same again, or of no use.
+    first = left == 0
     y_sums = {
-        name: uninitialised((values.shape[-1],), torch.float64, device) for name, values in vectors.values.items()
+        name: uninitialised((values.shape[-1],), torch.float64, device)
+        for name, values in (vectors.values.items() if first else ())
     }
 
     def multiply(group: DotGroup, pieces: Sequence[tuple[str, slice]], used: int) -> None:
         x, y = buffer[:, :, :used]
         x_sum, y_sum, p = x.sum(0), y.sum(0), weights[:used]
         start = 0
-        for name, part in pieces:
+        for name, part in pieces if first else ():
             y_sums[name][part] = y_sum[start : start + part.stop - part.start]
             start += part.stop - part.start
         sum_dots[group] += torch.dot(x_sum.mul_(p), y_sum)
@@ -90,7 +93,7 @@ def stored_dots(
                 used += count
         if pieces:
             multiply(group, pieces, used)
-    of_zeros = zero_v_dots(vectors, units, geometry)
+    of_zeros = zero_v_dots(vectors, units, geometry) if first else {group: torch.zeros(()) for group in groups}
     found = [
         torch.cat([kernel.flatten(), sum_dots[group][None], of_zeros[group][None].to(kernel)]).cpu().numpy()
         for group, kernel in kernels.items()

@@ -1,6 +1,6 @@
 """Which targets beside the entropy a probe differentiates: those of its list that differ among responses and that fit.
 
-Each takes a vector a unit more. Unasked, they must leave units and storage as they would be without them.
+Each takes a vector a unit more. Unasked, they must leave units and storage as they would be without them, and take no backward.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from entropy_probe.data.rollouts import RolloutBatch
+from entropy_probe.errors import some_of
 from entropy_probe.gradients import Plan, Storage, UnitGradients
+from entropy_probe.gradients.capture.modules import Treatment
+from entropy_probe.gradients.treatments import Rules
 from entropy_probe.report import TargetSection
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.u_statistics import cross_statistics
 from entropy_probe.targets.base import Sample
 from entropy_probe.targets.of_responses import TargetOfResponses
 from entropy_probe.targets.registry import ALSO_MOVED
+
+LEAST_WEIGHT, MOST_WEIGHT = 1e-30, 1e30
+"""Between which coefficients leave float32 vectors room for gradients."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,10 @@ class AlsoMoved:
 
     given: tuple[TargetOfResponses, ...]
     reasons: Mapping[str, str]
+
+    def withheld(self, why: str) -> AlsoMoved:
+        """None of them given, for this reason."""
+        return AlsoMoved((), {**self.reasons, **{target.name: why for target in self.given}})
 
 
 def plan_targets(batch: RolloutBatch, plan_for: Callable[[int], Plan], *, asked: bool) -> tuple[Plan, AlsoMoved]:
@@ -36,11 +46,19 @@ def plan_targets(batch: RolloutBatch, plan_for: Callable[[int], Plan], *, asked:
     """
     sample = Sample.of(batch)
     differing = tuple(target for target in ALSO_MOVED if bool((target.weights(sample) != 0).any()))
+    said = {target.name: target.name.replace("_", " ") for target in ALSO_MOVED}
     same = {
-        target.name: f"no {target.name} differs among the responses to one prompt, so there is nothing to learn from"
+        target.name: f"the responses to each prompt are alike in {said[target.name]}, so there is nothing to learn from"
         for target in ALSO_MOVED
         if target not in differing
     }
+    for target in differing:
+        largest = float(target.weights(sample).abs().max())
+        if not LEAST_WEIGHT <= largest <= MOST_WEIGHT:
+            same[target.name] = (
+                f"its coefficients are as large as {largest:.1e}, which float32 vectors do not hold; scale it"
+            )
+    differing = tuple(target for target in differing if target.name not in same)
     plan, with_targets = plan_for(2), plan_for(2 + len(differing))
     if asked:
         return with_targets, AlsoMoved(differing, same)
@@ -52,8 +70,18 @@ def plan_targets(batch: RolloutBatch, plan_for: Callable[[int], Plan], *, asked:
             "are streamed"
         )
     else:
-        return plan, AlsoMoved(differing, same)
+        return with_targets, AlsoMoved(differing, same)
     return plan, AlsoMoved((), {target.name: why for target in differing} | same)
+
+
+def without_dear_ones(also: AlsoMoved, rules: Rules) -> AlsoMoved:
+    """Without the targets that nobody asked for, where parameters that no rule serves would take a backward for each."""
+    slow = [name for name, how in rules.treatments.items() if how is Treatment.FALLBACK]
+    if not slow or not also.given:
+        return also
+    return also.withheld(
+        f"parameters without a rule ({some_of(slow)}) take a backward a target; set targets to true for these too"
+    )
 
 
 def target_sections(also: AlsoMoved, gradients: UnitGradients, interval: IntervalMethod | None) -> list[TargetSection]:

@@ -21,6 +21,7 @@ def config_section(task: Task) -> ConfigSection:
         noise=settings.noise,
         interval=settings.interval,
         split=settings.split,
+        targets=settings.targets,
         sweep=None if settings.sweep is None else [settings.sweep.low, settings.sweep.high, settings.sweep.count],
         resample=settings.resample,
         resample_batch=settings.resample_batch,

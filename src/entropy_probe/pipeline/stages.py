@@ -47,7 +47,7 @@ from entropy_probe.optimizers.what_if import (
     no_momentum,
     without_negative_advantages,
 )
-from entropy_probe.pipeline.also_moved import AlsoMoved, plan_targets
+from entropy_probe.pipeline.also_moved import AlsoMoved, plan_targets, without_dear_ones
 from entropy_probe.pipeline.inputs import (
     check_cross_memory,
     check_evaluation,
@@ -194,6 +194,8 @@ def make_task(
             policy, rows, memory_bytes=memory, microbatch_size=settings.microbatch_size, earlier=earlier
         )
         policy = preparation.applied(policy)
+    if not settings.targets:
+        also = without_dear_ones(also, preparation.rules)
     resampling = None
     if settings.resample:
         resampling = plan_resampling(

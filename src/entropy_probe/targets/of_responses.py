@@ -2,10 +2,11 @@
 
     Z_n = (1/G_n) Σ_g (v_ng − v̄_n,−g) ∇S_ng          E[Z_n] = +∇E[v]_n
 
-by the score-function identity ∇E[v] = E[v ∇S]; the mean v̄_n,−g over the prompt's other responses does not depend on response g
-and E[∇S] = 0, so it adds no bias. These coefficients need no forward and stand on the same ∇S as Y's: no backward more, but one
-more vector a unit. The step Δθ = η P Ȳ changes E[v] by δ = +η · mean over pairs n ≠ m of Z_n · P Y_m; a prompt's own pair is
-left out, as δH₁ leaves it out, because both its sides are made of the same responses. Source: docs/method.md, section 4.
+by the score-function identity ∇E[v] = E[v ∇S]; the mean v̄_n,−g over the prompt's other responses does not depend on
+response g and E[∇S] = 0, so it adds no bias. These coefficients need no forward and stand on the same ∇S as Y's: one more
+vector a unit, and no backward more where a rule serves the parameter (what none serves takes one). The step Δθ = η P Ȳ
+changes E[v] by δ = +η · mean over pairs n ≠ m of Z_n · P Y_m; a prompt's own pair is left out, as δH₁ leaves it out,
+because both its sides are made of the same responses. Source: docs/method.md, section 4.
 """
 
 from __future__ import annotations

@@ -41,6 +41,10 @@ class StoredAdapter:
     pretrained: Path | None = None
 
 
+ADAM_STATE = "Adam state"
+"""The purpose of the files without which a folder is no checkpoint to probe."""
+
+
 @dataclass(frozen=True)
 class FoundFile:
     """A kind of file, what it is for, the names found, and whether the probe needs one."""

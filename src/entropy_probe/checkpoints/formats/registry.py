@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from entropy_probe.checkpoints.formats.accelerate_sharded import AccelerateSharded
-from entropy_probe.checkpoints.formats.base import Format
+from entropy_probe.checkpoints.formats.base import ADAM_STATE, Format
 from entropy_probe.checkpoints.formats.foreign import layers, refuse_foreign
 from entropy_probe.checkpoints.formats.trainer import TrainerFolder
 from entropy_probe.errors import InputError, some_of
@@ -40,7 +40,7 @@ def refuse_misplaced(path: Path) -> None:
     """
     if _is_empty(path):
         raise InputError(f"{path} is empty; expected a checkpoint folder such as checkpoint-100")
-    inside = [[folder for folder in layer if folder != path and _is_complete(folder)] for layer in layers(path)]
+    inside = [[folder for folder in layer if folder != path and _may_be_given(folder)] for layer in layers(path)]
     inner = [str(folder.relative_to(path)) for folder in next(filter(None, inside), [])]
     if inner:
         which = "that" if len(inner) == 1 else "one of them"
@@ -52,9 +52,15 @@ def _detected(path: Path) -> Format | None:
     return next((known for known in FORMATS if known.detects(path)), None)
 
 
-def _is_complete(folder: Path) -> bool:
+def _may_be_given(folder: Path) -> bool:
+    """Whether all is there, or Adam's state: what is missing beside it is told by name where the folder is given."""
     found = _detected(folder)
-    return found is not None and all(file.names for file in found.files(folder) if file.required)
+    if found is None:
+        return False
+    files = found.files(folder)
+    return all(file.names for file in files if file.required) or any(
+        file.names for file in files if file.purpose.startswith(ADAM_STATE)
+    )
 
 
 def _is_empty(path: Path) -> bool:

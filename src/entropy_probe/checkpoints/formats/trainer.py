@@ -13,7 +13,7 @@ from entropy_probe.checkpoints.files.optimizer_pt import read_optimizer_file
 from entropy_probe.checkpoints.files.safetensors_files import INDEX, WHOLE, tensors_of_file, tensors_of_model
 from entropy_probe.checkpoints.files.stored import StoredOptimizer
 from entropy_probe.checkpoints.files.trainer_state import TrainerState, read_trainer_state
-from entropy_probe.checkpoints.formats.base import FoundFile, StoredAdapter, StoredWeights, found_file
+from entropy_probe.checkpoints.formats.base import ADAM_STATE, FoundFile, StoredAdapter, StoredWeights, found_file
 from entropy_probe.common.files import read_json
 from entropy_probe.errors import InputError, some_of
 
@@ -39,7 +39,7 @@ class TrainerFolder:
             found_file(path, CONFIG, "architecture", required=not adapted),
             found_file(path, ADAPTER_CONFIG, "PEFT adapter", required=False),
             found_file(path, "*.safetensors", "weights", required=True),
-            found_file(path, OPTIMIZER, "Adam state", required=True),
+            found_file(path, OPTIMIZER, ADAM_STATE, required=True),
             found_file(path, "trainer_state.json", "training log", required=False),
             found_file(path, "tokenizer_config.json", "tokenizer", required=False),
         )

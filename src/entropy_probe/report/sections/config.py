@@ -26,6 +26,7 @@ class ConfigSection(Section):
     noise: bool
     interval: str | None
     split: int | None
+    targets: bool
     sweep: list[float] | None
     resample: bool
     resample_batch: int | None

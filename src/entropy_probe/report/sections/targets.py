@@ -13,7 +13,7 @@ from entropy_probe.statistics.u_statistics import CrossStatistics
 from entropy_probe.targets.registry import ALSO_MOVED
 
 NUMBERS = ("delta", "se", "ci95")
-CHAPTER = Chapter(25, "Also moved by this step, to first order")
+CHAPTER = Chapter(25, "Also moved by the preconditioned step, to first order")
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class TargetSection(Entry):
 
     @classmethod
     def metrics_of(cls, entries: Sequence[Self]) -> Mapping[str, float | None]:
-        """δ of every target with the ends of its 95 % interval, such as ``delta_reward``."""
+        """δ of every target with its error and the ends of its 95 % interval, such as ``delta_reward``."""
         found: dict[str, float | None] = {}
         for entry in entries:
             name = f"delta_{entry.name}"
-            found |= {name: entry.delta, **ends(name, entry.ci95)}
+            found |= {name: entry.delta, f"{name}_se": entry.se, **ends(name, entry.ci95)}
         return found
 
     def row(self, what: str) -> Row:
