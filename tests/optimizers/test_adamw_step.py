@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from entropy_probe import AdamState, state_of_optimizer
 from entropy_probe.optimizers.adam import Adam
-from entropy_probe.optimizers.adamw_step import adamw_step, clip_factor
+from entropy_probe.optimizers.adamw_step import adamw_step
+from entropy_probe.optimizers.clipping import clip_factor
 from entropy_probe.optimizers.geometry import Geometry
 from oracle import optimizer_step, parts_with_v_at_t
 

@@ -17,8 +17,8 @@ from entropy_probe.gradients import reference
 from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
 from entropy_probe.optimizers.base import DotGroup, OptimizerState, PreconditionerTest
+from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
 from entropy_probe.optimizers.geometry import Geometry, GivenMetric
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
 from entropy_probe.ranks.sharding import WHOLE, Sharding

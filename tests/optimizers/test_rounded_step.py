@@ -16,7 +16,8 @@ from entropy_probe.errors import InputError
 from entropy_probe.gradients import loss_gradient
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.adamw_step import adamw_deltas, clip_factor, gradient_norm
+from entropy_probe.optimizers.adamw_step import adamw_deltas
+from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.optimizers.rounded_step import rounded_adamw
 from entropy_probe.optimizers.rounding import RoundedStep, RoundingRule

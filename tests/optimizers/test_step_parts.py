@@ -25,7 +25,8 @@ from entropy_probe.gradients import Storage, UnitGradients, Wanted, reference, r
 from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import virtual_step
-from entropy_probe.optimizers.adamw_step import adamw_step, clip_factor, gradient_norm
+from entropy_probe.optimizers.adamw_step import adamw_step
+from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.gradient_weights import gradient_factors
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments

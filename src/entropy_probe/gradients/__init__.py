@@ -8,18 +8,14 @@ probe (:mod:`~entropy_probe.gradients.preparation`).
 
 from entropy_probe.gradients.capture.checkpointing import marked
 from entropy_probe.gradients.coefficients import Sides
-from entropy_probe.gradients.engine import (
-    cross_gradients,
-    response_dots,
-    response_parts,
-    unit_gradients,
-    weighted_gradient,
-)
+from entropy_probe.gradients.engine import unit_gradients
 from entropy_probe.gradients.interface import Coverage, Directions, Looked, Storage, UnitGradients, Wanted
+from entropy_probe.gradients.of_responses import response_dots, response_parts, weighted_gradient
 from entropy_probe.gradients.plan import VECTOR_SHARE, Plan, make_plan
 from entropy_probe.gradients.preparation import Preparation, prepare
 from entropy_probe.gradients.reference import loss_gradient
 from entropy_probe.gradients.treatments import Rules
+from entropy_probe.gradients.two_batches import cross_gradients
 from entropy_probe.gradients.unreached import refuse_cut, trained_before, unexplained, watched
 
 __all__ = [

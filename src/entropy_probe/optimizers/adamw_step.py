@@ -13,13 +13,13 @@ torch.optim.Adam and AdamW, torch.nn.utils.clip_grad_norm_.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
 from entropy_probe.optimizers.state import AdamGroup, AdamMoments, AdamState
 from entropy_probe.ranks.sharding import WHOLE, Sharding
 
@@ -85,25 +85,6 @@ def adamw_step(
         gradient_norm=norm,
         clip_factor=factor,
     )
-
-
-def gradient_norm(ascent: Mapping[str, Tensor], sharding: Sharding = WHOLE) -> float:
-    """‖Ȳ‖, L2 over all parameters that have a gradient; of shards, over those of all ranks."""
-    return math.sqrt(sharding.total(sum(float((y.double() ** 2).sum()) for y in ascent.values())))
-
-
-def clip_factor(norm: float, max_grad_norm: float | None) -> float:
-    """What torch.nn.utils.clip_grad_norm_ multiplies a gradient of this norm with; 1.0 without a limit.
-
-    Raises:
-        ValueError: ``max_grad_norm`` is not above 0.
-    """
-    if max_grad_norm is None:
-        return 1.0
-    if not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number above 0, or None")
-    # As torch has it: a norm of exactly max_grad_norm is clipped too, by a trace.
-    return min(1.0, max_grad_norm / (norm + 1e-6))
 
 
 def adamw_deltas(

@@ -32,8 +32,8 @@ from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.digest import digest_of_model
 from entropy_probe.model.input_limits import check_fits, input_limits, special_ids
 from entropy_probe.optimizers.adam import Adam
-from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
 from entropy_probe.optimizers.base import gradient_weights
+from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.step_parts import predict_parts
 from entropy_probe.optimizers.what_if import learning_rate_for_fall

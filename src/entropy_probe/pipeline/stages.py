@@ -35,8 +35,8 @@ from entropy_probe.losses.advantages import AdvantageRule
 from entropy_probe.model.measured import Measured
 from entropy_probe.model.policy import Policy
 from entropy_probe.model.virtual_step import at_least_float32, below_float32
-from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
 from entropy_probe.optimizers.base import Look, OptimizerState, distinct_rates
+from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.rounding import RoundingRule
 from entropy_probe.optimizers.step_parts import StepPrediction

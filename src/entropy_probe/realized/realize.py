@@ -12,7 +12,7 @@ from entropy_probe.common.progress import Progress, Silent
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.model.measured import Measured
 from entropy_probe.model.policy import Policy
-from entropy_probe.optimizers.adamw_step import gradient_norm
+from entropy_probe.optimizers.clipping import gradient_norm
 from entropy_probe.realized.changes import RealizedChange
 from entropy_probe.realized.floor import noise_floors
 from entropy_probe.realized.measure import Predicted

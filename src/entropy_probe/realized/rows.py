@@ -19,8 +19,8 @@ from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import Rules, response_dots, weighted_gradient
 from entropy_probe.model.measured import Measured
 from entropy_probe.model.policy import Policy, check_finite
-from entropy_probe.optimizers.adamw_step import clip_factor, gradient_norm
 from entropy_probe.optimizers.base import OptimizerState
+from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.rounding import NEAREST, RoundingRule
 from entropy_probe.realized.changes import RealizedChange, average

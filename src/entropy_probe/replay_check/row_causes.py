@@ -10,7 +10,7 @@ from torch import Tensor
 from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import loss_gradient
-from entropy_probe.optimizers.adamw_step import gradient_norm
+from entropy_probe.optimizers.clipping import gradient_norm
 from entropy_probe.replay_check.case import Cause, Replayed
 from entropy_probe.replay_check.update_comparison import fitted_factor
 from entropy_probe.report.replay_schema import Suspicion

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.model.measured import Measured
-from entropy_probe.optimizers.adamw_step import gradient_norm
+from entropy_probe.optimizers.clipping import gradient_norm
 from entropy_probe.pipeline.recorded import recorded_count
 from entropy_probe.replay_check.case import Replayed
 from entropy_probe.replay_check.suspicions import Findings

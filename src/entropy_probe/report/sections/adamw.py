@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.common.source import Source
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.optimizers.adamw_step import clip_factor
 from entropy_probe.optimizers.base import OptimizerState
+from entropy_probe.optimizers.clipping import clip_factor
 from entropy_probe.optimizers.step_parts import PARTS, StepPrediction
 from entropy_probe.report.numbers import interval, none, range_of, signed
 from entropy_probe.report.rows import OWN_STEP, Block, Row, Rows
