@@ -75,6 +75,17 @@ def test_every_command_names_the_framework_and_where_it_is(kind: str, tmp_path: 
         assert "save_only_model" not in outcome.err
 
 
+def test_another_framework_beside_plain_weights_is_named_and_nothing_else_is_printed(tmp_path: Path) -> None:
+    """As DeepSpeed under the Trainer leaves a folder: it must not be called the Trainer's first."""
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "global_step4").mkdir()
+    (tmp_path / "global_step4" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    (tmp_path / "latest").write_text("global_step4")
+    outcome = run_command("inspect", tmp_path)
+    assert (outcome.code, outcome.out, len(outcome.lines)) == (2, "", 1)
+    assert "DeepSpeed ZeRO" in outcome.err
+
+
 def test_a_runs_folder_points_at_its_checkpoints(tmp_path: Path) -> None:
     for step in (2, 3):
         make_checkpoint(tmp_path / "run" / f"checkpoint-{step}")
@@ -112,6 +123,7 @@ def test_an_adapter_with_a_name_is_told_where_it_is_and_then_read(tmp_path: Path
         (path / file).rename(path / "policy" / file)
     outcome = run_command("inspect", path, "--base", tmp_path / "base")
     assert "keeps its adapter in policy/" in outcome.err
+    assert "holds checkpoint-3; give that" in run_command("inspect", tmp_path).err
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (path / "policy" / file).rename(path / file)
     assert run_command("inspect", path, "--base", tmp_path / "base").code == 0

@@ -298,6 +298,7 @@ def test_where_no_rule_serves_a_parameter_targets_are_given_when_asked_for_alone
     monkeypatch.setattr(treatments, "first_treatment", slower)
     unasked, asked = report_of(vectors=33), report_of(vectors=33, targets=True)
     assert "take a backward a target" in unasked.targets[0].null_reasons["delta"]
+    assert "pairs of vectors" in unasked.units.reason
     assert asked.targets[0].delta == pytest.approx(by_rules.targets[0].delta, rel=1e-6)
 
 

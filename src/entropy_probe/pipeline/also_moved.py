@@ -74,12 +74,14 @@ def plan_targets(batch: RolloutBatch, plan_for: Callable[[int], Plan], *, asked:
     return plan, AlsoMoved((), {target.name: why for target in differing} | same)
 
 
-def without_dear_ones(also: AlsoMoved, rules: Rules) -> AlsoMoved:
+def without_dear_ones(
+    plan: Plan, also: AlsoMoved, rules: Rules, plan_for: Callable[[int], Plan]
+) -> tuple[Plan, AlsoMoved]:
     """Without the targets that nobody asked for, where parameters that no rule serves would take a backward for each."""
     slow = [name for name, how in rules.treatments.items() if how is Treatment.FALLBACK]
     if not slow or not also.given:
-        return also
-    return also.withheld(
+        return plan, also
+    return plan_for(2), also.withheld(
         f"parameters without a rule ({some_of(slow)}) take a backward a target; set targets to true for these too"
     )
 

@@ -172,9 +172,9 @@ def make_task(
     ranks = subject.sharding.ranks
     memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
     geometry = Geometry.of(subject.optimizer, settings.vector_dtype)
-    plan, also = plan_targets(
-        batch,
-        lambda vectors: make_plan(
+
+    def plan_for(vectors: int) -> Plan:
+        return make_plan(
             settings.mode,
             settings.blocks,
             prompts=len(batch.groups),
@@ -183,9 +183,9 @@ def make_task(
             memory_bytes=memory,
             most_held=partial(units_on_a_rank, subject.sharding, batch),
             vectors=vectors,
-        ),
-        asked=settings.targets,
-    )
+        )
+
+    plan, also = plan_targets(batch, plan_for, asked=settings.targets)
     check_interval(settings.interval, plan)
     with clock.stage("prepare"):
         # Planned for both batches: the evaluation's rows may be the longer ones.
@@ -195,7 +195,7 @@ def make_task(
         )
         policy = preparation.applied(policy)
     if not settings.targets:
-        also = without_dear_ones(also, preparation.rules)
+        plan, also = without_dear_ones(plan, also, preparation.rules, plan_for)
     resampling = None
     if settings.resample:
         resampling = plan_resampling(
