@@ -28,31 +28,30 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{
         name: ({name: [1, 1, 0, 1]}, (f"{name} with 0 at 1 of 4", MASK))
         for name in (
-            "response_mask", "completion_mask", "loss_mask", "loss_masks", "tool_mask", "env_mask", "action_mask",
+            "completion_mask", "loss_masks", "action_mask",
             "assistant_masks", "token_loss_mask", "generation_mask", "some_other_mask",
         )
     },
-    "a mask over prompt and response": ({"loss_mask": [0, 0, 0, 1, 1, 0, 0]}, ("loss_mask with 0 at 2 of 4", MASK)),
-    "a mask that counts the prompt": ({"loss_mask": [0, 1, 1, 1, 1, 1, 1]}, ("1 at 2 of 3 prompt tokens",)),
-    "booleans": ({"response_mask": [True, False, True, True]}, ("response_mask with 0 at 1 of 4",)),
-    "a tensor": ({"response_mask": torch.tensor([1.0, 1.0, 1.0, 0.0])}, ("response_mask with 0 at 1 of 4",)),
-    "all zeros": ({"loss_mask": np.zeros(4)}, ("loss_mask with 0 at 4 of 4",)),
-    "a mask too short": ({"response_mask": [1, 1]}, ("response_mask of 2 values", "expected 4")),
-    "a mask of weights": ({"loss_mask": [1, 0.5, 1, 1]}, ("loss_mask holds 0.5",)),
+    "a mask over prompt and response": ({"loss_masks": [0, 0, 0, 1, 1, 0, 0]}, ("loss_masks with 0 at 2 of 4", MASK)),
+    "a mask that counts the prompt": ({"loss_masks": [0, 1, 1, 1, 1, 1, 1]}, ("1 at 2 of 3 prompt tokens",)),
+    "booleans": ({"action_mask": [True, False, True, True]}, ("action_mask with 0 at 1 of 4",)),
+    "a tensor": ({"completion_mask": torch.tensor([1.0, 1.0, 1.0, 0.0])}, ("completion_mask with 0 at 1 of 4",)),
+    "all zeros": ({"loss_masks": np.zeros(4)}, ("loss_masks with 0 at 4 of 4",)),
+    "a mask too short": ({"action_mask": [1, 1]}, ("action_mask of 2 values", "expected 4")),
+    "a mask of weights": ({"loss_masks": [1, 0.5, 1, 1]}, ("loss_masks holds 0.5",)),
     "a whole row left out": ({"sample_mask": 0.0}, ("sample_mask = 0.0", "not in the trainer's loss")),
     "labels": ({"labels": [-100, -100, -100, 6, -100, 8, 1]}, ("labels with 0 at 1 of 4", MASK)),
     # further terms of the loss
     **{
         name: ({name: 0.04}, (f"{name} = 0.04", "KL term"))
-        for name in ("beta", "kl_coef", "kl_loss_coef", "init_kl_coef", "kl_penalty", "reference_policy_kl_penalty")
+        for name in ("kl_beta", "kl_coef", "kl_loss_coef", "init_kl_coef", "kl_penalty", "reference_policy_kl_penalty")
     },
     **{
         name: ({name: 0.01}, (f"{name} = 0.01", "entropy term"))
-        for name in ("entropy_coeff", "entropy_coef", "entropy_loss_coef", "ent_coef")
+        for name in ("entropy_coeff", "entropy_loss_coef", "ent_coef")
     },
     "a KL loss": ({"use_kl_loss": True}, ("use_kl_loss = True", "KL term")),
-    "a coefficient as text": ({"beta": "0.04"}, ("beta = '0.04'",)),
-    "a quantile of tokens": ({"top_entropy_quantile": 0.2}, ("top_entropy_quantile = 0.2", "left out")),
+    "a coefficient as text": ({"kl_coef": "0.04"}, ("kl_coef = '0.04'",)),
     "a router's loss": ({"router_aux_loss_coef": 0.001}, ("router_aux_loss_coef = 0.001",)),
     # weights
     **{
@@ -68,12 +67,12 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         for name in ("entropy_coefficient", "ent_coeff", "entropy_bonus_coeff", "actor.entropy_coeff")
     },
     "another router's loss": ({"moe_aux_loss_coeff": 0.001}, ("moe_aux_loss_coeff = 0.001",)),
-    "within the loss's settings": ({"loss_config": {"beta": 0.04}}, ("loss_config.beta = 0.04", "KL term")),
+    "within the loss's settings": ({"loss_config": {"kl_coef": 0.04}}, ("loss_config.kl_coef = 0.04", "KL term")),
     "within a configuration": ({"config": {"lr": 1.0, "kl_coef": 0.1}}, ("config.kl_coef = 0.1", "KL term")),
     "arguments of a sampler": ({"sampling_args": {"top_p": 0.9}}, ("sampling_args.top_p = 0.9",)),
     **{
         f"{name}, of tokens": ({name: [1.0, 1.0, 0.5, 1.0]}, (f"{name} = 0.5 at response token 2",))
-        for name in ("loss_multiplier", "loss_scale", "token_level_weights", "rollout_is", "is_ratio", "advantage_weights")
+        for name in ("loss_multiplier", "token_level_weights", "rollout_is", "is_ratio", "advantage_weights")
     },
     "a multiplier of the row": ({"loss_multiplier": 0.0}, ("loss_multiplier = 0.0",)),
     "mask": ({"mask": [1, 1, 0, 1]}, ("mask with 0 at 1 of 4",)),
@@ -117,7 +116,7 @@ def test_a_column_that_contradicts_the_probe_is_refused_by_its_name_and_value(na
 
 
 NEUTRAL: dict[str, Any] = {
-    "response_mask": [1, 1, 1, 1], "loss_mask": [0, 0, 0, 1, 1, 1, 1], "tool_mask": None, "env_mask": torch.ones(4),
+    "response_mask": [1, 1, 1, 1], "tool_mask": None, "env_mask": torch.ones(4),
     "sample_mask": 1.0, "action_mask": True, "image_mask": [0, 1], "labels": [-100, -100, -100, 6, 7, 8, 1],
     "beta": 0.0, "kl_coef": None, "kl_penalty": "low_var_kl", "use_kl_loss": False, "entropy_coeff": 0, "betas": [0.9, 0.999],
     "importance_sampling_ratio": [1.0, 1.0 + 1e-7, 1.0, 1.0], "sample_weight": 1, "weight": 70.5, "ratio": 0.5,
@@ -131,7 +130,7 @@ NEUTRAL: dict[str, Any] = {
     "padding_mask": [0, 0, 0, 0], "pad_mask": [1, 1, 1, 1], "eos_mask": [0, 0, 0, 1], "is_truncated_mask": [0, 0, 0, 0],
     "truncated_mask": [False] * 4, "overlong_mask": [1, 1, 1, 1], "prompt_token_mask": [1, 1, 1, 0, 0, 0, 0],
     "metadata": {"beta": 0.5, "top_p": 0.9}, "config": {"lr": 1.0, "kl_coef": 0.0}, "compression_ratio": 0.5, "this_ratio": 2.0,
-    "loss_scale": [1.0, 1.0, 1.0, 1.0], "mask": [1, 1, 1, 1], "answer": "42", "entropy": 1.7, "kl": 0.02,
+    "mask": [1, 1, 1, 1], "answer": "42", "entropy": 1.7, "kl": 0.02,
 }  # fmt: skip
 
 
@@ -145,10 +144,10 @@ def test_a_column_that_changes_nothing_is_kept(name: str) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_columns_of_a_file_are_refused_as_those_of_python_are(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"rollouts.{kind}"
-    write_rollouts(rows(tool_mask=[1, 1, 0, 1]), path)
-    with pytest.raises(InputError, match=r"'p1' has tool_mask with 0 at 1 of 4 response tokens"):
+    write_rollouts(rows(action_mask=[1, 1, 0, 1]), path)
+    with pytest.raises(InputError, match=r"'p1' has action_mask with 0 at 1 of 4 response tokens"):
         read_batch(path)
-    write_rollouts(rows(tool_mask=[1, 1, 1, 1]), path)
+    write_rollouts(rows(action_mask=[1, 1, 1, 1]), path)
     assert len(read_batch(path).groups) == 2
 
 

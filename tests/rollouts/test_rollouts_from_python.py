@@ -52,7 +52,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "infinite reward of a tensor": ({"reward": torch.tensor(float("inf"))}, ("reward is inf",)),
     "boolean advantage": ({"advantage": np.bool_(True)}, ("advantage is a bool",)),
     "nan for logprobs": ({"logprobs": float("nan")}, ("logprobs is a float",)),
-    "no reward": ({"reward": None}, ("reward is a NoneType",)),
+    "no reward": ({"reward": None}, ("neither a reward nor an advantage",)),
     "nan advantage": ({"advantage": float("nan")}, ("advantage is nan",)),
     "nan logprob": ({"logprobs": (-1.0, float("nan"), -1.0)}, ("logprobs is nan",)),
     "minus infinity": ({"logprobs": (-1.0, float("-inf"), -1.0)}, ("logprobs is -inf",)),

@@ -159,7 +159,7 @@ def _gradients(
     """Σ_t (l_t ∇log π(y_t) + e_t ∇H_t) over the responses' tokens, of each of ``pairs``, by parameter name."""
     found: list[dict[str, Tensor]] = [{} for _ in pairs]
     tensors = list(parameters.values())
-    starts = [0, *itertools.accumulate(len(r.response_ids) for r in responses)]
+    starts = [0, *itertools.accumulate(r.tokens for r in responses)]
     needs_entropies = any(pair.entropies is not None for pair in pairs)
     with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad():
         for part in policy.microbatches(len(responses)):

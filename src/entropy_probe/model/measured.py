@@ -20,10 +20,11 @@ class TokenValues:
 
 @dataclass(frozen=True)
 class Measured:
-    """S of every response [N], and H of every response token [tokens] in the order of the responses, or None; nats.
+    """S of every response [N], and H and log π(y_t) of every response token [tokens] in the order of the responses; nats.
 
-    Float64, on the CPU, without gradients.
+    Float64, on the CPU, without gradients. ``entropies`` and ``log_probs`` are None where they were not asked for.
     """
 
     scores: Tensor
     entropies: Tensor | None
+    log_probs: Tensor | None = None

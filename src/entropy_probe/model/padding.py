@@ -16,7 +16,8 @@ class PaddedResponses:
     """Sequences padded on the right.
 
     ``input_ids`` and ``attention_mask`` are [n, L]; ``rows``, ``positions``, ``targets`` and ``places`` hold, for each response
-    token, its sequence, the position whose logits predict it, its id, and its place in the response: [tokens].
+    token that the policy drew, its sequence, the position whose logits predict it, its id, and its place in the response:
+    [tokens].
     ``first`` is each sequence's first such position, ``longest`` the length R of the longest response.
     """
 
@@ -61,10 +62,11 @@ def pad_right(responses: Sequence[Rollout], device: torch.device, length: int | 
         input_ids[row, : len(ids)] = torch.tensor(ids)
         attention_mask[row, : len(ids)] = 1
         first = len(response.prompt_ids) - 1
-        rows.extend([row] * len(response.response_ids))
-        positions.extend(range(first, first + len(response.response_ids)))
-        targets.extend(response.response_ids)
-        places.extend(range(len(response.response_ids)))
+        drawn = response.sampled_places
+        rows.extend([row] * len(drawn))
+        positions.extend(first + place for place in drawn)
+        targets.extend(response.at_sampled(response.response_ids))
+        places.extend(drawn)
     return PaddedResponses(
         input_ids.to(device),
         attention_mask.to(device),

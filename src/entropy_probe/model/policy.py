@@ -208,9 +208,14 @@ class Policy:
         return self.measure(responses, progress, entropies=False).scores
 
     def measure(
-        self, responses: Sequence[Rollout], progress: Progress | None = None, *, entropies: bool = True
+        self,
+        responses: Sequence[Rollout],
+        progress: Progress | None = None,
+        *,
+        entropies: bool = True,
+        log_probs: bool = False,
     ) -> Measured:
-        """S of every response and, on request, H of every response token, without gradients, from the same forwards.
+        """S of every response and, on request, H and log π of every response token, without gradients, from the same forwards.
 
         Ranks share the responses out by their tokens, and each gets the values of all: every rank must call it.
         """
@@ -222,44 +227,69 @@ class Policy:
         if self.sharding.sharded:
             forwards = [len(list(self.microbatches(len(share)))) for share in shares]
             idle = max(forwards) - forwards[ranks.rank]
-        here = self.measure_here(own, progress, entropies=entropies)
+        here = self.measure_here(own, progress, entropies=entropies, log_probs=log_probs)
         with torch.no_grad(), self.arithmetic():
             for _ in range(idle):
                 self.forward_scores([idle_row(responses)])
         return combine(here, responses, shares[ranks.rank], ranks)
 
     def measure_here(
-        self, responses: Sequence[Rollout], progress: Progress | None = None, *, entropies: bool = True
+        self,
+        responses: Sequence[Rollout],
+        progress: Progress | None = None,
+        *,
+        entropies: bool = True,
+        log_probs: bool = False,
     ) -> Measured:
         """:meth:`measure` on this rank alone."""
         progress = progress if progress is not None else Silent()
         parts = self.forwards(responses)
         scores = torch.zeros(len(responses), dtype=torch.float64)
-        found = [torch.zeros(0, dtype=torch.float64)] * len(responses)
+        none = torch.zeros(0, dtype=torch.float64)
+        of_entropies, of_log_probs = [none] * len(responses), [none] * len(responses)
         with torch.no_grad(), self.arithmetic():
             for rows in progress.track(parts, "log-probs", len(parts)):
                 together = [responses[row] for row in rows]
                 batch = pad_right(together, self.device)
                 values = self.token_values(batch, entropies=entropies)
                 scores[rows] = sum_over_tokens(values.log_probs, batch).cpu()
-                if values.entropies is not None:
-                    lengths = [len(response.response_ids) for response in together]
-                    for row, own in zip(rows, torch.split(values.entropies.double().cpu(), lengths), strict=True):
-                        found[row] = own
-        return Measured(scores, torch.cat([scores[:0], *found]) if entropies else None)
+                lengths = [response.tokens for response in together]
+                for found, of_tokens in ((of_entropies, values.entropies), (of_log_probs, values.log_probs)):
+                    if of_tokens is not None:
+                        for row, own in zip(rows, torch.split(of_tokens.double().cpu(), lengths), strict=True):
+                            found[row] = own
+        return Measured(
+            scores,
+            torch.cat([none, *of_entropies]) if entropies else None,
+            torch.cat([none, *of_log_probs]) if log_probs else None,
+        )
 
 
 def combine(here: Measured, responses: Sequence[Rollout], rows: range, ranks: Ranks) -> Measured:
     """What every rank has measured of its ``rows``, put together: all ``responses``' values."""
     if ranks.count == 1:
         return here
-    first = [0, *itertools.accumulate(len(response.response_ids) for response in responses)]
-    values = np.zeros(len(responses) + (0 if here.entropies is None else first[-1]))
-    values[rows.start : rows.stop] = here.scores.numpy()
-    if here.entropies is not None:
-        values[len(responses) :][first[rows.start] : first[rows.stop]] = here.entropies.numpy()
-    found = torch.from_numpy(ranks.sum_numbers(values))
-    return Measured(found[: len(responses)], None if here.entropies is None else found[len(responses) :])
+    first = [0, *itertools.accumulate(response.tokens for response in responses)]
+    tokens = slice(first[rows.start], first[rows.stop])
+
+    def of_all(values: Tensor | None, count: int, own: slice) -> Tensor | None:
+        if values is None:
+            return None
+        every = np.zeros(count)
+        every[own] = values.numpy()
+        return torch.from_numpy(every)
+
+    parts = (
+        of_all(here.scores, len(responses), slice(rows.start, rows.stop)),
+        of_all(here.entropies, first[-1], tokens),
+        of_all(here.log_probs, first[-1], tokens),
+    )
+    # One message: each is a wait for all ranks.
+    summed = torch.from_numpy(ranks.sum_numbers(np.concatenate([part.numpy() for part in parts if part is not None])))
+    found = iter(torch.split(summed, [len(part) for part in parts if part is not None]))
+    scores, entropies, log_probs = (None if part is None else next(found) for part in parts)
+    assert scores is not None
+    return Measured(scores, entropies, log_probs)
 
 
 def check_finite(scores: Tensor, responses: Sequence[Rollout]) -> None:

@@ -45,13 +45,15 @@ def plan_targets(batch: RolloutBatch, plan_for: Callable[[int], Plan], *, asked:
         asked: whether targets are to have room even if fewer vectors fit then, or none.
     """
     sample = Sample.of(batch)
-    differing = tuple(target for target in ALSO_MOVED if bool((target.weights(sample) != 0).any()))
+    known = tuple(target for target in ALSO_MOVED if not (target.needs_rewards and sample.rewards is None))
+    differing = tuple(target for target in known if bool((target.weights(sample) != 0).any()))
     said = {target.name: target.name.replace("_", " ") for target in ALSO_MOVED}
     same = {
         target.name: f"the responses to each prompt are alike in {said[target.name]}, so there is nothing to learn from"
-        for target in ALSO_MOVED
+        for target in known
         if target not in differing
     }
+    same |= {target.name: "rows have no reward" for target in ALSO_MOVED if target not in known}
     for target in differing:
         largest = float(target.weights(sample).abs().max())
         if not LEAST_WEIGHT <= largest <= MOST_WEIGHT:

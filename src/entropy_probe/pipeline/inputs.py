@@ -25,6 +25,7 @@ from entropy_probe.ranks.dealing import deal
 from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
+from entropy_probe.targets.base import rewards_of
 from entropy_probe.targets.choices import Estimator
 
 
@@ -146,23 +147,45 @@ def check_split(prompts: int, split: int) -> None:
 
 
 def resolve_advantages(batch: RolloutBatch, rule: AdvantageRule | None) -> tuple[Tensor, AdvantageRule]:
-    """A_ng, float64 [N], and the rule that gave them: the rollouts' own where there are any, else dr_grpo.
+    """A_ng, float64 [N], or [tokens] where a row has one a token, and the rule that gave them: the rollouts' own where there
+    are any, else dr_grpo.
 
     Raises:
-        InputError: ``given`` was asked for and the rows have none, or the rule is not known.
+        InputError: ``given`` was asked for and the rows have none, rewards are needed and a row has none, or the rule is not
+            known.
     """
     rule = None if rule is None else member("advantage", rule, AdvantageRule)
-    given = [response.advantage for response in batch.responses if response.advantage is not None]
+    given = batch.responses[0].advantage is not None
     if rule is None:
         rule = AdvantageRule.GIVEN if given else AdvantageRule.DR_GRPO
     if rule is not AdvantageRule.GIVEN:
-        rewards = torch.tensor([response.reward for response in batch.responses], dtype=torch.float64)
+        rewards = rewards_of(batch)
+        if rewards is None:
+            bare = next(row for row in batch.responses if row.reward is None)
+            raise InputError(
+                f"prompt_id {bare.prompt_id!r} has a row without a reward, of which advantage {rule} is made; give rewards, "
+                f"or leave the advantage at {AdvantageRule.GIVEN}"
+            )
         return advantages_from_rewards(rewards, batch.group_sizes, rule), rule
     if not given:
         raise InputError(
             "the rollouts hold no advantage column; give one, or set the advantage to dr_grpo, grpo or rloo"
         )
-    return torch.tensor(given, dtype=torch.float64), rule
+    return given_advantages(batch), rule
+
+
+def given_advantages(batch: RolloutBatch) -> Tensor:
+    """The rows' own A: float64 [N], or [tokens] where a row has one a token."""
+    rows = [(row, row.advantage) for row in batch.responses]
+    if not any(isinstance(values, tuple) for _, values in rows):
+        return torch.tensor([values for _, values in rows], dtype=torch.float64)
+    parts = (
+        torch.tensor(
+            row.at_sampled(values) if isinstance(values, tuple) else [values] * row.tokens, dtype=torch.float64
+        )
+        for row, values in rows
+    )
+    return torch.cat(list(parts))
 
 
 def resolve_length_weights(batch: RolloutBatch, rule: LengthWeight, max_completion_length: int | None = None) -> Tensor:

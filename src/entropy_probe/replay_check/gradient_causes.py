@@ -11,8 +11,9 @@ from entropy_probe.common.progress import Progress
 from entropy_probe.errors import InputError
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards, advantages_over_batch
 from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS, LengthWeight
-from entropy_probe.pipeline.inputs import resolve_length_weights
+from entropy_probe.pipeline.inputs import given_advantages, resolve_length_weights
 from entropy_probe.replay_check.case import Cause, Replayed
+from entropy_probe.targets.base import rewards_of
 
 ADVANTAGE_WORDS = {
     AdvantageRule.GIVEN: "the rows' own",
@@ -55,20 +56,21 @@ def two_things_else(case: Replayed, progress: Progress) -> Iterator[Cause]:
 
 def _other_advantages(case: Replayed) -> Iterator[tuple[str, str, Tensor]]:
     """(in words, what to do, A) by every rule but the one replayed, where it gives something else."""
-    rewards = torch.tensor([row.reward for row in case.batch.responses], dtype=torch.float64)
+    rewards = rewards_of(case.batch)
     sizes = case.batch.group_sizes
     candidates: list[tuple[str, str, Tensor]] = []
-    given = [row.advantage for row in case.batch.responses if row.advantage is not None]
+    given = case.batch.responses[0].advantage is not None
+    compared = rewards is not None and min(sizes) > 1
     for rule, words in ADVANTAGE_WORDS.items():
         if rule is AdvantageRule.GIVEN:
-            found = torch.tensor(given, dtype=torch.float64) if given else None
+            found = given_advantages(case.batch) if given else None
         else:
-            found = advantages_from_rewards(rewards, sizes, rule) if min(sizes) > 1 else None
+            found = advantages_from_rewards(rewards, sizes, rule) if rewards is not None and compared else None
         if found is not None and rule is not case.rule:
             candidates.append(
                 (words, f"Set the advantage to {rule}, or look for who changed the column advantage", found)
             )
-    if min(sizes) > 1:
+    if rewards is not None and compared:
         advice = "Record the trainer's own advantages, and look for who changed the column advantage"
         candidates.append((OVER_BATCH, advice, advantages_over_batch(rewards, sizes)))
     seen = [case.advantages]

@@ -118,9 +118,7 @@ def logged_section(case: Replayed, measured: Measured) -> LoggedSection:
     rates = case.adam.learning_rates
     assert measured.entropies is not None
     return LoggedSection(
-        entropy=micro_batch_entropy(
-            measured.entropies, [len(row.response_ids) for row in case.batch.responses], forwards(case.batch)
-        ),
+        entropy=micro_batch_entropy(measured.entropies, case.batch.lengths, forwards(case.batch)),
         entropy_logged=logged("entropy", averaged=True),
         grad_norm=case.step.gradient_norm,
         grad_norm_logged=logged("grad_norm", averaged=False),

@@ -47,8 +47,8 @@ def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
             )
         )
     pairs = [(r, float(s)) for r, s in zip(batch.responses, scores, strict=True) if r.logprobs is not None]
-    gap = sum(abs(sum(r.logprobs or ()) - s) for r, s in pairs)
-    tokens = sum(len(r.response_ids) for r, _ in pairs)
+    gap = sum(abs(sum(r.at_sampled(r.logprobs or ())) - s) for r, s in pairs)
+    tokens = sum(r.tokens for r, _ in pairs)
     if pairs and (gap > OFF_POLICY_PER_TOKEN * tokens or gap > OFF_POLICY_PER_RESPONSE * len(pairs)):
         found.append(
             Evidence(

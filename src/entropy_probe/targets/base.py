@@ -100,13 +100,19 @@ class Sample:
             batch.lengths,
             None if measured is None else measured.scores,
             None if measured is None else measured.entropies,
-            torch.tensor([response.reward for response in batch.responses], dtype=torch.float64),
+            rewards_of(batch),
         )
 
     @property
     def exact_lengths(self) -> Tensor:
         """T as numbers, float64 [N]."""
         return torch.tensor(self.lengths, dtype=torch.float64)
+
+
+def rewards_of(batch: RolloutBatch) -> Tensor | None:
+    """R of every response, float64 [N]; None where a row has none."""
+    rewards = [response.reward for response in batch.responses]
+    return None if any(reward is None for reward in rewards) else torch.tensor(rewards, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

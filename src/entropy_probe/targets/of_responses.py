@@ -28,6 +28,8 @@ class TargetOfResponses(Target):
 
     name: str
     description: str
+    needs_rewards: bool = False
+    """Whether every row must have a reward."""
 
     def coefficients(self, sample: Sample, ratio: Ratio | None = None) -> TokenPair:
         """(v_ng − v̄_n,−g) / G_n, [N]; exactly 0 where all of a prompt's v are equal."""

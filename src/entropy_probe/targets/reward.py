@@ -18,6 +18,7 @@ class Reward(TargetOfResponses):
 
     name = "reward"
     description = "expected reward"
+    needs_rewards = True
 
     def values(self, sample: Sample) -> Tensor:
         """R_i, [N]."""

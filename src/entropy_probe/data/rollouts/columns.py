@@ -1,7 +1,8 @@
 """Columns that say how a row was sampled or what its loss was, and what each may say without contradicting the probe.
 
-The probe takes a response as sampled whole from the policy's whole distribution, and the loss as one weight a response times
-its log-prob. A column that says otherwise is refused by its name: its row would be computed as something that it is not.
+The probe takes a response as sampled from the policy's whole distribution, but for tokens that ``sampled`` leaves out, and the
+loss as the columns of :data:`OF_THE_LOSS` and of :class:`~entropy_probe.data.rollouts.Rollout` say. A column that says
+otherwise is refused by its name: its row would be computed as something that it is not.
 """
 
 from __future__ import annotations
@@ -118,7 +119,6 @@ NESTED = ("sampling_params", "sampling_args", "sampling", "generation_config", "
 
 _KL_NAMES = (
     *(
-        "beta",
         "kl_beta",
         "kl_coef",
         "kl_coeff",
@@ -133,19 +133,41 @@ _KL_NAMES = (
     *("reference_policy_kl_penalty", "ref_kl_coef", "use_kl_loss", "use_kl_in_reward"),
 )
 _ENTROPY_NAMES = (
-    *("ent_coef", "entropy_coef", "entropy_coeff", "entropy_loss_coef", "entropy_loss_coeff", "entropy_loss_weight"),
+    *("ent_coef", "entropy_coeff", "entropy_loss_coef", "entropy_loss_coeff", "entropy_loss_weight"),
     *("entropy_bonus", "entropy_bonus_coef", "entropy_weight", "entropy_beta", "entropy_reg_coef", "entropy_penalty"),
     *("use_adaptive_entropy", "use_entropy_loss"),
 )
 _FURTHER_NAMES = ("router_aux_loss_coef", "aux_loss_coef", "ptx_coef", "sft_coef", "sft_loss_coef", "nll_loss_coef")
+OF_THE_LOSS = (
+    *(
+        "beta",
+        "kl_estimator",
+        "use_bias_correction_kl",
+        "entropy_coef",
+        "epsilon_low",
+        "epsilon_high",
+        "delta",
+        "loss_agg",
+    ),
+    *(
+        "importance_sampling_level",
+        "importance_sampling_mode",
+        "importance_sampling_clip_min",
+        "importance_sampling_clip_max",
+    ),
+    *("top_entropy_quantile", "off_policy_mask_threshold", "loss_scale"),
+)
+"""Columns with one value for all rows that say what the trainer's loss is, and that the probe computes."""
+SAMPLED_ALIASES = ("response_mask", "tool_mask", "env_mask")
+"""Other names of the column ``sampled``."""
 _MASK_NAMES = (
-    *("response_mask", "completion_mask", "loss_mask", "loss_masks", "tool_mask", "env_mask", "action_mask"),
+    *("completion_mask", "loss_masks", "action_mask"),
     *("assistant_mask", "assistant_masks", "assistant_tokens_mask", "token_mask", "token_loss_mask", "sample_mask"),
     *("completion_loss_mask", "response_loss_mask", "generation_mask"),
 )
 _WEIGHT_NAMES = (
     *("importance_sampling_ratio", "importance_ratio", "importance_ratios", "importance_weight", "importance_weights"),
-    *("is_weight", "is_weights", "rollout_is_weight", "rollout_is_weights", "token_weight", "token_weights"),
+    *("is_weight", "is_weights", "rollout_is_weight", "rollout_is_weights", "token_weights"),
     *("loss_weight", "loss_weights", "sample_weight", "sample_weights", "sequence_weight", "sequence_weights"),
     *("vllm_importance_sampling_ratio", "tis_weights"),
 )
@@ -161,11 +183,7 @@ ASSUMPTIONS: dict[str, Assumption] = {
     **{name: Assumption(Kind.LOSS, OFF, KL) for name in _KL_NAMES},
     **{name: Assumption(Kind.LOSS, OFF, ENTROPY) for name in _ENTROPY_NAMES},
     **{name: Assumption(Kind.LOSS, OFF, FURTHER) for name in _FURTHER_NAMES},
-    **{
-        name: Assumption(Kind.LOSS, OFF, LEFT_OUT)
-        for name in ("off_policy_mask_threshold", "mask_truncated_completions")
-    },
-    "top_entropy_quantile": Assumption(Kind.LOSS, (None, 1), LEFT_OUT),
+    "mask_truncated_completions": Assumption(Kind.LOSS, OFF, LEFT_OUT),
     "vllm_importance_sampling_correction": Assumption(Kind.LOSS, OFF, CORRECTED),
     **{name: Assumption(Kind.MASK) for name in _MASK_NAMES},
     **{name: Assumption(Kind.WEIGHTS) for name in _WEIGHT_NAMES},
@@ -193,7 +211,12 @@ OF_A_CONFIG = {"config", "cfg", "args", "settings", "algorithm", "actor", "loss"
 
 
 def assumption_of(name: str) -> Assumption | None:
-    """What a column may say, by its name, of a dotted one by the last part; None where nothing is known of it."""
+    """What a column may say, by its name, of a dotted one by the last part; None where nothing is known of it.
+
+    Nothing is said against columns that the probe reads itself.
+    """
+    if name in OF_THE_LOSS or name in SAMPLED_ALIASES:
+        return None
     last = name.rpartition(".")[2]
     return ASSUMPTIONS.get(last) or next((found for pattern, found in LIKE if pattern.search(last)), None)
 
@@ -201,7 +224,7 @@ def assumption_of(name: str) -> Assumption | None:
 def is_of_tokens(name: str) -> bool:
     """Whether a column has a value a response token, or may have: it is cut where padding is."""
     found = assumption_of(name)
-    known = found is not None and found.kind in (Kind.MASK, Kind.WEIGHTS)
+    known = name in SAMPLED_ALIASES or (found is not None and found.kind in (Kind.MASK, Kind.WEIGHTS))
     return known or name in VAGUE_WEIGHTS or name == "labels" or looks_like_a_mask(name)
 
 

@@ -10,12 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from entropy_probe.data.rollouts.columns import (
+    CORRECTED,
+    ENTROPY,
     IGNORED_LABEL,
+    KL,
+    LEFT_OUT,
     NESTED,
     OF_A_CONFIG,
+    OF_THE_LOSS,
     OTHER_WORDS,
     OVERLONG_WORDS,
     PADDING_WORDS,
+    SAMPLED_ALIASES,
     SAMPLING,
     UNIT_ROUNDING,
     VAGUE_WEIGHTS,
@@ -29,6 +35,14 @@ from entropy_probe.data.rollouts.columns import (
 from entropy_probe.data.rollouts.masks import zeros_and_ones
 from entropy_probe.data.rollouts.records import Rollout
 from entropy_probe.errors import InputError
+
+_READ_INSTEAD = {
+    KL: "beta, with ref_logprobs, where it is in the loss (in the reward it is in the advantage)",
+    ENTROPY: "entropy_coef",
+    LEFT_OUT: "loss_mask",
+    CORRECTED: "importance_sampling_mode, with logprobs and old_logprobs",
+}
+"""By what a column means, the columns that say it."""
 
 
 def refuse_contradictions(row: Rollout, temperature: float) -> None:
@@ -50,6 +64,11 @@ def refuse_contradictions(row: Rollout, temperature: float) -> None:
 def _contradiction(name: str, value: object, row: Rollout) -> str | None:
     """What a column says against the probe, to stand after the row's prompt; None where it says nothing."""
     found = assumption_of(name)
+    if name in OF_THE_LOSS:
+        return None
+    if name in SAMPLED_ALIASES:
+        # With a value a token it is what ``sampled`` says.
+        return _of_a_mask(name, value, row) if isinstance(value, bool | int | float) else None
     if found is None:
         return _of_other_columns(name, value, row)
     match found.kind:
@@ -126,11 +145,17 @@ def _of_the_loss(name: str, value: object, found: Assumption, row: Rollout) -> s
         # A mapping that names no coefficient cannot be read.
         if not value or (inner and not any(said)):
             return None
-    if name == "mask_truncated_completions" and row.cut is False:
+    if name == "mask_truncated_completions" and (
+        row.cut is False or (row.loss_mask is not None and not any(row.loss_mask))
+    ):
         return None
+    if name == "vllm_importance_sampling_correction" and row.extra.get("importance_sampling_mode") is not None:
+        return None
+    instead = _READ_INSTEAD.get(found.why)
+    advice = "train without it" if instead is None else f"give {instead}"
     return (
-        f"says {name} = {reprlib.repr(value)}: {found.why}, and the probe computes the policy gradient alone; train without "
-        "it, or drop the column to probe that gradient without it"
+        f"says {name} = {reprlib.repr(value)}: {found.why}, and this column is not read; {advice}, or drop the column to probe "
+        "the update without it"
     )
 
 
@@ -142,7 +167,9 @@ def _is_of_the_loss(name: object) -> bool:
 def _of_a_mask(name: str, value: object, row: Rollout) -> str | None:
     if isinstance(value, bool | int | float):
         return (
-            None if value == 1 else f"has {name} = {value}: the row is not in the trainer's loss; leave such rows out"
+            None
+            if value == 1
+            else f"has {name} = {value}: the row is not in the trainer's loss; give loss_mask, 0 at each of its tokens"
         )
     try:
         mask = zeros_and_ones(value, name)
@@ -159,8 +186,8 @@ def _of_a_mask(name: str, value: object, row: Rollout) -> str | None:
     if zeros:
         return (
             f"has {name} with 0 at {zeros} of {tokens} response tokens: they were not sampled by the policy, or are not in the "
-            "loss, and would be scored as if they were; give rows whose whole response was sampled and counts (where the zeros "
-            "are padding, cut response_ids and logprobs there)"
+            "loss, and would be scored as if they were; give sampled (false where the policy drew nothing) or loss_mask (0 "
+            "where the loss alone leaves a token out), or, where the zeros are padding, cut response_ids and logprobs there"
         )
     if any(ahead):
         return (
@@ -171,7 +198,7 @@ def _of_a_mask(name: str, value: object, row: Rollout) -> str | None:
 
 
 def _of_weights(name: str, value: object, row: Rollout) -> str | None:
-    why = "the loss weights its tokens, and the probe counts all alike; give weights of 1, or drop the column to probe without"
+    why = "the loss weights its tokens; give the weights as token_weight, or drop the column to probe without them"
     if isinstance(value, int | float):
         return None if _is_one(value) else f"has {name} = {value}: {why}"
     tokens = len(row.response_ids)
@@ -186,12 +213,12 @@ def _of_weights(name: str, value: object, row: Rollout) -> str | None:
 
 def _of_advantages(value: object, row: Rollout) -> str | None:
     given: Sequence[object] = value if isinstance(value, list | tuple) else [value]
-    own = row.advantage
-    if own is not None and all(isinstance(a, int | float) and math.isclose(a, own, rel_tol=1e-6) for a in given):
+    own = row.advantage if isinstance(row.advantage, tuple) else (row.advantage,) * len(given)
+    if len(own) == len(given) and all(_are_close(a, b) for a, b in zip(given, own, strict=True)):
         return None
     return (
-        f"has a column advantages ({reprlib.repr(value)}), which is not read; give advantage, one number a response, or drop "
-        "the column to have advantages computed from the rewards"
+        f"has a column advantages ({reprlib.repr(value)}), which is not read; give advantage, one number a response or a list "
+        "with one a response token, or drop the column to have advantages computed from the rewards"
     )
 
 
@@ -216,6 +243,10 @@ def _settings(value: object) -> Mapping[Any, Any] | None:
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, Mapping) else None
+
+
+def _are_close(value: object, own: float | None) -> bool:
+    return own is not None and isinstance(value, int | float) and math.isclose(value, own, rel_tol=1e-6)
 
 
 def _is_one(value: object) -> bool:

@@ -95,7 +95,7 @@ def _refuse_mixed(rows: Sequence[Rollout]) -> None:
         if len(found) > 1:
             shown = ", ".join(sorted(map(str, found)))
             raise InputError(f"the rows disagree about {name} ({shown}); one probe takes one batch with one value")
-    for name in ("advantage", "micro_batch"):
+    for name in ("advantage", "micro_batch", "mini_batch", "old_logprobs", "ref_logprobs"):
         missing = sum(getattr(row, name) is None for row in rows)
         if 0 < missing < len(rows):
             raise InputError(f"{missing} of {len(rows)} rows have no {name}; give it in every row or in none")

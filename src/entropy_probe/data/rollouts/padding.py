@@ -100,7 +100,8 @@ def doubtful_rows(batch: RolloutBatch, special: SpecialIds) -> DoubtfulRows:
         ends=sum(len(group.responses) for group in seen if group.prompt_ids[-1] in unknown and len(last) > 1),
         responses=sum(_may_be_padded(row, special) for row in batch.responses),
         going_on=sum(
-            row.eos_ids is None and not by_tokenizer.isdisjoint(row.response_ids[:-1]) for row in batch.responses
+            row.eos_ids is None and row.sampled is None and not by_tokenizer.isdisjoint(row.response_ids[:-1])
+            for row in batch.responses
         ),
     )
 
@@ -209,6 +210,8 @@ def _may_be_sampled(row: Rollout, special: SpecialIds) -> bool:
 
 def _pads_at_the_end(row: Rollout, special: SpecialIds) -> int:
     ids = row.response_ids
+    if row.sampled is not None and not row.sampled[-1]:
+        return 0  # nobody says that it was sampled
     return _run(ids[::-1], ids[-1]) if ids[-1] in special.pad else 0
 
 
@@ -225,7 +228,15 @@ def _refuse_going_on(batch: RolloutBatch, special: SpecialIds, what: str) -> Non
         ends = configured if row.eos_ids is None else frozenset(row.eos_ids)
         if ends.isdisjoint(row.response_ids[:-1]):
             return None
-        return next(place for place, token in enumerate(row.response_ids) if token in ends)
+        # What follows a turn's end token may be another's words.
+        return next(
+            (
+                place
+                for place, token in enumerate(row.response_ids[:-1])
+                if token in ends and (row.sampled is None or (row.sampled[place] and row.sampled[place + 1]))
+            ),
+            None,
+        )
 
     found = [(row, place) for row in batch.responses if (place := end_of(row)) is not None]
     if not found:

@@ -6,14 +6,15 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from entropy_probe.data.rollouts import values
-from entropy_probe.data.rollouts.columns import is_of_tokens
+from entropy_probe.data.rollouts.columns import SAMPLED_ALIASES, is_of_tokens
 from entropy_probe.data.rollouts.masks import ATTENTION_MASKS, padding_of
 from entropy_probe.errors import InputError
 
 PromptId = str | int
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,22 @@ class Rollout:
 
     ``prompt_ids`` and ``response_ids`` are token ids; the response holds its EOS if one was sampled. ``logprobs`` are the
     sampler's, one per response token, in nats. ``cut`` is true where the length limit ended the response. ``eos_ids`` are the
-    ids at which the sampler ended a response, where it is known; () for none.
+    ids at which the sampler ended a response, where it is known; () for none. ``reward`` may be None where every row of a batch
+    has an ``advantage``: one number, or one a response token.
+
+    Of the trainer's loss, each with a value a response token: ``old_logprobs``, the trainer's own log-probs, of which it takes
+    its importance ratio; ``ref_logprobs``, the reference policy's, for a KL term; ``loss_mask``, 0 at tokens that the loss
+    alone leaves out; ``token_weight``, which multiplies a token's loss. ``sampled`` is false at tokens that the policy did not
+    draw, as the output of a tool: they are context, and neither in the score and the entropy nor in the loss. Its other names
+    are ``response_mask``, ``tool_mask`` and ``env_mask``.
 
     Lists, NumPy arrays and torch tensors of ids and numbers become tuples. Attention masks in ``extra``
     (:mod:`~entropy_probe.data.rollouts.masks`) are used: ids that they call padding are dropped, with their log-probs,
     values in masks of tokens and those attention masks; ``padding_id`` is then the id that stood at the response's end.
 
-    The last ones describe the trainer's accumulation window, where a recorder knows it: ``micro_batch`` is the index of
-    the micro-batch that held the row, ``window_tokens`` the token count that the trainer divides by (dapo),
+    Others describe the trainer's accumulation window, where a recorder knows it: ``micro_batch`` is the index of
+    the micro-batch that held the row, ``mini_batch`` of the optimizer step among those that share a batch,
+    ``window_tokens`` the token count that the trainer divides by (dapo),
     ``max_completion_length`` the constant of Dr. GRPO, ``loss_type`` the trainer's name of its loss, ``step`` the optimizer
     step that consumed the row (N + 1 for checkpoint N), and ``on_policy`` whether the sampler was the policy at that step.
 
@@ -47,8 +56,8 @@ class Rollout:
     prompt_id: PromptId
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
-    reward: float
-    advantage: float | None = None
+    reward: float | None = None
+    advantage: float | tuple[float, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -64,6 +73,12 @@ class Rollout:
     on_policy: bool | None = None
     eos_ids: tuple[int, ...] | None = None
     padding_id: int | None = None
+    old_logprobs: tuple[float, ...] | None = None
+    ref_logprobs: tuple[float, ...] | None = None
+    loss_mask: tuple[int, ...] | None = None
+    sampled: tuple[bool, ...] | None = None
+    token_weight: tuple[float, ...] | None = None
+    mini_batch: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,17 +95,60 @@ class Rollout:
             for name, check in values.OPTIONAL.items():
                 value = getattr(self, name)
                 self._set(name, None if values.missing(value, name) else check(value, name))
+            if self.reward is None and self.advantage is None:
+                raise InputError("there is neither a reward nor an advantage; give one of them")
             self._set("extra", values.columns(self.extra, "extra"))
-            if self.logprobs is not None and len(self.logprobs) != len(self.response_ids):
-                raise InputError(
-                    f"{len(self.logprobs)} logprobs for {len(self.response_ids)} response tokens; expected one each"
-                )
+            self._take_aliases()
+            for name in (*values.OF_TOKENS, "advantage"):
+                self._check_count(name)
             self._drop_padding()
+            self._drop_all_sampled()
         except InputError as error:
             raise InputError(f"prompt_id {self.prompt_id!r}: {error}") from error
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the record is frozen for everyone else
+
+    def _take_aliases(self) -> None:
+        """``sampled`` by its other names.
+
+        Raises:
+            InputError: two of them disagree.
+        """
+        for name in SAMPLED_ALIASES:
+            value = self.extra.get(name)
+            if value is None or isinstance(value, bool | int | float):
+                continue  # one value for the row is a mask of rows, which :mod:`contradictions` looks at
+            found = values.flags(value, name)
+            if self.sampled is None:
+                if len(found) != len(self.response_ids):
+                    raise InputError(_miscounted(name, len(found), len(self.response_ids)))
+                self._set("sampled", found)
+            elif found != self.sampled:
+                raise InputError(
+                    f"{name} and another column say different tokens were sampled; give one of sampled, "
+                    f"{', '.join(SAMPLED_ALIASES)}"
+                )
+
+    def _check_count(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, tuple) and len(value) != len(self.response_ids):
+            raise InputError(_miscounted(name, len(value), len(self.response_ids)))
+
+    def _drop_all_sampled(self) -> None:
+        """A mask that is true throughout says what is said without it.
+
+        Raises:
+            InputError: it is false throughout.
+        """
+        if self.sampled is None:
+            return
+        if not any(self.sampled):
+            raise InputError(
+                "sampled is false at every response token; leave rows out of which the policy drew nothing"
+            )
+        if all(self.sampled):
+            self._set("sampled", None)
 
     def _drop_padding(self) -> None:
         padding = padding_of(self.extra, len(self.prompt_ids), len(self.response_ids))
@@ -112,7 +170,9 @@ class Rollout:
             extra[name] = value if first is None else value[first : len(value) - padding.response]
         self._set("prompt_ids", self.prompt_ids[padding.prompt :])
         self._set("response_ids", self.response_ids[:kept])
-        self._set("logprobs", None if self.logprobs is None else self.logprobs[:kept])
+        for name in (*values.OF_TOKENS, "advantage"):
+            value = getattr(self, name)
+            self._set(name, value[:kept] if isinstance(value, tuple) else value)
         self._set("padding_id", dropped.pop() if dropped else self.padding_id)
         self._set("extra", extra)
 
@@ -120,6 +180,22 @@ class Rollout:
     def length(self) -> int:
         """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @cached_property
+    def sampled_places(self) -> tuple[int, ...]:
+        """Where in the response the tokens stand that the policy drew: T places."""
+        if self.sampled is None:
+            return tuple(range(len(self.response_ids)))
+        return tuple(place for place, drawn in enumerate(self.sampled) if drawn)
+
+    @property
+    def tokens(self) -> int:
+        """T, the response tokens that the policy drew."""
+        return len(self.sampled_places)
+
+    def at_sampled(self, values: Sequence[T]) -> tuple[T, ...]:
+        """Of values a response token those at tokens that the policy drew: T of them."""
+        return tuple(values) if self.sampled is None else tuple(values[place] for place in self.sampled_places)
 
 
 @dataclass(frozen=True)
@@ -165,8 +241,8 @@ class RolloutBatch:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """T of every response: its tokens, flat."""
-        return tuple(len(response.response_ids) for response in self.responses)
+        """T of every response: its tokens that the policy drew, flat."""
+        return tuple(response.tokens for response in self.responses)
 
     @cached_property
     def first_token(self) -> tuple[int, ...]:
@@ -182,6 +258,14 @@ class RolloutBatch:
     def prompt_of_row(self) -> tuple[int, ...]:
         """The prompt of every response, by its place: [N]."""
         return tuple(n for n, size in enumerate(self.group_sizes) for _ in range(size))
+
+    def of_tokens(self, column: str) -> tuple[float, ...] | None:
+        """A column's values at the tokens that the policy drew, end to end, [tokens]; None where a row lacks it."""
+        columns = [getattr(row, column) for row in self.responses]
+        if any(values is None for values in columns):
+            return None
+        parts = (row.at_sampled(values) for row, values in zip(self.responses, columns, strict=True))
+        return tuple(itertools.chain.from_iterable(parts))
 
     def of_prompts(self, prompts: Sequence[int]) -> RolloutBatch:
         """The batch of these prompts alone, by their places."""
@@ -203,6 +287,10 @@ class RolloutBatch:
     def positions(self) -> tuple[int, ...]:
         """Of every prompt, tokens of all its sequences, prompts and responses: what its forwards cost."""
         return tuple(sum(response.length for response in group.responses) for group in self.groups)
+
+
+def _miscounted(name: str, found: int, tokens: int) -> str:
+    return f"{found} {name} for {tokens} response tokens; expected one each"
 
 
 def count_cut(rollouts: Iterable[Rollout]) -> int:

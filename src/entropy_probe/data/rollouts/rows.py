@@ -10,6 +10,8 @@ from entropy_probe.data.rollouts.records import Rollout
 from entropy_probe.data.rollouts.values import OPTIONAL, REQUIRED
 from entropy_probe.errors import InputError
 
+REQUIRED_COLUMNS = f"{', '.join(REQUIRED)}, and reward or advantage"
+
 
 def rollout_from_row(row: Mapping[str, Any], where: str) -> Rollout:
     """Check one row against the schema. ``where`` names it in messages.
@@ -19,7 +21,7 @@ def rollout_from_row(row: Mapping[str, Any], where: str) -> Rollout:
     """
     for name in REQUIRED:
         if row.get(name) is None:
-            raise InputError(f"{where} has no {name}; required are {', '.join(REQUIRED)}")
+            raise InputError(f"{where} has no {name}; required are {REQUIRED_COLUMNS}")
     known = {**REQUIRED, **OPTIONAL}
     columns: dict[str, Any] = {name: row.get(name) for name in known}
     try:
@@ -43,7 +45,7 @@ def as_rollouts(rows: Iterable[Rollout | Mapping[str, Any]]) -> Iterator[Rollout
             yield rollout_from_row(row, f"row {index}")
         else:
             raise InputError(
-                f"row {index} is a {type(row).__name__}; expected a Rollout, or a mapping with {', '.join(REQUIRED)} (a file "
+                f"row {index} is a {type(row).__name__}; expected a Rollout, or a mapping with {REQUIRED_COLUMNS} (a file "
                 "is read by read_rollouts)"
             )
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from entropy_probe.data.rollouts.masks import zeros_and_ones
 from entropy_probe.errors import InputError
 
 LOGPROB_ROUNDING = 1e-3
@@ -192,13 +193,52 @@ def log_probs(value: object, name: str) -> tuple[float, ...]:
     return found
 
 
+def numbers(value: object, name: str) -> tuple[float, ...]:
+    """Finite numbers.
+
+    Raises:
+        InputError: it is no list of them.
+    """
+    return tuple(number(item, name) for item in _items(value, name, "numbers"))
+
+
+def advantage(value: object, name: str) -> float | tuple[float, ...]:
+    """A finite number for the response, or one for each of its tokens.
+
+    Raises:
+        InputError: it is something else.
+    """
+    value = plain(value)
+    return numbers(value, name) if isinstance(value, list | tuple) else number(value, name)
+
+
+def mask(value: object, name: str) -> tuple[int, ...]:
+    """Zeros and ones.
+
+    Raises:
+        InputError: it is no list of them.
+    """
+    return tuple(zeros_and_ones(plain(value), name))
+
+
+def flags(value: object, name: str) -> tuple[bool, ...]:
+    """The same as false and true.
+
+    Raises:
+        InputError: it is no list of them.
+    """
+    return tuple(map(bool, mask(value, name)))
+
+
 def missing(value: object, name: str) -> bool:
     """Whether an optional column has no value: None, or a NaN, which a table has in its holes.
 
-    A NaN among the numbers that the estimators use (advantage, logprobs) is a fault and no hole.
+    A NaN among the numbers that the estimators use (reward, advantage, log-probs) is a fault and no hole.
     """
     value = plain(value)
-    return value is None or (isinstance(value, float) and math.isnan(value) and name not in {"advantage", "logprobs"})
+    return value is None or (
+        isinstance(value, float) and math.isnan(value) and name not in (*OF_TOKENS, "reward", "advantage")
+    )
 
 
 def columns(value: object, name: str) -> dict[str, Any]:
@@ -216,13 +256,23 @@ REQUIRED: dict[str, Callable[[object, str], Any]] = {
     "prompt_id": prompt_id,
     "prompt_ids": token_ids,
     "response_ids": token_ids,
-    "reward": reward,
 }
 """Columns that every row has, with what they may hold."""
 
-OPTIONAL: dict[str, Callable[[object, str], Any]] = {
-    "advantage": number,
+OF_TOKENS: dict[str, Callable[[object, str], Any]] = {
     "logprobs": log_probs,
+    "old_logprobs": log_probs,
+    "ref_logprobs": log_probs,
+    "loss_mask": mask,
+    "sampled": flags,
+    "token_weight": numbers,
+}
+"""Optional columns with a value for each of response_ids, with what they may hold."""
+
+OPTIONAL: dict[str, Callable[[object, str], Any]] = {
+    **OF_TOKENS,
+    "reward": reward,
+    "advantage": advantage,
     "temperature": temperature,
     "top_k": integer,
     "top_p": number,
@@ -230,6 +280,7 @@ OPTIONAL: dict[str, Callable[[object, str], Any]] = {
     "prompt": text,
     "response": text,
     "micro_batch": integer,
+    "mini_batch": integer,
     "window_tokens": positive,
     "max_completion_length": positive_integer,
     "loss_type": text,
