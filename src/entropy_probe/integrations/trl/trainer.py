@@ -31,7 +31,7 @@ from entropy_probe.compat.trl import (
 )
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl.own_code import replacement
-from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS
+from entropy_probe.losses.named import NAMED, LossName, named
 
 
 def refuse(reason: str) -> InputError:
@@ -181,8 +181,8 @@ def _listed(trainer: Any, replaced: Mapping[str, str]) -> str:
 def _refused_settings(trainer: Any, loss_type: str) -> Iterator[str]:
     """What the recorded rows could not tell about the loss, by the setting's name."""
     args = trainer.args
-    if loss_type not in LENGTH_WEIGHT_OF_LOSS:
-        yield f"loss_type is {loss_type!r}; supported are {', '.join(LENGTH_WEIGHT_OF_LOSS)}"
+    if named(loss_type) is None:
+        yield f"loss_type is {loss_type!r}; supported are {', '.join(name for name in LossName if NAMED[name].of_trl)}"
     if loss_type == "cispo" and trainer.epsilon_high < 1.0:
         yield (
             f"epsilon_high is {trainer.epsilon_high}, and TRL's cispo caps the ratio itself there, which scales every "
