@@ -207,11 +207,13 @@ class UpdateRule:
         """Refuse a ratio that is not 1 under a clip that nobody gives."""
         if rows.old_log_probs is None or not self.loss.lacks_epsilon:
             return
-        gap = float(((rows.log_probs - rows.old_log_probs) * rows.mask).abs().max())
-        if gap > SAME_POLICY:
+        gaps = ((rows.log_probs - rows.old_log_probs) * rows.mask).abs()
+        if float(gaps.max()) > SAME_POLICY:
+            farthest = self.part.responses[int(rows.row_of_token[gaps.argmax()])]
             raise InputError(
-                f"old_logprobs differ from this checkpoint's by up to {gap:.3g} nats a token, so that the loss clips its "
-                "importance ratio, and neither rows nor settings say where; give epsilon_low and epsilon_high"
+                f"old_logprobs differ from this checkpoint's by up to {float(gaps.max()):.3g} nats a token (prompt_id "
+                f"{farthest.prompt_id!r}), so that the loss clips its importance ratio, and neither rows nor settings say "
+                "where; give epsilon_low and epsilon_high"
             )
 
     def _laid_out(self, weights: TokenWeights, kept: Sequence[int]) -> Update:
