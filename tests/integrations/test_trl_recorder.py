@@ -22,6 +22,7 @@ pytest.importorskip("datasets")
 import trl
 from accelerate.state import AcceleratorState
 
+from entropy_probe.compat.trl import WRAPPED
 from entropy_probe.data.rollouts import Rollout, group_rollouts, read_rollouts
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
@@ -122,7 +123,7 @@ def test_the_training_is_the_same_with_and_without_the_recorder(tmp_path: Path) 
     plain.train()
     for with_recorder, without in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(with_recorder, without)
-    assert not {"_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs"} & vars(recorded).keys()
+    assert not set(WRAPPED) & vars(recorded).keys()
 
 
 def test_off_policy_windows_carry_the_samplers_log_probs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -194,17 +195,17 @@ def test_every_is_a_whole_number_above_0(every: Any, tmp_path: Path) -> None:
         RolloutRecorder(make_trainer(tmp_path), tmp_path / "rollouts", every=every)
 
 
-def test_a_step_with_an_unscorable_row_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_row_without_any_reward_is_recorded_with_the_advantage_that_trl_gave_it(tmp_path: Path) -> None:
     def sometimes(completions: Sequence[str], trainer_state: Any, **_: Any) -> list[float | None]:
         lost = trainer_state.global_step == 1
         return [None if lost and i == 0 else float(len(text)) for i, text in enumerate(completions)]
 
-    trainer = make_trainer(tmp_path, rewards=[sometimes])
-    trainer.add_callback(RolloutRecorder(trainer, tmp_path / "rollouts"))
-    with caplog.at_level(logging.WARNING, logger="entropy_probe.integrations.trl"):
-        trainer.train()
-    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00003.jsonl"]
-    assert "step 2 is not recorded: 1 rows" in caplog.text
+    _, seen, steps = train(tmp_path, rewards=[sometimes])
+    unscored = [row for rows in steps for row in rows if row.reward is None]
+    assert [row.step for row in unscored] == [2]
+    assert unscored[0].advantage == 0.0
+    for weights, gradients, rows in zip(seen.weights, seen.gradients, steps, strict=True):
+        assert relative_error(rebuilt_gradient(weights, rows, "dr_grpo"), gradients) < 1e-5
 
 
 def test_without_trl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
