@@ -120,16 +120,16 @@ def make_trainer(
     if options.get("beta") and not lora:
         # TRL loads the reference from where the model says that it came from.
         model.config._name_or_path = reference_model(folder / "reference")
-    return kind(
-        model=model,
-        reward_funcs=list(rewards),
-        args=config(**(settings | options)),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}),
-        processing_class=tiny_tokenizer(),
-        peft_config=LORA if lora else None,
-        **(given or {}),
-    )
+    arguments = {
+        "model": model,
+        "reward_funcs": list(rewards),
+        "args": config(**(settings | options)),
+        "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+        "eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:4]}),
+        "processing_class": tiny_tokenizer(),
+        "peft_config": LORA if lora else None,
+    }
+    return kind(**(arguments | (given or {})))
 
 
 def reference_model(folder: Path) -> str:
@@ -152,7 +152,7 @@ def turns_with_tool_output(prompts: Sequence[str], trainer: Any) -> dict[str, An
         ids = tokenizer.encode(prompt)
         first, then = (_drawn(model, ids, (), 2), ())
         if EOS not in first:
-            then = _drawn(model, ids, (*first, put), MAX_LENGTH - len(first) - 1)
+            then = _drawn(model, ids, (*first, put), trainer.max_completion_length - len(first) - 1)
         found["prompt_ids"].append(ids)
         found["completion_ids"].append([*first, *((put, *then) if then else ())])
         found["env_mask"].append([1] * len(first) + ([0] + [1] * len(then) if then else []))
@@ -188,13 +188,20 @@ def checkpointed_run(folder: Path, stated_loss: str | None = None, **options: An
 
 
 def train(
-    folder: Path, stated_loss: str | None = None, **options: Any
+    folder: Path,
+    stated_loss: str | None = None,
+    further: Callable[[Any], Sequence[TrainerCallback]] = lambda _: (),
+    **options: Any,
 ) -> tuple[Any, KeepGradients, list[list[Rollout]]]:
-    """Train with the recorder; return the trainer, what the callback saw, and the recorded rows of each step."""
+    """Train with the recorder; return the trainer, what the callback saw, and the recorded rows of each step.
+
+    ``further`` makes callbacks of the trainer that come after the recorder, which looks at the trainer when training begins.
+    """
     trainer = make_trainer(folder, **options)
     seen = KeepGradients()
     trainer.add_callback(RolloutRecorder(trainer, folder / "rollouts", loss_type=stated_loss))
-    trainer.add_callback(seen)
+    for callback in (*further(trainer), seen):
+        trainer.add_callback(callback)
     trainer.train()
     steps = range(1, len(seen.gradients) + 1)
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [f"step-{k:05d}.jsonl" for k in steps]

@@ -168,7 +168,7 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
         bad = sum(unfit_rows(inputs, reads_the_sampler(self.trainer)) for inputs in window)
         if bad:
             logger.warning(
-                "step %d is not recorded: %d rows have no token that the policy drew, or log-probs that are not finite",
+                "step %d is not recorded: in %d rows the policy drew no token, or log-probs are not finite",
                 step,
                 bad,
             )
