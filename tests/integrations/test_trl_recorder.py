@@ -26,6 +26,7 @@ from entropy_probe.compat.trl import WRAPPED
 from entropy_probe.data.rollouts import Rollout, group_rollouts, read_rollouts
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
+from trl_objective import gradient_of_the_objective, mask_of
 from trl_training import (
     EOS,
     GROUP,
@@ -45,7 +46,18 @@ from trl_training import (
     vowels,
 )
 
-LOSSES_OF_TWO_PROCESSES = ("dapo", "bnpo")
+RUNS_OF_TWO_PROCESSES: dict[str, dict[str, Any]] = {
+    "dapo": {"loss_type": "dapo"},
+    "bnpo": {"loss_type": "bnpo"},
+    "masked": {
+        "loss_type": "dapo",
+        "mask_truncated_completions": True,
+        "max_completion_length": 12,
+        "num_iterations": 2,
+        "beta": 0.3,
+        "entropy_coef": 0.05,
+    },
+}
 
 
 @pytest.mark.parametrize(
@@ -153,15 +165,16 @@ def test_the_rows_of_two_processes_together_are_the_batch(tmp_path: Path) -> Non
     finally:
         for process in processes:
             process.kill()
-    for loss_type in LOSSES_OF_TWO_PROCESSES:
-        saved = torch.load(tmp_path / loss_type / "seen.pt", weights_only=True)
+    for name in RUNS_OF_TWO_PROCESSES:
+        saved = torch.load(tmp_path / name / "seen.pt", weights_only=True)
         for step in (1, 2):
-            files = [tmp_path / loss_type / "rollouts" / f"step-{step:05d}-rank{rank}.jsonl" for rank in (0, 1)]
+            files = [tmp_path / name / "rollouts" / f"step-{step:05d}-rank{rank}.jsonl" for rank in (0, 1)]
             rows = [row for file in files for row in read_rollouts(file)]
             assert {len(group.responses) for group in group_rollouts(rows).groups} == {GROUP}
-            assert {row.window_tokens for row in rows} == {float(sum(len(row.response_ids) for row in rows))}
+            assert {row.window_tokens for row in rows} == {sum(sum(mask_of(row)) for row in rows)}
+            assert any(row.loss_mask is not None for row in rows) == (name == "masked")
             weights, gradients = saved["weights"][step - 1], saved["gradients"][step - 1]
-            assert relative_error(rebuilt_gradient(weights, rows, loss_type), gradients) < 1e-5
+            assert relative_error(gradient_of_the_objective(weights, rows), gradients) < 2e-5
 
 
 def train_one_rank(rank: int, port: int, folder: Path) -> None:
@@ -169,14 +182,14 @@ def train_one_rank(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     AcceleratorState._reset_state(reset_partial_state=True)  # of the trainers before the fork
-    for loss_type in LOSSES_OF_TWO_PROCESSES:
-        trainer = make_trainer(folder / loss_type, loss_type=loss_type, per_device_train_batch_size=6, max_steps=2)
+    for name, options in RUNS_OF_TWO_PROCESSES.items():
+        trainer = make_trainer(folder / name, per_device_train_batch_size=6, max_steps=2, **options)
         seen = KeepGradients()
-        trainer.add_callback(RolloutRecorder(trainer, folder / loss_type / "rollouts"))
+        trainer.add_callback(RolloutRecorder(trainer, folder / name / "rollouts"))
         trainer.add_callback(seen)
         trainer.train()
         if trainer.accelerator.is_main_process:
-            torch.save({"weights": seen.weights, "gradients": seen.gradients}, folder / loss_type / "seen.pt")
+            torch.save({"weights": seen.weights, "gradients": seen.gradients}, folder / name / "seen.pt")
     # Together: a rank whose peer's threads have gone may abort at exit.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

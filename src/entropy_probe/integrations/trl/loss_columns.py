@@ -32,6 +32,11 @@ LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 """Of the GRPOTrainer."""
 DIVIDE_BY_THE_WINDOW = ("dapo", "cispo", "vespo")
 """Losses whose divisor is the token count of a generation batch."""
+CONSTANTS = {
+    "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
+"""Numbers of its configuration that a loss is made with."""
 RLOO = "rloo"
 
 
@@ -76,12 +81,7 @@ def loss_columns(trainer: Any, ratios: bool, entropy_coefficient: float) -> dict
         columns["delta"] = float(args.delta)
     if trainer.importance_sampling_level != "token":
         columns["importance_sampling_level"] = trainer.importance_sampling_level
-    if trainer.loss_type == "sapo":
-        names = ("sapo_temperature_pos", "sapo_temperature_neg")
-        columns |= {name: float(getattr(args, name)) for name in names}
-    if trainer.loss_type == "vespo":
-        names = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
-        columns |= {name: float(getattr(args, name)) for name in names}
+    columns |= {name: float(getattr(args, name)) for name in CONSTANTS.get(trainer.loss_type, ())}
     if trainer.beta != 0.0:
         columns |= {
             "beta": float(trainer.beta),
