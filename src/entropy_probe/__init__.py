@@ -4,7 +4,9 @@ from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts, r
 from entropy_probe.data.units import Mode
 from entropy_probe.errors import InputError
 from entropy_probe.losses.advantages import AdvantageRule
-from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.kl import KLEstimator
+from entropy_probe.losses.length_weights import LengthWeight, LossAggregation
+from entropy_probe.losses.named import LossName
 from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.state import AdamState
@@ -27,7 +29,10 @@ __all__ = [
     "Estimator",
     "InputError",
     "IntervalMethod",
+    "KLEstimator",
     "LengthWeight",
+    "LossAggregation",
+    "LossName",
     "Mode",
     "ProbeResult",
     "Ranks",

@@ -19,7 +19,9 @@ from entropy_probe.common.fields import about, setting
 from entropy_probe.data.bundled_run import demo_files
 from entropy_probe.data.units import Mode
 from entropy_probe.losses.advantages import AdvantageRule
-from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.kl import KLEstimator
+from entropy_probe.losses.length_weights import LengthWeight, LossAggregation
+from entropy_probe.losses.named import LossName
 from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.stored_precision import Rounding
 from entropy_probe.pipeline.settings import COUNT, PARTS
@@ -73,6 +75,13 @@ RUN = {
         "length_weight": LengthWeight.DR_GRPO,
         "max_completion_length": 77,
     },
+    "--loss gspo": {"loss_type": LossName.GSPO},
+    "--loss-agg token-mean": {"loss_agg": LossAggregation.TOKEN_MEAN},
+    "--beta 0.04": {"beta": 0.04},
+    "--kl-estimator k2": {"kl_estimator": KLEstimator.K2},
+    "--entropy-coef 0.01": {"entropy_coef": 0.01},
+    "--epsilon-low 0.2": {"epsilon_low": 0.2},
+    "--epsilon-high 0.28": {"epsilon_high": 0.28},
     "--dtype float64": {"dtype": torch.float64},
     "--dtype bfloat16": {"dtype": torch.bfloat16},
     "--autocast bfloat16": {"autocast": torch.bfloat16},

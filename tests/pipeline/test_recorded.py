@@ -25,7 +25,8 @@ from entropy_probe import (
 )
 from entropy_probe.common.source import Source
 from entropy_probe.data.bundled_run import demo_folder
-from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS, LengthWeight
+from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.named import NAMED
 from entropy_probe.optimizers.state import AdamGroup, AdamState
 from entropy_probe.pipeline.recorded import trainers_step
 from entropy_probe.report import Report
@@ -51,20 +52,20 @@ def resolved(found: RolloutBatch, **settings: Any) -> Any:
     return probed
 
 
-@pytest.mark.parametrize("loss", LENGTH_WEIGHT_OF_LOSS)
+@pytest.mark.parametrize("loss", NAMED)
 def test_the_rows_loss_type_is_the_length_weight(loss: str) -> None:
     found = resolved(batch(loss))
-    assert (found.length_weight, found.length_weight_source) == (LENGTH_WEIGHT_OF_LOSS[loss], Source.RECORDED)
+    assert (found.length_weight, found.loss.source) == (NAMED[loss].average, Source.RECORDED)
     told = resolved(batch(loss), length_weight=LengthWeight.GUIDE)
-    assert (told.length_weight, told.length_weight_source) == (LengthWeight.GUIDE, Source.GIVEN)
+    assert (told.length_weight, told.loss.source) == (LengthWeight.GUIDE, Source.GIVEN)
 
 
 def test_an_unknown_loss_is_refused_by_name_unless_a_length_weight_is_set() -> None:
     for settings in (Settings(), ReplaySettings()):
         with pytest.raises(InputError) as refused:
-            trainers_step(batch("gmpo"), settings, assumed=LengthWeight.GUIDE)
-        assert "loss_type is 'gmpo'; known are bnpo, cispo, dapo, dr_grpo, grpo, sapo" in str(refused.value)
-    assert resolved(batch("gmpo"), length_weight="grpo").length_weight is LengthWeight.GRPO
+            trainers_step(batch("nash"), settings, assumed=LengthWeight.GUIDE)
+        assert "loss_type is 'nash'; known are bnpo, cispo, dapo, dr_grpo, gmpo, grpo" in str(refused.value)
+    assert resolved(batch("nash"), length_weight="grpo").length_weight is LengthWeight.GRPO
 
 
 def live(found: RolloutBatch, **settings: Any) -> Report:

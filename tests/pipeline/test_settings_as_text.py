@@ -189,7 +189,8 @@ def test_fields_keep_their_places_for_a_call_by_position_and_are_replaced_one_by
     assert other == Settings(mode=Mode.BLOCK, blocks=3, estimator=Estimator.SCORE, dtype=torch.float64)
     assert tuple(inspect.signature(ReplaySettings).parameters) == (
         "length_weight", "advantage", "max_completion_length", "max_grad_norm", "learning_rate", "dtype", "autocast",
-        "microbatch_size", "memory_bytes",
+        "microbatch_size", "memory_bytes", "loss_type", "loss_agg", "beta", "kl_estimator", "entropy_coef", "epsilon_low",
+        "epsilon_high",
     )  # fmt: skip
 
 

@@ -383,16 +383,17 @@ def test_a_rate_that_contradicts_the_log_is_not_fitted() -> None:
     assert all("explains part of it" in seen for seen in rates)
 
 
-def test_off_policy_rows_and_surplus_rows_are_the_suspicion(dapo: Path, tmp_path: Path) -> None:
+def test_off_policy_rows_without_the_trainers_log_probs_are_refused_and_surplus_rows_are_the_suspicion(
+    dapo: Path, tmp_path: Path
+) -> None:
     def stale(rows: list[Rollout]) -> list[Rollout]:
-        return [
-            replace(row, on_policy=False, advantage=(-1.0) ** i, reward=float(i * i % 7)) for i, row in enumerate(rows)
-        ]
+        return [replace(row, on_policy=False) for row in rows]
 
     def twice(rows: list[Rollout]) -> list[Rollout]:
         return [*rows, *rows[:2]]
 
-    assert_suspected(run(dapo, rollouts=edited(dapo, tmp_path, stale)), "off_policy", "24 rows say on_policy false")
+    with pytest.raises(InputError, match=r"says on_policy false, .* and no old_logprobs"):
+        run(dapo, rollouts=edited(dapo, tmp_path, stale))
     report = run(dapo, rollouts=edited(dapo, tmp_path, twice))
     assert_suspected(report, "surplus_rows", "given twice", "more than 4 responses")
     assert "incomplete_rollouts" not in [w.code for w in report.warnings]
@@ -445,7 +446,7 @@ def test_candidates_are_tried_once_and_the_recorded_loss_first(loose: Path, monk
     tried: list[list[Any]] = []
 
     def look(found: Any, _: object) -> Findings:
-        tried.append([rule for rule, _ in gradient_causes._other_weights(found)])
+        tried.append([average for average, _ in gradient_causes._other_averages(found)])
         tried.append([a for _, _, a in gradient_causes._other_advantages(found)])
         return Findings([], 0)
 

@@ -37,6 +37,7 @@ class Spelling:
 
 
 SPELLINGS: Mapping[str, Spelling] = {
+    "loss_type": Spelling("loss"),
     "weighting": Spelling("importance-weights"),
     "microbatch_size": Spelling("microbatch"),
     "memory_bytes": Spelling("memory", "GB", 1e9),

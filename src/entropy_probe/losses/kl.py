@@ -20,6 +20,10 @@ class KLEstimator(StrEnum):
 
     The straight-through kinds (verl's k1+, k3+) have the first one's value and k2's gradient. ``verl-k3`` is k3 with verl's
     bounds.
+
+    Example:
+        >>> from entropy_probe import KLEstimator, Settings
+        >>> settings = Settings(beta=0.04, kl_estimator=KLEstimator.K3)
     """
 
     K1 = "k1"

@@ -22,7 +22,7 @@ class LengthWeight(StrEnum):
     ``guide``: 1/(G_n L_n), L_n the prompt's longest response. ``dr_grpo``: 1/(G_n L_max), L_max the trainer's constant
     (``max_completion_length``; arXiv 2503.20783). ``grpo``: 1/(G_n T_ng) (arXiv 2402.03300). ``dapo``: B/ΣT over the
     accumulation window (arXiv 2503.14476). ``bnpo``: B/(K ΣT_k) over the response's micro-batch k of K, as TRL has it.
-    Source: docs/method.md, section 4.
+    ``luspo``: B/N, the mean over responses of the sum over tokens. Source: docs/method.md, section 4.
 
     Example:
         >>> from entropy_probe import LengthWeight, Settings
@@ -36,23 +36,38 @@ class LengthWeight(StrEnum):
     GRPO = "grpo"
     DAPO = "dapo"
     BNPO = "bnpo"
+    LUSPO = "luspo"
 
 
-LENGTH_WEIGHT_OF_LOSS = {
-    "grpo": LengthWeight.GRPO,
-    "sapo": LengthWeight.GRPO,
-    "dr_grpo": LengthWeight.DR_GRPO,
-    "dapo": LengthWeight.DAPO,
-    "cispo": LengthWeight.DAPO,
-    "bnpo": LengthWeight.BNPO,
-}
-"""TRL's losses whose gradient, at ratio 1, is a weight a response times its log-prob's; and their length weights there."""
+class LossAggregation(StrEnum):
+    """verl's ``loss_agg_mode``: how the losses of tokens are averaged over the rows of one optimizer step.
+
+    ``token-mean``: over all tokens. ``seq-mean-token-sum``: over responses, tokens summed. ``seq-mean-token-mean``: over
+    responses, tokens averaged. ``seq-mean-token-sum-norm``: over responses, tokens summed and divided by the trainer's constant
+    (``max_completion_length``). Responses without a token in the loss do not count.
+    Source: verl, trainer/ppo/core_algos.py.
+
+    Example:
+        >>> from entropy_probe import LossAggregation, Settings
+        >>> settings = Settings(loss_type="ppo", loss_agg="token-mean", epsilon_low=0.2, epsilon_high=0.2)
+    """
+
+    TOKEN_MEAN = "token-mean"
+    SEQ_MEAN_TOKEN_SUM = "seq-mean-token-sum"
+    SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
+    SEQ_MEAN_TOKEN_SUM_NORM = "seq-mean-token-sum-norm"
+
+
+Average = LengthWeight | LossAggregation
+"""How a trainer averages its loss over the tokens of a step."""
+HAS_CONSTANT: tuple[Average, ...] = (LengthWeight.DR_GRPO, LossAggregation.SEQ_MEAN_TOKEN_SUM_NORM)
+"""Averages that divide by the trainer's constant."""
 
 
 def length_weights(
     lengths: Sequence[int],
     group_sizes: Sequence[int],
-    rule: LengthWeight,
+    rule: Average,
     *,
     max_completion_length: int | None = None,
     window_tokens: float | None = None,
@@ -61,47 +76,61 @@ def length_weights(
     """w_ng with a_ng = A_ng w_ng and Ȳ = (1/B) Σ_n Σ_g a_ng ∇S_ng; float64 [N].
 
     ``guide``: 1/(G_n L_n), L_n the prompt's longest response. ``dr_grpo``: 1/(G_n L_max). ``grpo``: 1/(G_n T_ng).
-    ``dapo``: B/ΣT over the accumulation window. ``bnpo``: B/(K ΣT_k) over the response's micro-batch k of K.
+    ``dapo``: B/ΣT over the accumulation window. ``bnpo``: B/(K ΣT_k) over the response's micro-batch k of K. With N' the
+    responses that have a token in the loss: ``token-mean`` as ``dapo``, ``seq-mean-token-sum`` B/N', ``seq-mean-token-mean``
+    B/(N' T_ng), ``seq-mean-token-sum-norm`` B/(N' L_max).
 
     Args:
-        lengths: T_ng, response tokens.
+        lengths: T_ng, response tokens in the loss; 0 counts as 1, as trainers have it.
         group_sizes: G_n.
         rule: which of the above.
-        max_completion_length: L_max, the trainer's constant (``dr_grpo`` only, required there).
+        max_completion_length: L_max, the trainer's constant (of :data:`HAS_CONSTANT` only, required there).
         window_tokens: ΣT of the window where it is not this batch's (``dapo``).
         micro_batches: the micro-batch of each response (``bnpo``); one for all if not given.
 
     Raises:
         InputError: ``dr_grpo`` without L_max, an L_max shorter than a response, or a rule that is not known.
     """
-    tokens = torch.tensor(lengths, dtype=torch.float64)
+    counts = torch.tensor(lengths, dtype=torch.float64)
+    tokens = counts.clamp(min=1.0)
     sizes = repeat_by_group(group_sizes, group_sizes)
     prompts = len(group_sizes)
-    match member("length_weight", rule, LengthWeight):
+    # Rows with no token in the loss count among TRL's, and not among verl's.
+    share = prompts / max(1.0, float((counts > 0).sum()))
+    match rule if isinstance(rule, LossAggregation) else member("length_weight", rule, LengthWeight):
         case LengthWeight.GUIDE:
             longest = [float(part.max()) for part in by_group(tokens, group_sizes)]
             return 1.0 / (sizes * repeat_by_group(longest, group_sizes))
         case LengthWeight.GRPO:
             return 1.0 / (sizes * tokens)
-        case LengthWeight.DAPO:
-            window = window_tokens if window_tokens is not None else float(tokens.sum())
+        case LengthWeight.LUSPO:
+            return torch.full_like(tokens, prompts / len(tokens))
+        case LossAggregation.SEQ_MEAN_TOKEN_SUM:
+            return torch.full_like(tokens, share)
+        case LossAggregation.SEQ_MEAN_TOKEN_MEAN:
+            return share / tokens
+        case LossAggregation.SEQ_MEAN_TOKEN_SUM_NORM:
+            constant = _trainers_constant(rule, max_completion_length, max(lengths))
+            return torch.full_like(tokens, share / constant)
+        case LengthWeight.DAPO | LossAggregation.TOKEN_MEAN:
+            window = window_tokens if window_tokens is not None else max(1.0, float(counts.sum()))
             return torch.full_like(tokens, prompts / window)
         case LengthWeight.BNPO:
             if micro_batches is None:
-                return torch.full_like(tokens, prompts / float(tokens.sum()))
+                return torch.full_like(tokens, prompts / max(1.0, float(counts.sum())))
             index = torch.unique(torch.tensor(list(micro_batches)), return_inverse=True)[1]
-            sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, tokens)
-            return prompts / (len(sums) * sums[index])
+            sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, counts)
+            return prompts / (len(sums) * sums.clamp(min=1.0)[index])
         case LengthWeight.DR_GRPO:
-            return 1.0 / (sizes * _trainers_constant(max_completion_length, max(lengths)))
+            return 1.0 / (sizes * _trainers_constant(rule, max_completion_length, max(lengths)))
         case unknown:
             assert_never(unknown)
 
 
-def _trainers_constant(max_completion_length: int | None, longest: int) -> int:
+def _trainers_constant(rule: Average, max_completion_length: int | None, longest: int) -> int:
     if max_completion_length is None:
         raise InputError(
-            "length weight dr_grpo divides by the trainer's constant; give max_completion_length (as TRL calls it), as a "
+            f"length weight {rule} divides by the trainer's constant; give max_completion_length (as TRL calls it), as a "
             "setting or as a column of the rows"
         )
     if max_completion_length < longest:

@@ -82,6 +82,11 @@ class Objective:
         """Whether H_t decides over a token's weight."""
         return self.top_entropy_quantile < 1.0
 
+    @property
+    def bonus_of_micro_batches(self) -> bool:
+        """Whether β is a share of a mean over micro-batches, whatever weights the average has."""
+        return self.bonus is not None and self.bonus.average is BonusAverage.MICRO_BATCH
+
     def token_weights(self, rows: LossRows, average: Tensor) -> TokenWeights:
         """ω and β of every token.
 
@@ -92,7 +97,7 @@ class Objective:
         Raises:
             InputError: the rows lack what a part needs.
         """
-        kept = rows.mask
+        kept = rows.mask if rows.token_weights is None else rows.mask * rows.token_weights
         if self.off_policy_threshold is not None:
             kept = kept * off_policy_mask(rows, self.off_policy_threshold)
         entropy_mask = None

@@ -25,6 +25,7 @@ class LossRows:
         ref_log_probs: the reference policy's, for a KL term; None without one.
         entropies: H_t of the distribution that token t was drawn from, nats; None where no loss needs it.
         micro_batches: the micro-batch of every response, [N]; None: all in one.
+        token_weights: what multiplies a token's loss, and no term beside it; None for ones.
     """
 
     lengths: tuple[int, ...]
@@ -36,6 +37,7 @@ class LossRows:
     ref_log_probs: Tensor | None = None
     entropies: Tensor | None = None
     micro_batches: tuple[int, ...] | None = None
+    token_weights: Tensor | None = None
 
     @cached_property
     def row_of_token(self) -> Tensor:
@@ -46,6 +48,11 @@ class LossRows:
     def counts(self) -> Tensor:
         """Σ_t m_t of every response, 1 at least, float64 [N]."""
         return self.summed(self.mask).clamp(min=1.0)
+
+    @property
+    def tokens_in_loss(self) -> list[int]:
+        """Σ_t m_t of every response, as it is."""
+        return [round(count) for count in self.summed(torch.ones_like(self.mask)).tolist()]
 
     @cached_property
     def micro_batch_of_token(self) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from entropy_probe.common.source import Source
+from entropy_probe.losses.length_weights import LossAggregation
 from entropy_probe.pipeline.stages import Task
 from entropy_probe.pipeline.torch_types import OFF, autocast_name, dtype_name
 from entropy_probe.report import ConfigSection
@@ -11,6 +14,7 @@ from entropy_probe.report import ConfigSection
 def config_section(task: Task) -> ConfigSection:
     """The settings, with what the rollouts and the model decided of them."""
     subject, settings, trainer = task.subject, task.settings, task.subject.trainer
+    loss, kl, bonus = trainer.loss, trainer.loss.objective.kl, trainer.loss.objective.bonus
     return ConfigSection(
         mode=settings.mode,
         blocks=settings.blocks,
@@ -27,8 +31,15 @@ def config_section(task: Task) -> ConfigSection:
         resample_batch=settings.resample_batch,
         rollouts=subject.rollouts,
         freeze=list(subject.freeze),
-        advantage=task.advantage_rule,
+        advantage=task.rule.advantage_rule,
         length_weight=trainer.length_weight,
+        loss=loss.name,
+        loss_agg=loss.average if isinstance(loss.average, LossAggregation) else None,
+        beta=0.0 if kl is None else kl.beta,
+        kl_estimator=None if kl is None else kl.estimator,
+        entropy_coef=0.0 if bonus is None else bonus.coefficient,
+        epsilon_low=_or_none(loss.constants.epsilon_low),
+        epsilon_high=_or_none(loss.constants.epsilon_high),
         max_completion_length=settings.max_completion_length,
         learning_rate=settings.learning_rate,
         temperature=subject.batch.temperature,
@@ -44,3 +55,7 @@ def config_section(task: Task) -> ConfigSection:
         weight_rounding=settings.weight_rounding,
         zero_v=settings.zero_v,
     )
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

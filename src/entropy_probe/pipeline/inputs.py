@@ -18,7 +18,7 @@ from entropy_probe.data.units import Units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import VECTOR_SHARE, Plan, Storage
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
-from entropy_probe.losses.length_weights import LengthWeight, length_weights
+from entropy_probe.losses.length_weights import Average, length_weights
 from entropy_probe.pipeline.settings import Settings
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.dealing import deal
@@ -188,8 +188,19 @@ def given_advantages(batch: RolloutBatch) -> Tensor:
     return torch.cat(list(parts))
 
 
-def resolve_length_weights(batch: RolloutBatch, rule: LengthWeight, max_completion_length: int | None = None) -> Tensor:
+def resolve_length_weights(
+    batch: RolloutBatch,
+    rule: Average,
+    max_completion_length: int | None = None,
+    counts: Sequence[int] | None = None,
+) -> Tensor:
     """w_ng of the training loss, with the window's constants from the rollouts where none are given.
+
+    Args:
+        batch: the rollouts.
+        rule: how the loss is averaged.
+        max_completion_length: the trainer's constant; None takes the rows'.
+        counts: tokens in the loss of every response; None takes all.
 
     Raises:
         InputError: see :func:`entropy_probe.losses.length_weights.length_weights`.
@@ -197,7 +208,7 @@ def resolve_length_weights(batch: RolloutBatch, rule: LengthWeight, max_completi
     first = batch.responses[0]
     micro_batches = [r.micro_batch for r in batch.responses if r.micro_batch is not None]
     return length_weights(
-        batch.lengths,
+        batch.lengths if counts is None else counts,
         batch.group_sizes,
         rule,
         max_completion_length=max_completion_length or first.max_completion_length,

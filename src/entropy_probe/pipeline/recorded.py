@@ -9,9 +9,8 @@ first parameter group's, or a list with one a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 
@@ -19,8 +18,10 @@ from entropy_probe.common.choices import number, shown
 from entropy_probe.common.source import Source
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
-from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS, LengthWeight
+from entropy_probe.losses.length_weights import Average, LengthWeight
 from entropy_probe.optimizers.state import AdamState
+from entropy_probe.pipeline.recorded_loss import TrainersObjective, trainers_objective
+from entropy_probe.pipeline.rows_say import recorded_value, said
 from entropy_probe.pipeline.settings import StepSettings
 from entropy_probe.pipeline.torch_types import OFF
 
@@ -30,17 +31,14 @@ MIXED_PRECISION = {None: None, "no": None, "bf16": torch.bfloat16, "fp16": torch
 SAME_RATE = 1e-9
 """Relative difference up to which a recorded learning rate is the stored one."""
 
-T = TypeVar("T", bound=Hashable)
-
 
 @dataclass(frozen=True)
 class TrainersStep:
     """How the trainer takes its step, as far as it is known, and from where.
 
     Attributes:
-        length_weight: of the training loss.
-        length_weight_source: ``unknown`` where it is assumed.
-        max_completion_length: Dr. GRPO's constant, or None.
+        loss: the training loss.
+        max_completion_length: the constant that its average may divide by, or None.
         max_grad_norm: at which the gradient is clipped, above 0; None does not clip.
         max_grad_norm_source: ``unknown`` where nothing says whether the trainer clips.
         autocast: mixed precision over float32 weights, or None.
@@ -50,8 +48,7 @@ class TrainersStep:
         learning_rate_source: ``unknown`` with the optimizer's own.
     """
 
-    length_weight: LengthWeight
-    length_weight_source: Source
+    loss: TrainersObjective
     max_completion_length: int | None
     max_grad_norm: float | None
     max_grad_norm_source: Source
@@ -59,6 +56,11 @@ class TrainersStep:
     mixed: bool
     learning_rates: tuple[float, ...]
     learning_rate_source: Source
+
+    @property
+    def length_weight(self) -> Average:
+        """How the training loss is averaged over tokens."""
+        return self.loss.average
 
     def of(self, adam: AdamState) -> AdamState:
         """The optimizer's state with the learning rate of this step.
@@ -101,7 +103,6 @@ def trainers_step(batch: RolloutBatch, asked: StepSettings, *, assumed: LengthWe
     Raises:
         InputError: the rows disagree, or say what is not known or cannot be meant.
     """
-    weight, weight_source = _length_weight(batch, asked.length_weight, assumed)
     clip, clip_source = asked.max_grad_norm, Source.GIVEN
     if clip is None:
         clip = recorded_number(batch, "max_grad_norm")
@@ -113,8 +114,7 @@ def trainers_step(batch: RolloutBatch, asked: StepSettings, *, assumed: LengthWe
         rates = recorded_rates(batch)
         rate_source = Source.RECORDED if rates else Source.UNKNOWN
     return TrainersStep(
-        length_weight=weight,
-        length_weight_source=weight_source,
+        loss=trainers_objective(batch, asked, assumed=assumed),
         max_completion_length=asked.max_completion_length or batch.responses[0].max_completion_length,
         max_grad_norm=clip or None,
         max_grad_norm_source=clip_source,
@@ -131,7 +131,7 @@ def recorded_number(batch: RolloutBatch, name: str) -> float | None:
     Raises:
         InputError: the rows disagree, or it is not a finite number, 0 or above.
     """
-    return _recorded(batch, name, lambda value: number(_said(name), value))
+    return recorded_value(batch, name, lambda value: number(said(name), value))
 
 
 def recorded_count(batch: RolloutBatch, name: str) -> int | None:
@@ -155,10 +155,10 @@ def recorded_rates(batch: RolloutBatch) -> tuple[float, ...]:
 
     def rates(value: object) -> tuple[float, ...]:
         if isinstance(value, Sequence) and not isinstance(value, str) and value:
-            return tuple(number(_said("learning_rate"), each) for each in value)
-        return (number(_said("learning_rate"), value),)
+            return tuple(number(said("learning_rate"), each) for each in value)
+        return (number(said("learning_rate"), value),)
 
-    return _recorded(batch, "learning_rate", rates) or ()
+    return recorded_value(batch, "learning_rate", rates) or ()
 
 
 def check_recorded(batch: RolloutBatch) -> None:
@@ -171,44 +171,6 @@ def check_recorded(batch: RolloutBatch) -> None:
     recorded_rates(batch)
     for name in ("num_processes", "num_generations"):
         recorded_count(batch, name)
-
-
-def _recorded(batch: RolloutBatch, name: str, parse: Callable[[object], T]) -> T | None:
-    """What every row says under a name; None where none has it."""
-    first = batch.responses[0].extra.get(name)
-    found = None if first is None else parse(first)
-    for row in batch.responses:
-        value = row.extra.get(name)
-        if (None if value is None else parse(value)) != found:
-            raise InputError(
-                f"the rows disagree about {name} ({shown(first)} and {shown(value)}); give the rows of one step"
-            )
-    return found
-
-
-def _said(name: str) -> str:
-    return f"the rows say {name}"
-
-
-def _length_weight(
-    batch: RolloutBatch, given: LengthWeight | None, assumed: LengthWeight | None
-) -> tuple[LengthWeight, Source]:
-    if given is not None:
-        return given, Source.GIVEN
-    loss = batch.responses[0].loss_type
-    if loss is not None:
-        if loss not in LENGTH_WEIGHT_OF_LOSS:
-            raise InputError(
-                f"the rows' loss_type is {shown(loss)}; known are {', '.join(sorted(LENGTH_WEIGHT_OF_LOSS))}; if its "
-                f"gradient weighs lengths as one of them does, set the length weight: {', '.join(LengthWeight)}"
-            )
-        return LENGTH_WEIGHT_OF_LOSS[loss], Source.RECORDED
-    if assumed is None:
-        raise InputError(
-            "the rows name no loss_type; set the length weight to that of the trainer's loss: dapo (TRL's default), grpo, "
-            "dr_grpo or bnpo"
-        )
-    return assumed, Source.UNKNOWN
 
 
 def _autocast(batch: RolloutBatch, asked: StepSettings) -> torch.dtype | None:
@@ -225,7 +187,7 @@ def _autocast(batch: RolloutBatch, asked: StepSettings) -> torch.dtype | None:
             )
         return value
 
-    return MIXED_PRECISION[_recorded(batch, "mixed_precision", named)]
+    return MIXED_PRECISION[recorded_value(batch, "mixed_precision", named)]
 
 
 def _with_rates(adam: AdamState, rates: Sequence[float]) -> AdamState:

@@ -19,7 +19,9 @@ from entropy_probe.common.fields import Part, described, setting
 from entropy_probe.data.units import Mode
 from entropy_probe.errors import InputError
 from entropy_probe.losses.advantages import AdvantageRule
-from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.kl import KLEstimator
+from entropy_probe.losses.length_weights import HAS_CONSTANT, Average, LengthWeight, LossAggregation
+from entropy_probe.losses.named import LossName
 from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.stored_precision import Rounding
 from entropy_probe.pipeline.torch_types import Autocast, autocast_setting, dtype_name, torch_type
@@ -45,13 +47,13 @@ class ShardingChoice(StrEnum):
     FSDP2 = "fsdp2"
 
 
-def refuse_unused_constant(constant: int | None, weight: LengthWeight) -> None:
+def refuse_unused_constant(constant: int | None, weight: Average) -> None:
     """Refuse Dr. GRPO's constant beside a length weight that has none.
 
     Raises:
         InputError: as it says.
     """
-    if constant is not None and weight is not LengthWeight.DR_GRPO:
+    if constant is not None and weight not in HAS_CONSTANT:
         raise InputError(
             f"max_completion_length is Dr. GRPO's constant; length weight {weight} does not use it, drop it (or ask for fresh "
             "responses, whose limit it is)"
@@ -124,6 +126,48 @@ class TrainersLoss(Part):
 
 @described
 @dataclass(frozen=True)
+class LossTerms(Part):
+    """What the loss is made of; None takes what the rows say (:mod:`entropy_probe.pipeline.recorded_loss`)."""
+
+    loss_type: LossName | None = setting(
+        None,
+        optional(partial(member, kind=LossName)),
+        "The trainer's loss, by its published name. Default: the rows' loss_type.",
+        "NAME",
+    )
+    loss_agg: LossAggregation | None = setting(
+        None,
+        optional(partial(member, kind=LossAggregation)),
+        "How the loss is averaged over tokens and responses, by verl's names; in the place of a length weight.",
+        "MODE",
+    )
+    beta: float | None = setting(
+        None, optional(number), "Coefficient of the KL term to the reference. Default: as the rows say, else 0.", "X"
+    )
+    kl_estimator: KLEstimator | None = setting(
+        None,
+        optional(partial(member, kind=KLEstimator)),
+        "Estimator of the KL term. Default: as the rows say, else k3.",
+    )
+    entropy_coef: float | None = setting(
+        None, optional(number), "Coefficient of the entropy bonus. Default: as the rows say, else 0.", "X"
+    )
+    epsilon_low: float | None = setting(
+        None,
+        optional(number),
+        "How far below 1 the loss clips the importance ratio. Default: as the rows say; needed where it is not 1.",
+        "X",
+    )
+    epsilon_high: float | None = setting(
+        None,
+        optional(number),
+        "How far above 1 it clips it (of cispo, the largest ratio). Default: as the rows say, else epsilon_low.",
+        "X",
+    )
+
+
+@described
+@dataclass(frozen=True)
 class Arithmetic(Part):
     """In which types the step is computed, and how much of it at a time."""
 
@@ -156,13 +200,22 @@ class Arithmetic(Part):
 
 
 @dataclass(frozen=True)
-class StepSettings(Arithmetic, TrainersLoss):
+class StepSettings(LossTerms, Arithmetic, TrainersLoss):
     """What a probe and a replay are both told: how the trainer takes its step, and in which arithmetic to repeat it."""
+
+    def __post_init__(self) -> None:
+        """Refuse two ways of averaging the loss."""
+        super().__post_init__()
+        if self.loss_agg is not None and self.length_weight is not None:
+            raise InputError(
+                f"loss_agg is {self.loss_agg} and length_weight {self.length_weight}, which both say how the loss is averaged; "
+                "give one of them"
+            )
 
 
 @described
 @dataclass(frozen=True)
-class Loss(TrainersLoss):
+class Loss(LossTerms, TrainersLoss):
     """How the trainer takes its step: its loss, clip and learning rate, and how its optimizer rounds."""
 
     weight_rounding: Rounding = setting(
@@ -343,7 +396,7 @@ class Settings(Loss, Target, Compute, Analyses, StepSettings, Positions):
         >>> settings = Settings(length_weight="dapo", max_grad_norm=1.0, dtype="float64", sweep="0.1:10:9")
         >>> Settings(length_weight="token-mean")
         Traceback (most recent call last):
-        entropy_probe.errors.InputError: length_weight is 'token-mean'; known are guide, dr_grpo, grpo, dapo, bnpo
+        entropy_probe.errors.InputError: length_weight is 'token-mean'; known are guide, dr_grpo, grpo, dapo, bnpo, luspo
     """
 
     def __post_init__(self) -> None:

@@ -31,9 +31,8 @@ from entropy_probe.gradients import (
     response_parts,
     unit_gradients,
 )
-from entropy_probe.losses.advantages import AdvantageRule
 from entropy_probe.model.measured import Measured
-from entropy_probe.model.policy import Policy
+from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.model.virtual_step import at_least_float32, below_float32
 from entropy_probe.optimizers.base import Look, OptimizerState, distinct_rates
 from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
@@ -54,14 +53,13 @@ from entropy_probe.pipeline.inputs import (
     check_interval,
     check_split,
     free_memory,
-    resolve_advantages,
-    resolve_length_weights,
     times_divided,
     units_on_a_rank,
 )
 from entropy_probe.pipeline.recorded import TrainersStep
 from entropy_probe.pipeline.settings import Analyses, Settings
 from entropy_probe.pipeline.torch_types import dtype_name
+from entropy_probe.pipeline.update import Update, UpdateRule
 from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.realized.changes import RealizedChange
 from entropy_probe.realized.measure import EntropyMeasure
@@ -110,9 +108,9 @@ class Task:
         policy: the model at θ, as it was prepared.
         target: what X estimates.
         also: what else is differentiated.
-        advantages: A_ng, [N].
-        advantage_rule: that gave them.
-        coefficients: a_ng = A_ng w_ng, [N].
+        rule: the trainer's loss over the rows that the step consumes.
+        update: Y's coefficients by it.
+        measured: log-probs of every response token at θ, where the coefficients depend on them; else None.
         geometry: P and η by name, and the type of unit vectors.
         plan: units, and whether their vectors are stored.
         memory_bytes: that may be used, of one rank.
@@ -125,9 +123,9 @@ class Task:
     policy: Policy
     target: EntropyTarget
     also: AlsoMoved
-    advantages: Tensor
-    advantage_rule: AdvantageRule
-    coefficients: Tensor
+    rule: UpdateRule
+    update: Update
+    measured: Measured | None
     geometry: Geometry
     plan: Plan
     memory_bytes: float
@@ -165,10 +163,9 @@ def make_task(
         raise InputError(
             "the model has no trainable parameter; is it frozen? Set requires_grad on what the optimizer trains"
         )
-    advantages, rule = resolve_advantages(batch, settings.advantage)
-    coefficients = advantages * resolve_length_weights(
-        batch, subject.trainer.length_weight, settings.max_completion_length
-    )
+    rule = UpdateRule.of(batch, subject.trainer, settings.advantage)
+    # What needs no model is refused before anything is computed.
+    update = None if rule.needs_forward else rule.update(None)
     ranks = subject.sharding.ranks
     memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
     geometry = Geometry.of(subject.optimizer, settings.vector_dtype)
@@ -194,6 +191,11 @@ def make_task(
             policy, rows, memory_bytes=memory, microbatch_size=settings.microbatch_size, earlier=earlier
         )
         policy = preparation.applied(policy)
+    measured = None
+    if update is None:
+        with clock.stage("update"):
+            measured = measured_at_theta(policy, batch, progress, entropies=rule.loss.objective.needs_entropies)
+            update = rule.update(measured)
     if not settings.targets:
         plan, also = without_dear_ones(plan, also, preparation.rules, plan_for)
     resampling = None
@@ -211,9 +213,9 @@ def make_task(
         policy=policy,
         target=EntropyTarget(settings.estimator, settings.entropy),
         also=also,
-        advantages=advantages,
-        advantage_rule=rule,
-        coefficients=coefficients,
+        rule=rule,
+        update=update,
+        measured=measured,
         geometry=geometry,
         plan=plan,
         memory_bytes=memory,
@@ -221,6 +223,17 @@ def make_task(
         progress=progress,
     )
     return task, preparation
+
+
+def measured_at_theta(policy: Policy, batch: RolloutBatch, progress: Progress, *, entropies: bool) -> Measured:
+    """Log-probs of every response token, and entropies on request, by a forward of its own.
+
+    Raises:
+        InputError: a response without a finite score; its prompt is named.
+    """
+    found = policy.measure(batch.responses, progress, entropies=entropies, log_probs=True)
+    check_finite(found.scores, batch.responses)
+    return found
 
 
 def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
@@ -239,7 +252,7 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
         policy,
         task.subject.batch,
         units,
-        Sides(task.target, task.coefficients, task.also.given),
+        Sides(task.target, task.update.whole, task.also.given),
         task.geometry,
         wanted=Wanted(
             task.plan.storage,
@@ -267,7 +280,7 @@ def against_evaluation(task: Task, evaluation: RolloutBatch, rules: Rules | None
         evaluation,
         batch,
         task.target,
-        task.coefficients,
+        task.update.whole,
         task.geometry,
         rules=rules,
         progress=task.progress,
@@ -323,7 +336,7 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
         folds, of_evaluation = None, list[Evidence]()
         if settings.split is not None:
             folds = folds_of(len(batch.groups), settings.split)
-            rows += realizer.by_folds(batch, folds, gradients.ascent, task.coefficients)
+            rows += realizer.by_folds(batch, folds, gradients.ascent, task.update.whole)
         if evaluation is not None:
             evaluated = realizer.measured(evaluation)
             held_out = realizer.realized(evaluation, evaluated, steps, HELD_OUT)
@@ -354,7 +367,7 @@ def noise_by_responses(
         batch,
         task.target,
         Measured(gradients.scores, gradients.token_entropies),
-        task.coefficients,
+        task.update.whole,
         directions,
         rules=rules,
         progress=task.progress,
@@ -368,7 +381,7 @@ def without_negatives(task: Task, rules: Rules | None) -> CrossStatistics:
         task.policy,
         task.subject.batch,
         task.plan.units,
-        Sides(task.target, task.coefficients.clamp(min=0.0)),
+        Sides(task.target, task.rule.without_negatives().update(task.measured).whole),
         task.geometry,
         wanted=Wanted(task.plan.storage),
         rules=rules,

@@ -65,11 +65,18 @@ def plan_resampling(
         batch_size: responses in one call of generate: fewer take less memory, and are other ones.
 
     Raises:
-        InputError: the model cannot generate, no end token is known although lengths differ, or the context is too short.
+        InputError: the model cannot generate, responses hold a tool's tokens, no end token is known although lengths differ, or
+            the context is too short.
     """
     if not any(isinstance(module, GenerationMixin) for module in policy.model.modules()):
         raise InputError(
             "fresh responses need a transformers model with generate; this one has none, leave resample out"
+        )
+    played = next((row for row in batch.responses if row.sampled is not None), None)
+    if played is not None:
+        raise InputError(
+            f"prompt_id {played.prompt_id!r} has tokens that the policy did not draw (sampled), whose author cannot be asked "
+            "again; leave resample out"
         )
     eos_ids = batch.responses[0].eos_ids  # all rows say the same
     if eos_ids is None:

@@ -11,14 +11,16 @@ from entropy_probe.checkpoints import TrainerState
 from entropy_probe.common.progress import Progress
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.gradients import loss_gradient
-from entropy_probe.losses.advantages import AdvantageRule
-from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.length_weights import Average
+from entropy_probe.model.measured import Measured
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.adamw_step import AdamWStep, adamw_step
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.pipeline.recorded import TrainersStep
+from entropy_probe.pipeline.update import UpdateRule
 from entropy_probe.replay_check.settings import GRADIENT_TOLERANCE, MIXED_TOLERANCE, TOLERANCE
 from entropy_probe.replay_check.update_comparison import GradientComparison, UpdateComparison, compare_updates
+from entropy_probe.targets.base import TokenPair
 
 COARSE = 0.01
 """Share of the update that storing the weights costs, above which they do not tell whether it was computed right."""
@@ -34,10 +36,10 @@ class Replayed:
         before: θ by name.
         after: θ⁺ by name.
         adam: the optimizer's state at θ.
-        advantages: A, [N], by ``rule``.
-        rule: where they came from.
-        weights: w of :func:`~entropy_probe.losses.length_weights.length_weights`, [N], by ``length_weight``.
-        trainer: how the step was taken: length weight, clip, mixed precision, learning rate.
+        rule: the trainer's loss over these rows.
+        measured: log-probs (and entropies, where the loss needs them) at θ.
+        whole: the coefficients by it.
+        trainer: how the step was taken: loss, clip, mixed precision, learning rate.
         num_generations: responses a prompt, where the rows say.
         ascent: Ȳ.
         step: the replayed step.
@@ -53,9 +55,9 @@ class Replayed:
     before: Mapping[str, Tensor]
     after: Mapping[str, Tensor]
     adam: AdamState
-    advantages: Tensor
-    rule: AdvantageRule
-    weights: Tensor
+    rule: UpdateRule
+    measured: Measured
+    whole: Tensor | TokenPair
     trainer: TrainersStep
     num_generations: int | None
     ascent: Mapping[str, Tensor]
@@ -67,7 +69,7 @@ class Replayed:
     number: int | None
 
     @property
-    def length_weight(self) -> LengthWeight:
+    def length_weight(self) -> Average:
         """Of the training loss."""
         return self.trainer.length_weight
 
@@ -134,12 +136,19 @@ class Replayed:
         """The step along another direction, or from another state, clipped as the replayed one."""
         return adamw_step(self.before, adam or self.adam, ascent, max_grad_norm=self.max_grad_norm)
 
-    def along(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Ȳ with other coefficients a w, [N]."""
-        scaled = coefficients / len(self.batch.groups)
-        return loss_gradient(
-            self.policy, self.batch.responses, scaled, progress=progress, description="gradient of a suspicion"
+    def along(self, rule: UpdateRule, progress: Progress) -> dict[str, Tensor]:
+        """Ȳ of another loss."""
+        return mean_ascent(
+            self.policy, self.batch, rule.update(self.measured).whole, progress, "gradient of a suspicion"
         )
+
+
+def mean_ascent(
+    policy: Policy, batch: RolloutBatch, whole: Tensor | TokenPair, progress: Progress, description: str
+) -> dict[str, Tensor]:
+    """Ȳ = (1/B) Σ of what the coefficients multiply, by parameter name."""
+    scaled = whole.scaled(1.0 / len(batch.groups)) if isinstance(whole, TokenPair) else whole / len(batch.groups)
+    return loss_gradient(policy, batch.responses, scaled, progress=progress, description=description)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch import Tensor
 from entropy_probe.common.progress import Progress
 from entropy_probe.errors import InputError
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards, advantages_over_batch
-from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS, LengthWeight
-from entropy_probe.pipeline.inputs import given_advantages, resolve_length_weights
+from entropy_probe.losses.length_weights import LengthWeight
+from entropy_probe.losses.named import average_of
+from entropy_probe.pipeline.inputs import given_advantages
+from entropy_probe.pipeline.update import UpdateRule
 from entropy_probe.replay_check.case import Cause, Replayed
-from entropy_probe.targets.base import rewards_of
+from entropy_probe.targets.base import TokenPair, rewards_of
 
 ADVANTAGE_WORDS = {
     AdvantageRule.GIVEN: "the rows' own",
@@ -29,28 +32,28 @@ def one_thing_else(case: Replayed, progress: Progress) -> Iterator[Cause]:
     for words, advice, advantages in _other_advantages(case):
         yield Cause(
             "advantage",
-            f"the trainer's advantages were {words}; here they are {ADVANTAGE_WORDS[case.rule]}",
+            f"the trainer's advantages were {words}; here they are {ADVANTAGE_WORDS[case.rule.advantage_rule]}",
             advice,
-            case.stepped(case.along(advantages * case.weights, progress)),
+            case.stepped(case.along(replace(case.rule, advantages=advantages), progress)),
         )
-    for rule, weights in _other_weights(case):
+    for average, rule in _other_averages(case):
         yield Cause(
             "length_weight",
-            f"the trainer's loss weighs lengths as {rule}; here it is {case.length_weight}",
-            f"Set the length weight to {rule}",
-            case.stepped(case.along(case.advantages * weights, progress)),
+            f"the trainer's loss weighs lengths as {average}; here it is {case.length_weight}",
+            f"Set the length weight to {average}",
+            case.stepped(case.along(rule, progress)),
         )
 
 
 def two_things_else(case: Replayed, progress: Progress) -> Iterator[Cause]:
     """Both at once."""
     for words, advice, advantages in _other_advantages(case):
-        for rule, weights in _other_weights(case):
+        for average, rule in _other_averages(case):
             yield Cause(
                 "advantage_and_length_weight",
-                f"the trainer's loss weighs lengths as {rule}, and its advantages were {words}",
-                f"{advice}. Set the length weight to {rule}",
-                case.stepped(case.along(advantages * weights, progress)),
+                f"the trainer's loss weighs lengths as {average}, and its advantages were {words}",
+                f"{advice}. Set the length weight to {average}",
+                case.stepped(case.along(replace(rule, advantages=advantages), progress)),
             )
 
 
@@ -66,30 +69,40 @@ def _other_advantages(case: Replayed) -> Iterator[tuple[str, str, Tensor]]:
             found = given_advantages(case.batch) if given else None
         else:
             found = advantages_from_rewards(rewards, sizes, rule) if rewards is not None and compared else None
-        if found is not None and rule is not case.rule:
+        if found is not None and rule is not case.rule.advantage_rule:
             candidates.append(
                 (words, f"Set the advantage to {rule}, or look for who changed the column advantage", found)
             )
     if rewards is not None and compared:
         advice = "Record the trainer's own advantages, and look for who changed the column advantage"
         candidates.append((OVER_BATCH, advice, advantages_over_batch(rewards, sizes)))
-    seen = [case.advantages]
+    seen = [case.rule.advantages]
     for words, advice, found in candidates:
-        if not any(torch.allclose(found, other, rtol=1e-4, atol=1e-6) for other in seen):
+        if not any(_alike(found, other) for other in seen):
             seen.append(found)
             yield words, advice, found
 
 
-def _other_weights(case: Replayed) -> Iterator[tuple[LengthWeight, Tensor]]:
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def _other_averages(case: Replayed) -> Iterator[tuple[LengthWeight, UpdateRule]]:
     """Of the losses that a trainer has (the guide's is none), the recorded one first, where it gives something else."""
-    recorded = LENGTH_WEIGHT_OF_LOSS.get(case.batch.responses[0].loss_type or "")
-    seen = [case.weights]
-    for rule in sorted((r for r in LengthWeight if r is not LengthWeight.GUIDE), key=lambda r: r is not recorded):
-        constant = case.max_completion_length if rule is LengthWeight.DR_GRPO else None
+    recorded = average_of(case.batch.responses[0].loss_type)
+    seen = [_tokens(case.whole, case)]
+    for average in sorted((r for r in LengthWeight if r is not LengthWeight.GUIDE), key=lambda r: r is not recorded):
+        rule = replace(case.rule, loss=replace(case.rule.loss, average=average))
         try:
-            weights = resolve_length_weights(case.batch, rule, constant)
+            found = _tokens(rule.update(case.measured).whole, case)
         except InputError:  # dr_grpo without its constant
             continue
-        if not any(torch.allclose(weights, other, rtol=1e-6, atol=0.0) for other in seen):
-            seen.append(weights)
-            yield rule, weights
+        if not any(torch.allclose(found, other, rtol=1e-6, atol=0.0) for other in seen):
+            seen.append(found)
+            yield average, rule
+
+
+def _tokens(whole: Tensor | TokenPair, case: Replayed) -> Tensor:
+    """ω, [tokens]."""
+    pair = whole if isinstance(whole, TokenPair) else TokenPair(whole)
+    return pair.at_tokens(case.batch.lengths).log_probs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -80,8 +81,8 @@ def _trainers_scale(case: Replayed) -> float | None:
 
 def one_row(case: Replayed, progress: Progress) -> Iterator[Cause]:
     """The row whose ∇S the gap between the two gradients lies along, if there is one: a backward a row."""
-    scale = _trainers_scale(case)
-    if scale is None or case.recovered is None:
+    scale, whole, advantages = _trainers_scale(case), case.whole, case.rule.advantages
+    if scale is None or case.recovered is None or not isinstance(whole, Tensor) or case.rule.needs_forward:
         return
     gap = {name: -g / scale - case.ascent[name].to(g) for name, g in case.recovered.items() if name in case.ascent}
     size = gradient_norm(gap)
@@ -98,12 +99,14 @@ def one_row(case: Replayed, progress: Progress) -> Iterator[Cause]:
     if best is None:
         return
     _, i, factor, gradient = best
-    meant = float(case.advantages[i]) + factor * len(case.batch.groups) / float(case.weights[i])
+    ones = replace(case.rule, advantages=torch.ones_like(advantages)).update(None).whole
+    assert isinstance(ones, Tensor)
+    meant = float(advantages[i]) + factor * len(case.batch.groups) / float(ones[i])
     ascent = {name: y + factor * gradient[name] if name in gradient else y for name, y in case.ascent.items()}
     yield Cause(
         "advantage_of_a_row",
         f"the trainer's advantage of response {i + 1} (prompt {rows[i].prompt_id}) was {meant:.4g}; here it is "
-        f"{float(case.advantages[i]):.4g}, all others agree",
+        f"{float(advantages[i]):.4g}, all others agree",
         "Look at how that response was scored, or for who changed its row",
         case.stepped(ascent),
     )

@@ -28,18 +28,19 @@ from entropy_probe.common.devices import AUTO, choose_device
 from entropy_probe.common.progress import Clock, Progress, Silent
 from entropy_probe.data.rollouts import read_batch, refuse_unsampled
 from entropy_probe.errors import InputError
-from entropy_probe.gradients import loss_gradient, prepare, refuse_cut, unexplained, watched
+from entropy_probe.gradients import prepare, refuse_cut, unexplained, watched
 from entropy_probe.model.input_limits import check_fits, special_ids
 from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.adamw_step import adamw_step
 from entropy_probe.optimizers.preconditioner import ZeroV
-from entropy_probe.pipeline.inputs import free_memory, resolve_advantages, resolve_length_weights
+from entropy_probe.pipeline.inputs import free_memory
 from entropy_probe.pipeline.recorded import check_recorded, recorded_count, trainers_step
 from entropy_probe.pipeline.settings import refuse_unused_constant
 from entropy_probe.pipeline.torch_types import OFF, autocast_name, dtype_name
+from entropy_probe.pipeline.update import UpdateRule
 from entropy_probe.replay_check import pairs, sections
-from entropy_probe.replay_check.case import Replayed, against
+from entropy_probe.replay_check.case import Replayed, against, mean_ascent
 from entropy_probe.replay_check.settings import ReplaySettings
 from entropy_probe.replay_check.suspicions import Findings, find_suspicions
 from entropy_probe.replay_check.update_comparison import compare_gradients, recovered_gradient
@@ -103,8 +104,9 @@ def replay(
         check_recorded(batch)
         trainer = trainers_step(batch, settings, assumed=None)
         refuse_unused_constant(settings.max_completion_length, trainer.length_weight)
-        advantages, rule = resolve_advantages(batch, settings.advantage)
-        weights = resolve_length_weights(batch, trainer.length_weight, settings.max_completion_length)
+        rule = UpdateRule.of(batch, trainer, settings.advantage)
+        if not rule.needs_forward:
+            rule.update(None)  # what needs no model is refused before anything is loaded
         # The step renews v first, so that a v of zeros does no harm here.
         loaded = load_checkpoint(
             before, base=base, dtype=settings.dtype, device=device, zero_v=ZeroV.GUIDE, freeze=freeze
@@ -136,13 +138,11 @@ def replay(
         )
         policy = preparation.applied(policy)
     with clock.stage("replay"):
-        measured = policy.measure(batch.responses, progress)
+        measured = policy.measure(batch.responses, progress, log_probs=True)
         check_finite(measured.scores, batch.responses)
-        coefficients = advantages * weights / len(batch.groups)
+        whole = rule.update(measured).whole
         with watched(policy) as ran:
-            ascent = loss_gradient(
-                policy, batch.responses, coefficients, progress=progress, description="batch gradient"
-            )
+            ascent = mean_ascent(policy, batch, whole, progress, "batch gradient")
         untouched = [name for name in theta if name not in ascent]
         refuse_cut(unexplained(policy.model, untouched, ran), Adam(adam), policy.sharding)
         step = adamw_step(theta, adam, ascent, max_grad_norm=trainer.max_grad_norm)
@@ -155,9 +155,9 @@ def replay(
         before=theta,
         after=theta_after,
         adam=adam,
-        advantages=advantages,
         rule=rule,
-        weights=weights,
+        measured=measured,
+        whole=whole,
         trainer=trainer,
         num_generations=recorded_count(batch, "num_generations"),
         ascent=ascent,
@@ -194,7 +194,7 @@ def replay(
             rollouts=str(rollouts),
             freeze=patterns_of(freeze),
             step=states[1].global_step,
-            advantage=rule,
+            advantage=rule.advantage_rule,
             length_weight=trainer.length_weight,
             max_completion_length=trainer.max_completion_length,
             learning_rate=settings.learning_rate,

@@ -63,9 +63,6 @@ def find_suspicions(case: Replayed, progress: Progress) -> Findings:
             return Findings([miscounted], len(tried))
         if not found:
             found = explained(one_row(case, progress)) or explained(two_things_else(case, progress))
-            stale = sum(row.on_policy is False for row in case.batch.responses)
-            if not found and stale:
-                return Findings([_off_policy(stale)], len(tried))
             if not found and gradients is not None and gradients.cosine < OTHER_ROWS_COSINE:
                 return Findings([_other_rows(gradients.cosine)], len(tried))
     good = _explaining(tried, case)
@@ -89,15 +86,6 @@ def _suspicion(tried: _Tried, case: Replayed) -> Suspicion:
 
 def _negligible(case: Replayed) -> float:
     return case.tolerance / 50
-
-
-def _off_policy(rows: int) -> Suspicion:
-    return Suspicion(
-        "off_policy",
-        f"{rows} rows say on_policy false: the trainer's gradient has importance ratios there, which are not replayed",
-        "Replay the first step of a generation, or record a run with num_iterations=1",
-        None,
-    )
 
 
 def _other_rows(cosine: float) -> Suspicion:

@@ -13,7 +13,8 @@ from entropy_probe.common.evidence import Evidence
 from entropy_probe.common.source import Source
 from entropy_probe.data.groups import by_group
 from entropy_probe.data.rollouts import RolloutBatch, SpecialIds, doubtful_rows
-from entropy_probe.losses.length_weights import LENGTH_WEIGHT_OF_LOSS, LengthWeight
+from entropy_probe.losses.length_weights import Average, LengthWeight
+from entropy_probe.losses.named import average_of
 
 OFF_POLICY_PER_TOKEN, OFF_POLICY_PER_RESPONSE = 0.02, 0.1
 """Mean |Σ log-prob difference| a token, or a response, in nats, above which rollouts do not count as this policy's. The second
@@ -62,7 +63,7 @@ def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
     return found
 
 
-def loss_warnings(length_weight: LengthWeight, source: Source) -> list[Evidence]:
+def loss_warnings(length_weight: Average, source: Source) -> list[Evidence]:
     """A length weight that nothing says is the trainer's."""
     if source is not Source.UNKNOWN:
         return []
@@ -77,7 +78,7 @@ def loss_warnings(length_weight: LengthWeight, source: Source) -> list[Evidence]
     ]
 
 
-def pairing_warnings(batch: RolloutBatch, trainer_step: int | None, length_weight: LengthWeight) -> list[Evidence]:
+def pairing_warnings(batch: RolloutBatch, trainer_step: int | None, length_weight: Average) -> list[Evidence]:
     """What a recorder wrote into the rows contradicts the checkpoint, or the loss that was asked for."""
     found = []
     row = batch.responses[0]
@@ -89,7 +90,7 @@ def pairing_warnings(batch: RolloutBatch, trainer_step: int | None, length_weigh
                 f"Probe checkpoint-{row.step - 1}, or take the rollouts of step {trainer_step + 1}",
             )
         )
-    expected = LENGTH_WEIGHT_OF_LOSS.get(row.loss_type or "")
+    expected = average_of(row.loss_type)
     if expected is not None and expected is not length_weight:
         found.append(
             Evidence(

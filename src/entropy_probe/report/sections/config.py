@@ -14,7 +14,8 @@ class ConfigSection(Section):
     """What was asked for, as it was resolved; the same settings give the same numbers.
 
     A None is a default: by memory, from the rollouts, or from the checkpoint. ``max_grad_norm`` is 0 where it is known that
-    nothing is clipped, None where it is not known. ``freeze`` are the patterns of parameters that training left alone.
+    nothing is clipped, None where it is not known. ``freeze`` are the patterns of parameters that training left alone. ``loss``
+    is None where nothing names one; ε is None where nothing gives it.
     """
 
     mode: str
@@ -48,6 +49,13 @@ class ConfigSection(Section):
     max_grad_norm: float | None
     weight_rounding: str
     zero_v: str
+    loss: str | None
+    loss_agg: str | None
+    beta: float
+    kl_estimator: str | None
+    entropy_coef: float
+    epsilon_low: float | None
+    epsilon_high: float | None
 
     def shown(self, context: Context) -> Sequence[Block]:
         """The loss and the temperature."""

@@ -106,8 +106,8 @@ class LoggedSection(Section):
         """Each figure, and what the log has for it."""
         entropy = f"{self._beside('entropy', self.entropy_logged)}; nats per token before the update"
         rows = (
-            Row("entropy", f"{self.entropy:.7g}", entropy),
-            Row("gradient norm", f"{self.grad_norm:.7g}", self._beside("grad_norm", self.grad_norm_logged)),
+            Row("entropy", f"{self.entropy:.6g}", entropy),
+            Row("gradient norm", f"{self.grad_norm:.6g}", self._beside("grad_norm", self.grad_norm_logged)),
             Row(
                 "learning rate",
                 listed(self.learning_rate),
@@ -117,7 +117,7 @@ class LoggedSection(Section):
         return (Rows(BESIDE, rows),)
 
     def _beside(self, name: str, value: float | None) -> str:
-        return f"log: {self.null_reasons[f'{name}_logged']}" if value is None else f"logged {value:.7g}"
+        return f"log: {self.null_reasons[f'{name}_logged']}" if value is None else f"logged {value:.6g}"
 
 
 @dataclass(frozen=True)

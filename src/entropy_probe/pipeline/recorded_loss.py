@@ -1,0 +1,207 @@
+"""What the trainer's loss is: what the rows say of it is the default, what a caller says overrides it.
+
+Every row carries the same value, in a column of :data:`~entropy_probe.data.rollouts.columns.OF_THE_LOSS` or in ``loss_type``.
+A term or a correction that neither rows nor settings name is not in the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import TypeVar
+
+from entropy_probe.common.choices import member, number, shown, truth
+from entropy_probe.common.source import Source
+from entropy_probe.data.rollouts import RolloutBatch
+from entropy_probe.errors import InputError
+from entropy_probe.losses.corrections import Correction, CorrectionMode
+from entropy_probe.losses.kl import KLEstimator, KLTerm
+from entropy_probe.losses.length_weights import Average, LengthWeight, LossAggregation
+from entropy_probe.losses.named import NAMED, LossConstants, LossName, NamedLoss, named
+from entropy_probe.losses.objective import BonusAverage, EntropyBonus, Objective
+from entropy_probe.losses.token_loss import RatioLevel
+from entropy_probe.pipeline.rows_say import recorded_value, said
+from entropy_probe.pipeline.settings import StepSettings
+
+TRLS_LARGEST_RATIO = 3.0
+"""TRL's default of ``importance_sampling_clip_max``, taken where a correction is named without bounds."""
+VERLS_DUAL_CLIP = 3.0
+"""verl's default of ``clip_ratio_c``, which its PPO loss has where the rows say nothing."""
+
+OTHER_ESTIMATORS: Mapping[str, KLEstimator] = {
+    "kl": KLEstimator.K1,
+    "mse": KLEstimator.K2,
+    "low_var_kl": KLEstimator.VERL_K3,
+    "kl+": KLEstimator.K1_STRAIGHT_THROUGH,
+    "low_var_kl+": KLEstimator.K3_STRAIGHT_THROUGH,
+}
+"""verl's names of the estimators (``kl_loss_type``)."""
+
+E = TypeVar("E", bound=StrEnum)
+
+
+@dataclass(frozen=True)
+class TrainersObjective:
+    """The trainer's loss, as far as it is known, and from where.
+
+    Attributes:
+        name: of the loss; None where nothing names one: it is then PPO's clip.
+        average: how it is averaged over tokens.
+        source: of the average; ``unknown`` where it is assumed.
+        constants: of its formula; ε is infinite where nothing gives it.
+        objective: the loss with its terms, masks and corrections.
+        scale: by which the whole update is multiplied.
+    """
+
+    name: LossName | None
+    average: Average
+    source: Source
+    constants: LossConstants
+    objective: Objective
+    scale: float = 1.0
+
+    @property
+    def lacks_epsilon(self) -> bool:
+        """Whether the clip's ε is not known, on which the update depends where the ratio is not 1."""
+        clips = self.name is None or NAMED[self.name].clips
+        return clips and math.isinf(self.constants.epsilon_high)
+
+
+def trainers_objective(batch: RolloutBatch, asked: StepSettings, *, assumed: LengthWeight | None) -> TrainersObjective:
+    """What the rows say of the loss, under what a caller says.
+
+    Args:
+        batch: the rows that the step consumes.
+        asked: what overrides them. What is given is not looked for in the rows.
+        assumed: the average where neither says; None refuses.
+
+    Raises:
+        InputError: the rows disagree, or say what is not known or cannot be meant.
+    """
+    averaged = asked.length_weight is not None or asked.loss_agg is not None
+    name = asked.loss_type or _name(batch, averaged)
+    known = None if name is None else NAMED[name]
+    agg = asked.loss_agg
+    if agg is None and asked.length_weight is None:
+        agg = _member(batch, "loss_agg", LossAggregation)
+    average, source = _average(batch, asked, known, agg, assumed)
+    constants = _constants(batch, asked, name)
+    beta = _number(batch, "beta", asked.beta) or 0.0
+    kl = None
+    if beta != 0.0:
+        corrected = recorded_value(batch, "use_bias_correction_kl", partial(truth, said("use_bias_correction_kl")))
+        estimator = asked.kl_estimator or recorded_value(batch, "kl_estimator", _estimator) or KLEstimator.K3
+        kl = KLTerm(beta, estimator, bias_correction=bool(corrected), level=constants.level)
+    coefficient = _number(batch, "entropy_coef", asked.entropy_coef) or 0.0
+    bonus = None
+    if coefficient != 0.0:
+        of_loss = agg is not None or (known is not None and not known.of_trl)
+        bonus = EntropyBonus(coefficient, BonusAverage.LOSS if of_loss else BonusAverage.MICRO_BATCH)
+    quantile, scale = _number(batch, "top_entropy_quantile"), _number(batch, "loss_scale")
+    if quantile is not None and not 0.0 < quantile <= 1.0:
+        raise InputError(f"{said('top_entropy_quantile')} is {quantile:g}; expected a share above 0, 1 at most")
+    objective = Objective(
+        (known or NAMED[LossName.GRPO]).make(constants),
+        correction=None if known is not None and known.corrects_itself else constants.correction,
+        top_entropy_quantile=1.0 if quantile is None else quantile,
+        off_policy_threshold=_number(batch, "off_policy_mask_threshold"),
+        kl=kl,
+        bonus=bonus,
+    )
+    return TrainersObjective(name, average, source, constants, objective, 1.0 if scale is None else scale)
+
+
+def _name(batch: RolloutBatch, averaged: bool) -> LossName | None:
+    """The rows' loss; one that is not known counts as PPO's clip where the caller says how it is ``averaged``."""
+    loss_type = batch.responses[0].loss_type
+    name = named(loss_type)
+    if loss_type is not None and name is None and not averaged:
+        raise InputError(
+            f"the rows' loss_type is {shown(loss_type)}; known are {', '.join(sorted(LossName))}; if it is one of them by "
+            "another name, set the loss, or the length weight alone if at ratio 1 it is a weight a response"
+        )
+    return name
+
+
+def _average(
+    batch: RolloutBatch,
+    asked: StepSettings,
+    known: NamedLoss | None,
+    agg: LossAggregation | None,
+    assumed: LengthWeight | None,
+) -> tuple[Average, Source]:
+    if asked.length_weight is not None:
+        return asked.length_weight, Source.GIVEN
+    if agg is not None:
+        return agg, Source.RECORDED if asked.loss_agg is None else Source.GIVEN
+    if known is not None:
+        return known.average, Source.RECORDED if asked.loss_type is None else Source.GIVEN
+    if assumed is None:
+        raise InputError(
+            "the rows name no loss_type; set the length weight to that of the trainer's loss: dapo (TRL's default), grpo, "
+            "dr_grpo or bnpo"
+        )
+    return assumed, Source.UNKNOWN
+
+
+def _constants(batch: RolloutBatch, asked: StepSettings, name: LossName | None) -> LossConstants:
+    low, high = (
+        _number(batch, column, given)
+        for column, given in (("epsilon_low", asked.epsilon_low), ("epsilon_high", asked.epsilon_high))
+    )
+    # One alone is both, as in TRL, but that CISPO has no lower one.
+    low, high = (high if low is None else low), (low if high is None and name is not LossName.CISPO else high)
+    dual_clip = _number(batch, "clip_ratio_c")
+    if dual_clip is None and name is LossName.PPO:
+        dual_clip = VERLS_DUAL_CLIP
+    defaults = LossConstants()
+
+    def pair(columns: tuple[str, str], default: tuple[float, float]) -> tuple[float, float]:
+        found = [_number(batch, column) for column in columns]
+        first, second = (own if value is None else value for value, own in zip(found, default, strict=True))
+        return first, second
+
+    return LossConstants(
+        epsilon_low=math.inf if low is None else low,
+        epsilon_high=math.inf if high is None else high,
+        delta=_number(batch, "delta"),
+        dual_clip=dual_clip,
+        level=_member(batch, "importance_sampling_level", RatioLevel) or RatioLevel.TOKEN,
+        correction=_correction(batch),
+        sapo_temperatures=pair(("sapo_temperature_pos", "sapo_temperature_neg"), defaults.sapo_temperatures),
+        vespo_positive=pair(("vespo_k_pos", "vespo_lambda_pos"), defaults.vespo_positive),
+        vespo_negative=pair(("vespo_k_neg", "vespo_lambda_neg"), defaults.vespo_negative),
+    )
+
+
+def _correction(batch: RolloutBatch) -> Correction | None:
+    mode = _member(batch, "importance_sampling_mode", CorrectionMode)
+    bounds = [_number(batch, f"importance_sampling_clip_{end}") for end in ("min", "max")]
+    if mode is None:
+        given = [end for end, value in zip(("min", "max"), bounds, strict=True) if value is not None]
+        if given:
+            raise InputError(
+                f"{said(f'importance_sampling_clip_{given[0]}')}, and name no importance_sampling_mode "
+                f"({', '.join(CorrectionMode)}); give it, or drop the bound"
+            )
+        return None
+    low, high = bounds
+    return Correction(mode, low, TRLS_LARGEST_RATIO if low is None and high is None else high)
+
+
+def _estimator(value: object) -> KLEstimator:
+    if isinstance(value, str) and value in OTHER_ESTIMATORS:
+        return OTHER_ESTIMATORS[value]
+    return member(said("kl_estimator"), value, KLEstimator)
+
+
+def _member(batch: RolloutBatch, column: str, kind: type[E]) -> E | None:
+    return recorded_value(batch, column, lambda value: member(said(column), value, kind))
+
+
+def _number(batch: RolloutBatch, column: str, given: float | None = None) -> float | None:
+    """What a caller gives, else what all rows say: a finite number, 0 or above."""
+    return given if given is not None else recorded_value(batch, column, partial(number, said(column)))
