@@ -15,7 +15,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}z{% endif %}"
 )
-CALLERS = "abcdefghijklm"
+CALLERS = "abcde"
 """A response with one of these letters calls the tool."""
 TOOL_SAYS = "tt"
 
@@ -73,7 +73,7 @@ def with_tools(environment: bool = False) -> dict[str, Any]:
     conversations = Dataset.from_dict({"prompt": [[{"role": "user", "content": prompt}] for prompt in PROMPTS]})
     return {
         "rewards": (lengths,),
-        "max_completion_length": 12,
+        "max_completion_length": 24,
         "max_tool_calling_iterations": 2,
         "given": {
             **({"environment_factory": Room} if environment else {"tools": [look]}),

@@ -36,7 +36,7 @@ from trl_vllm import AsVLLM
 
 TWO_ITERATIONS = {"num_iterations": 2, "learning_rate": 3e-2, "max_steps": 4}
 """The second step of each pair takes its ratios to the policy before the first."""
-TRUNCATED = {"mask_truncated_completions": True, "max_completion_length": 12}
+TRUNCATED = {"mask_truncated_completions": True, "max_completion_length": 20}
 """Long enough that some end by themselves."""
 TURNS = {"given": {"rollout_func": turns_with_tool_output}}
 
@@ -93,12 +93,14 @@ CASES: dict[str, dict[str, Any]] = {
     "vllm": {"loss_type": "dapo", "further": as_vllm()},
     "vllm-truncate": {"loss_type": "grpo", "further": as_vllm("sequence_truncate", high=1.2), **TWO_ITERATIONS},
     "vllm-token-mask": {"loss_type": "bnpo", "further": as_vllm("token_mask", low=0.8, high=1.3)},
+    "vllm-unbounded": {"loss_type": "dapo", "further": as_vllm(high=None)},
     "vllm-vespo": {"loss_type": "vespo", "further": as_vllm("token_truncate", high=1.2)},
     "vllm-kl-tools": {"loss_type": "grpo", "beta": 0.3, "further": as_vllm("token_truncate", high=1.2), **with_tools()},
     "vllm-uncorrected": {"loss_type": "dapo", "off_policy_mask_threshold": 0.02, "further": as_vllm(corrects=False)},
     "rloo": {"kind": RLOOTrainer},
     "rloo-kl": {"kind": RLOOTrainer, "beta": 0.3, "reward_clip_range": (0.5, 3.0), "normalize_advantages": True},
-    "rloo-two-iterations": {"kind": RLOOTrainer, "epsilon": 0.5, **TRUNCATED, **TWO_ITERATIONS, "learning_rate": 1e-2},
+    "rloo-truncated": {"kind": RLOOTrainer, "beta": 0.3, **TRUNCATED},
+    "rloo-two-iterations": {"kind": RLOOTrainer, "epsilon": 0.5, **TWO_ITERATIONS, "learning_rate": 3e-3},
 }
 
 

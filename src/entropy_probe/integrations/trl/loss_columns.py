@@ -95,9 +95,11 @@ def loss_columns(trainer: Any, ratios: bool, entropy_coefficient: float) -> dict
     if trainer.off_policy_mask_threshold is not None:
         columns["off_policy_mask_threshold"] = float(trainer.off_policy_mask_threshold)
     if corrects_for_vllm(trainer):
+        low, high = trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max
         columns |= {
             "importance_sampling_mode": trainer.vllm_importance_sampling_mode,
-            "importance_sampling_clip_min": trainer.vllm_importance_sampling_clip_min,
-            "importance_sampling_clip_max": trainer.vllm_importance_sampling_clip_max,
+            # Without any bound 0 is one, below which no ratio is: rows that name none are taken to have TRL's default.
+            "importance_sampling_clip_min": 0.0 if low is None and high is None else low,
+            "importance_sampling_clip_max": high,
         }
     return columns
