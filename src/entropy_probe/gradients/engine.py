@@ -2,8 +2,9 @@
 
 Sequences do not interact, so one backward of Σ_i S_i with unit coefficients leaves at every use of a parameter each
 sequence's own output gradient; its gradient g_i is one GEMM, and enters X_u += c_i g_i and Y_u += a_i g_i
-(docs/method.md, section 8). Coefficients a token, as Rao-Blackwell has them, need a backward for X and one for Y.
-Parameters without a rule get both gradients from autograd, unit by unit, in two backwards. Compared in float64 with
+(docs/method.md, section 8). Coefficients a token need a backward of their own: Rao-Blackwell's X, and a Y whose loss
+weighs tokens; what multiplies ∇H_t is added at the logits in the same one. Parameters without a rule get every gradient from
+autograd, unit by unit, in a backward each. Compared in float64 with
 :mod:`~entropy_probe.gradients.reference`.
 """
 
@@ -22,11 +23,7 @@ from entropy_probe.common.progress import Progress, Silent
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.data.units import Units
 from entropy_probe.errors import InputError
-from entropy_probe.gradients.coefficients import (
-    BothSides,
-    Sides,
-    TargetSide,
-)
+from entropy_probe.gradients.coefficients import BothSides, Sides
 from entropy_probe.gradients.interface import DOTS_ALONE, Directions, Looked, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.passes import Passes, most_open_units
 from entropy_probe.gradients.products import (
@@ -83,7 +80,7 @@ def unit_gradients(
     shapes = {name: p.shape for name, p in parameters.items()}
     dtype = geometry.vector_dtype(policy.dtype)
     units_of_rank = units.deal(batch.positions, sharding.ranks.count)
-    both = BothSides(TargetSide(batch, sides.target), sides.weights(batch))
+    both = BothSides.of(batch, sides)
     passes = Passes(
         policy,
         batch,
@@ -112,18 +109,17 @@ def unit_gradients(
             shards = vectors
         else:
             if sharding.replicated:
-                y_sums = own_sums(vectors, own, sharding)
+                y_sums = own_sums(vectors, own, sharding, both.y)
                 if wanted.thirds:
-                    directions = third_directions(vectors, own, units.sizes, geometry, sharding)
+                    directions = third_directions(vectors, own, units.sizes, geometry, sharding, both.y)
             shards = exchanged(vectors, units_of_rank, sharding)
         dots, *also = (
-            stored_dots(shards, units.sizes, geometry, sharding.ranks, left=channel)
-            for channel in (0, *range(2, sides.channels))
+            stored_dots(shards, units.sizes, geometry, sharding.ranks, (channel, both.y)) for channel in (0, *both.z)
         )
         if not sharding.replicated:
             y_sums = dots.y_sums
             if wanted.thirds:
-                directions = third_directions(shards, every, units.sizes, geometry, sharding)
+                directions = third_directions(shards, every, units.sizes, geometry, sharding, both.y)
     elif wanted.storage is Storage.STREAMED:
         (dots, *also), reached = _streamed(passes, both, units, dtype, geometry, progress)
         y_sums = dots.y_sums
@@ -139,7 +135,8 @@ def unit_gradients(
     if wanted.look is not None:
         if shards is not None:
             asked = wanted.look(ascent)
-            along, kernel = looked_along(shards, every, ascent, asked), looked_kernel(shards, every, ascent, asked)
+            along = looked_along(shards, every, ascent, asked, both.y)
+            kernel = looked_kernel(shards, every, ascent, asked, both.y)
             numbers = sharding.ranks.sum_numbers(torch.cat([along, kernel.to(along)], dim=1).cpu().numpy())
             looked = Looked(numbers[:, : asked.count], numbers[:, asked.count :])
         else:
@@ -202,8 +199,8 @@ def _streamed(
     rounds = passes.rounds()
     vectors = passes.vectors(shapes, most_open_units(rounds), dtype, both.count)
     sums = [
-        StreamedSums(geometry, vectors.arithmetic, len(units.ranges), sharding, left=channel)
-        for channel in (0, *range(2, both.count))
+        StreamedSums(geometry, vectors.arithmetic, len(units.ranges), sharding, (channel, both.y))
+        for channel in (0, *both.z)
     ]
     for of_target in sums[1:]:
         of_target.y_sums = sums[0].y_sums
@@ -220,14 +217,15 @@ def _streamed(
     for of_target in sums:
         of_target.reduce(vectors)
     del vectors
-    # Every Z_u meets P ΣY, and Y_u meets every P ΣZ: the same ∇S with weights that are known.
-    also = len(sums) - 1
-    passes.coefficients = both.with_y_again(also)
-    of_channel = [0, 1, *[0] * also, *range(2, 2 + also)]
+    # X_u and every Z_u meet P ΣY; Y_u meets P ΣX and, once more for each, every P ΣZ.
+    second = both.with_y_again(len(both.z))
+    passes.coefficients = second
+    meets = {second.y: 1} | {channel: 2 + k for k, channel in enumerate(second.y_again)}
+    of_channel = [meets.get(channel, 0) for channel in range(second.count)]
     contractions = passes.contractions(sums[0].directions(sums[1:]), len(units.ranges), dtype, of_channel)
     for turn in progress.track(rounds, "unit gradients, second pass", len(rounds)):
         passes.backward(turn, contractions)
-    channels = [(0, 1), *((2 + k, 2 + also + k) for k in range(also))]
+    channels = [(0, second.y), *zip(second.z, second.y_again, strict=True)]
     found = [
         of_target.finish(contractions, units.sizes, reached, pair)
         for of_target, pair in zip(sums, channels, strict=True)

@@ -79,7 +79,7 @@ class UnitGradients:
     Attributes:
         scores: S of every response as this backend's own forward found it, float64 [N], on the CPU.
         dots: by dot group, the dots over its parameters; their sum is the dots over all parameters.
-        token_entropies: H_t of every response token by the same forward, flat [tokens]; None where X did not need them.
+        token_entropies: H_t of every response token by the same forward, flat [tokens]; None where neither X nor Y needed them.
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
         untouched: trainable parameters that no response reaches (autograd gives None for them).

@@ -196,8 +196,10 @@ def make_task(
         with clock.stage("update"):
             measured = measured_at_theta(policy, batch, progress, entropies=rule.loss.objective.needs_entropies)
             update = rule.update(measured)
+    target = EntropyTarget(settings.estimator, settings.entropy)
     if not settings.targets:
-        plan, also = without_dear_ones(plan, also, preparation.rules, plan_for)
+        backward = Sides(target, update.whole).backward_for_targets(batch)
+        plan, also = without_dear_ones(plan, also, preparation.rules, plan_for, backward=backward)
     resampling = None
     if settings.resample:
         resampling = plan_resampling(
@@ -211,7 +213,7 @@ def make_task(
         subject=subject,
         settings=settings,
         policy=policy,
-        target=EntropyTarget(settings.estimator, settings.entropy),
+        target=target,
         also=also,
         rule=rule,
         update=update,
