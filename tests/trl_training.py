@@ -169,11 +169,17 @@ def _drawn(model: Any, prompt: Sequence[int], before: Sequence[int], most: int) 
     return drawn
 
 
-def checkpointed_run(folder: Path, stated_loss: str | None = None, **options: Any) -> Path:
+def checkpointed_run(
+    folder: Path,
+    stated_loss: str | None = None,
+    further: Callable[[Any], Sequence[TrainerCallback]] = lambda _: (),
+    **options: Any,
+) -> Path:
     """A recorded run with a checkpoint after each step and a log of each.
 
     Step N + 1 leads from ``run/checkpoint-N`` to ``run/checkpoint-{N+1}`` and consumed ``rollouts/step-{N+1:05d}.jsonl``; with
-    ``lora`` the base model is in ``base``. ``options`` are those of :func:`make_trainer`, as of GRPOConfig.
+    ``lora`` the base model is in ``base``. ``options`` are those of :func:`make_trainer`, as of GRPOConfig; ``further`` as of
+    :func:`train`.
     """
     if options.get("lora"):
         tiny_model().save_pretrained(folder / "base")
@@ -183,6 +189,8 @@ def checkpointed_run(folder: Path, stated_loss: str | None = None, **options: An
     } | options  # fmt: skip
     trainer = make_trainer(folder, **settings)
     trainer.add_callback(RolloutRecorder(trainer, folder / "rollouts", loss_type=stated_loss))
+    for callback in further(trainer):
+        trainer.add_callback(callback)
     trainer.train()
     return folder
 
