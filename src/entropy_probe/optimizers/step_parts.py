@@ -92,13 +92,16 @@ class StepPrediction:
         return None
 
 
-def predict_parts(along: FloatArray, kernel: FloatArray | None, sizes: Sequence[int]) -> StepPrediction:
+def predict_parts(
+    along: FloatArray, kernel: FloatArray | None, sizes: Sequence[int], weights: FloatArray | None = None
+) -> StepPrediction:
     """From the dots of :class:`~entropy_probe.optimizers.steps_of_others.StepsOfOthers`; two units or more.
 
     Args:
         along: XS_u along momentum, fresh gradient and weight decay of Ȳ_−u with v at t + 1, and the same with v at t, [U, 6].
         kernel: XS_u · J YS_w, [U, U]; None where vectors were streamed.
         sizes: s_u.
+        weights: W_u / W̄, where X carry 1/W̄ (:mod:`~entropy_probe.statistics.tied_units`), [U]; None where they do not.
     """
     counts = np.asarray(sizes, dtype=np.float64)[:, None]
     pairs = counts * (counts.sum() - counts)
@@ -114,4 +117,7 @@ def predict_parts(along: FloatArray, kernel: FloatArray | None, sizes: Sequence[
         noise, why_not = shared_noise(of_units, row_x, row_y, float(row_x.mean())), ""
     elif kernel is not None:
         why_not = "defined for units of equal size"
-    return StepPrediction(values, (shares * at_t).sum(0), shares * (updated - values), noise, why_not)
+    deviations = shares * (updated - values)
+    if weights is not None:
+        deviations = deviations - values * (counts / counts.sum()) * (weights[:, None] - 1.0)
+    return StepPrediction(values, (shares * at_t).sum(0), deviations, noise, why_not)
