@@ -36,7 +36,7 @@ def rows_of(columns: dict[str, Any], **declared: Any) -> list[support.Rollout]:
 def report_of(columns: dict[str, Any], settings: Settings | None = None, **declared: Any) -> Report:
     model = support.tiny_model(dtype=torch.float64)
     adam = state_of_optimizer(support.trained_optimizer(model), model)
-    asked = settings or Settings(noise=False)
+    asked = settings or Settings(noise=False, sampler_weights="off")
     return probe(model, adam, group_rollouts(rows_of(columns, **declared)), asked).report
 
 
@@ -106,7 +106,7 @@ def test_a_ratio_is_said_as_the_loss_takes_it(loss: str, expected: str) -> None:
 
 
 def test_a_clip_that_nothing_names_is_said_to_be_assumed() -> None:
-    settings = Settings(length_weight="dapo", epsilon_low=0.2, epsilon_high=0.2, noise=False)
+    settings = Settings(length_weight="dapo", epsilon_low=0.2, epsilon_high=0.2, noise=False, sampler_weights="off")
     report = report_of({}, settings)
     assert "loss_assumed" in codes(report)
     assert facts(report)["loss"] == "PPO's clip, ratio clipped at 0.2/0.2"

@@ -122,7 +122,7 @@ class UpdateRule:
             replace(group, responses=tuple(row for row in group.responses if next(taken)))
             for group in self.batch.groups
         )
-        return replace(self.batch, groups=tuple(group for group in groups if group.responses))
+        return RolloutBatch(tuple(group for group in groups if group.responses), self.batch.temperature)
 
     @property
     def largest_advantages(self) -> Tensor:

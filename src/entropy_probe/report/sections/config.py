@@ -67,6 +67,7 @@ class ConfigSection(Section):
     mini_batch: int | None
     update_responses: int
     responses: int
+    sampler_weights: str
 
     def shown(self, context: Context) -> Sequence[Block]:
         """The loss, which rows the update is of where that can be asked, and the temperature."""
