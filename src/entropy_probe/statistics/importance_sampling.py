@@ -201,6 +201,7 @@ def entropy_change(
     v, v_after = (-scores, -scores_after) if entropies is None else entropies
     exposure = np.ones(len(scores)) if lengths is None else lengths
     prompt_by_prompt = _prompt_by_prompt(weighting)
+    assert log_weights is None or not prompt_by_prompt, "the caller refuses another policy's rows normalised by prompt"
     drawn_at = scores if log_weights is None else scores - log_weights
     found = importance_weights(drawn_at, scores_after, base, group_sizes if prompt_by_prompt else None)
     base = _at_theta(base, log_weights)
