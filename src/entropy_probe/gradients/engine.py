@@ -10,7 +10,7 @@ autograd, unit by unit, in a backward each. Compared in float64 with
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import assert_never
 
@@ -29,8 +29,9 @@ from entropy_probe.gradients.passes import Passes, most_open_units
 from entropy_probe.gradients.products import (
     Dots,
     StreamedSums,
+    add_sums,
     looked_along,
-    looked_kernel,
+    looked_kernels,
     own_sums,
     stored_dots,
     third_directions,
@@ -94,6 +95,7 @@ def unit_gradients(
     directions: Directions | None = None
     shards: Shards | None = None
     y_sums: dict[str, Tensor] = {}
+    term_sums: list[dict[str, Tensor]] = []
     if wanted.storage is Storage.STORED:
         held = every if sharding.sharded else own
         vectors = passes.vectors(shapes, len(held), dtype, sides.channels)
@@ -105,6 +107,7 @@ def unit_gradients(
         vectors.settle(held)
         reached = reached_anywhere(vectors.reached, list(shapes), sharding.ranks)
         vectors.reached = reached
+        term_sums = [own_sums(vectors, held, sharding, channel) for channel in both.of_terms]
         if isinstance(vectors, ShardedVectors):
             shards = vectors
         else:
@@ -121,27 +124,29 @@ def unit_gradients(
             if wanted.thirds:
                 directions = third_directions(shards, every, units.sizes, geometry, sharding, both.y)
     elif wanted.storage is Storage.STREAMED:
-        (dots, *also), reached = _streamed(passes, both, units, dtype, geometry, progress)
+        (dots, *also), term_sums, reached = _streamed(passes, both, units, dtype, geometry, progress)
         y_sums = dots.y_sums
     else:
         assert_never(wanted.storage)
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     prompts = len(batch.groups)
-    ascent = {
-        name: y_sums[name].div_(prompts).view(sharding.held(name, shapes[name])) for name in shapes if name in y_sums
-    }
+    ascent, *term_ascents = (
+        {name: sums[name].div_(prompts).view(sharding.held(name, shapes[name])) for name in shapes if name in y_sums}
+        for sums in (y_sums, *term_sums)
+    )
     looked = None
     if wanted.look is not None:
+        asked, channels = wanted.look(ascent, term_ascents), (both.y, *both.of_terms)
         if shards is not None:
-            asked = wanted.look(ascent)
-            along = looked_along(shards, every, ascent, asked, both.y)
-            kernel = looked_kernel(shards, every, ascent, asked, both.y)
-            numbers = sharding.ranks.sum_numbers(torch.cat([along, kernel.to(along)], dim=1).cpu().numpy())
-            looked = Looked(numbers[:, : asked.count], numbers[:, asked.count :])
+            along = looked_along(shards, every, ascent, asked, channels)
+            kernels = looked_kernels(shards, every, ascent, asked, channels)
+            beside = torch.cat([along, *kernels.to(along)], dim=1)
+            numbers = sharding.ranks.sum_numbers(beside.cpu().numpy())
+            kernel, *of_terms = np.split(numbers[:, asked.count :], len(channels), axis=1)
+            looked = Looked(numbers[:, : asked.count], kernel, np.array(of_terms).reshape(-1, *kernel.shape))
         else:
-            passes.coefficients = both.of_xy()
-            looked = Looked(_third_pass(passes, len(every), shapes, dtype, ascent, wanted.look(ascent), progress), None)
+            looked = Looked(_third_pass(passes, both, len(every), dtype, ascent, asked, progress), None)
     untouched = tuple(name for name in parameters if name not in reached)
     ran = reached_anywhere(passes.ran, list(shapes), sharding.ranks) if untouched else set()
     return UnitGradients(
@@ -162,23 +167,26 @@ def unit_gradients(
 
 def _third_pass(
     passes: Passes,
+    both: BothSides,
     units: int,
-    shapes: Mapping[str, torch.Size],
     dtype: torch.dtype,
     names: Collection[str],
     look: Look,
     progress: Progress,
 ) -> FloatArray:
     """:func:`looked_along` from the vectors of a few units at a time."""
-    rounds = passes.rounds()
-    vectors = passes.vectors(shapes, most_open_units(rounds), dtype)
+    sides = both.without_targets()
+    passes.coefficients = sides
+    rounds, shapes = passes.rounds(), {name: p.shape for name, p in passes.policy.trainable().items()}
+    vectors = passes.vectors(shapes, most_open_units(rounds), dtype, sides.count)
     along = np.zeros((units, look.count))
     for turn in progress.track(rounds, "unit gradients, third pass", len(rounds)):
         vectors.open(turn.open)
         passes.backward(turn, vectors)
         if turn.closed:
             vectors.settle(turn.closed)
-            along[turn.closed] = looked_along(vectors, turn.closed, names, look).cpu().numpy()
+            found = looked_along(vectors, turn.closed, names, look, (sides.y, *sides.of_terms))
+            along[turn.closed] = found.cpu().numpy()
             vectors.close(turn.closed)
     return passes.ranks.sum_numbers(along)
 
@@ -190,10 +198,10 @@ def _streamed(
     dtype: torch.dtype,
     geometry: Geometry,
     progress: Progress,
-) -> tuple[list[Dots], set[str]]:
+) -> tuple[list[Dots], list[dict[str, Tensor]], set[str]]:
     """Two passes: sums and diagonal from the vectors of a few units at a time, then every unit's dots with the sums.
 
-    Dots of X with Y, then those of every further target's vectors.
+    Dots of X with Y, then those of every further target's vectors; the sums of every term's vectors; what is reached.
     """
     sharding, shapes = passes.policy.sharding, {name: p.shape for name, p in passes.policy.trainable().items()}
     rounds = passes.rounds()
@@ -204,6 +212,7 @@ def _streamed(
     ]
     for of_target in sums[1:]:
         of_target.y_sums = sums[0].y_sums
+    term_sums: list[dict[str, Tensor]] = [{} for _ in both.of_terms]
     for turn in progress.track(rounds, "unit gradients, first pass", len(rounds)):
         vectors.open(turn.open)
         passes.backward(turn, vectors)
@@ -211,11 +220,17 @@ def _streamed(
             vectors.settle(turn.closed)
             for of_target in sums:
                 of_target.add(vectors, turn.closed)
+            for of_term, channel in zip(term_sums, both.of_terms, strict=True):
+                add_sums(of_term, vectors, turn.closed, channel)
             vectors.close(turn.closed)
     passes.share()
     reached = reached_anywhere(vectors.reached, list(shapes), passes.ranks)
     for of_target in sums:
         of_target.reduce(vectors)
+    for of_term, channel in zip(term_sums, both.of_terms, strict=True):
+        add_sums(of_term, vectors, (), channel)  # zeros of a rank without units
+        if sharding.replicated:
+            sharding.ranks.sum_vectors(list(of_term.values()))
     del vectors
     # X_u and every Z_u meet P ΣY; Y_u meets P ΣX and, once more for each, every P ΣZ.
     second = both.with_y_again(len(both.z))
@@ -230,7 +245,7 @@ def _streamed(
         of_target.finish(contractions, units.sizes, reached, pair)
         for of_target, pair in zip(sums, channels, strict=True)
     ]
-    return found, reached
+    return found, term_sums, reached
 
 
 def proved(policy: Policy, batch: RolloutBatch, rules: Rules | None) -> Rules:

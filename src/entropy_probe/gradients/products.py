@@ -16,7 +16,7 @@ from entropy_probe.common.arrays import FloatArray
 from entropy_probe.gradients.interface import Directions
 from entropy_probe.gradients.vectors.contractions import Contractions
 from entropy_probe.gradients.vectors.exchange import Shards
-from entropy_probe.gradients.vectors.unit_vectors import UnitVectors, uninitialised
+from entropy_probe.gradients.vectors.unit_vectors import uninitialised
 from entropy_probe.optimizers.base import DotGroup, Look
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.collectives import ALONE, Ranks
@@ -133,16 +133,30 @@ def zero_v_dots(
     return found
 
 
-def own_sums(vectors: UnitVectors, units: Sequence[int], sharding: Sharding, right: int = 1) -> dict[str, Tensor]:
-    """Σ_u Y_u by parameter, float64, from every rank's own units, Y's channel ``right``: parameter-length sums over ranks."""
+def own_sums(vectors: Shards, units: Sequence[int], sharding: Sharding, right: int = 1) -> dict[str, Tensor]:
+    """Σ_u Y_u by parameter that is reached, float64, from the units that are here, Y's channel ``right``.
+
+    Of replicated ranks' own units, summed over ranks.
+    """
     found = {}
     for name in sorted(vectors.reached):
         values = vectors.of(name, units)
         found[name] = uninitialised((values.shape[-1],), torch.float64, values.device)
         for part in _chunks(values.shape[-1], max(1, CHUNK // max(1, len(units)))):
             torch.sum(values[:, right, part], 0, dtype=torch.float64, out=found[name][part])
-    sharding.ranks.sum_vectors(list(found.values()))
+    if sharding.replicated:
+        sharding.ranks.sum_vectors(list(found.values()))
     return found
+
+
+def add_sums(sums: dict[str, Tensor], vectors: Shards, units: Sequence[int], channel: int) -> None:
+    """One channel of some units more, by parameter, float64; of no units, zeros where there is nothing yet."""
+    for name in vectors.values:
+        values = vectors.of(name, units)
+        if name not in sums:
+            sums[name] = torch.zeros(values.shape[-1], dtype=torch.float64, device=values.device)
+        for part in _chunks(values.shape[-1], max(1, CHUNK // max(1, len(units)))):
+            sums[name][part] += torch.sum(values[:, channel, part], 0, dtype=torch.float64)
 
 
 def third_directions(
@@ -209,33 +223,46 @@ def cross_kernel(
     return torch.from_numpy(ranks.sum_numbers(kernel.cpu().numpy()))
 
 
-def looked_along(vectors: Shards, units: Sequence[int], names: Collection[str], look: Look, right: int = 1) -> Tensor:
+def looked_along(
+    vectors: Shards, units: Sequence[int], names: Collection[str], look: Look, channels: Sequence[int] = (1,)
+) -> Tensor:
     """:meth:`Look.along` summed over the parameters ``names``, of the elements that are here: float64 [units, K].
 
-    Y's channel is ``right``.
+    ``channels`` are Y's, then those of terms of the loss.
     """
     found = (
-        look.along(name, _moved(part, vectors.first(name)), x, y, units)
+        look.along(name, _moved(part, vectors.first(name)), x, y, units, terms)
         for name in names
-        for part, x, y in _wide_chunks(vectors, units, name, right)
+        for part, x, (y, *terms) in _wide_chunks(vectors, units, name, channels)
     )
     return _total(found, (len(units), look.count))
 
 
-def looked_kernel(vectors: Shards, units: Sequence[int], names: Collection[str], look: Look, right: int = 1) -> Tensor:
-    """XS_u · J YS_w over the parameters ``names``, of the elements that are here: float64 [units, units].
+def looked_kernels(
+    vectors: Shards, units: Sequence[int], names: Collection[str], look: Look, channels: Sequence[int] = (1,)
+) -> Tensor:
+    """XS_u · J YS_w, then XS_u · (J YᵏS_w + J' YS_w) of every term of the loss: float64 [1 + terms, units, units].
 
-    Y's channel is ``right``.
+    Over the parameters ``names``, of the elements that are here; ``channels`` as of :func:`looked_along`.
     """
+
+    def of_chunk(name: str, part: slice, x: Tensor, ys: Sequence[Tensor]) -> Tensor:
+        y, *terms = ys
+        found = [(x * look.response(name, part).to(x)) @ y.T]
+        if terms:
+            for of_term, (on_term, on_whole) in zip(terms, look.term_responses(name, part), strict=True):
+                found.append((x * on_term.to(x)) @ of_term.T + (x * on_whole.to(x)) @ y.T)
+        return torch.stack(found).double()
+
     found = (
-        ((x * look.response(name, _moved(part, vectors.first(name))).to(x)) @ y.T).double()
+        of_chunk(name, _moved(part, vectors.first(name)), x, ys)
         for name in names
-        for part, x, y in _wide_chunks(vectors, units, name, right)
+        for part, x, ys in _wide_chunks(vectors, units, name, channels)
     )
-    return _total(found, (len(units), len(units)))
+    return _total(found, (len(channels), len(units), len(units)))
 
 
-def _total(parts: Iterator[Tensor], shape: tuple[int, int]) -> Tensor:
+def _total(parts: Iterator[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Σ; zeros where there is none."""
     first = next(parts, None)
     if first is None:
@@ -251,12 +278,13 @@ def _moved(part: slice, by: int) -> slice:
 
 
 def _wide_chunks(
-    vectors: Shards, units: Sequence[int], name: str, right: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """X_u and Y_u of some elements at a time, in the arithmetic's type."""
+    vectors: Shards, units: Sequence[int], name: str, channels: Sequence[int]
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """X_u and these channels of some elements at a time, in the arithmetic's type."""
     values = vectors.of(name, units)
-    for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
-        yield part, values[:, 0, part].to(vectors.arithmetic), values[:, right, part].to(vectors.arithmetic)
+    for part in _chunks(values.shape[-1], max(1, CHUNK // ((1 + len(channels)) * len(units)))):
+        x, *ys = (values[:, channel, part].to(vectors.arithmetic) for channel in (0, *channels))
+        yield part, x, ys
 
 
 @dataclass

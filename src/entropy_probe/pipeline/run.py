@@ -374,7 +374,15 @@ def _probe_as_marked(
         None if weights is None else cross_statistics(gradients.weighted(weights), weights=task.unit_weights)
     )
     assert gradients.looked is not None
-    step = predict_parts(gradients.looked.along, gradients.looked.kernel, task.plan.units.sizes, task.unit_weights)
+    looked = gradients.looked
+    step = predict_parts(
+        looked.along,
+        looked.kernel,
+        task.plan.units.sizes,
+        tuple(task.update.terms),
+        looked.term_kernels,
+        task.unit_weights,
+    )
     positive = None
     if settings.what_if_no_negatives:
         with clock.stage("what-if"):

@@ -189,6 +189,8 @@ def make_task(
     ranks = subject.sharding.ranks
     memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
     geometry = Geometry.of(subject.optimizer, settings.vector_dtype)
+    objective = rule.loss.objective
+    terms = sum(term is not None for term in (objective.kl, objective.bonus))
 
     def plan_for(vectors: int) -> Plan:
         return make_plan(
@@ -199,7 +201,8 @@ def make_task(
             bytes_per_value=geometry.vector_dtype(policy.dtype).itemsize,
             memory_bytes=memory,
             most_held=partial(units_on_a_rank, subject.sharding, batch),
-            vectors=vectors,
+            # Terms of the loss beside the reward's have vectors of their own.
+            vectors=vectors + terms,
         )
 
     plan, also = plan_targets(batch, plan_for, asked=settings.targets)
@@ -277,15 +280,15 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
     """
     settings, policy, units = task.settings, task.policy, task.plan.units
 
-    def steps_of_others(ascent: Mapping[str, Tensor]) -> Look:
+    def steps_of_others(ascent: Mapping[str, Tensor], terms: Sequence[Mapping[str, Tensor]]) -> Look:
         factor = clip_factor(gradient_norm(ascent, policy.sharding), task.subject.trainer.max_grad_norm)
-        return task.subject.optimizer.steps_of_others(policy.held(), ascent, factor, units.sizes)
+        return task.subject.optimizer.steps_of_others(policy.held(), ascent, factor, units.sizes, terms)
 
     found = unit_gradients(
         policy,
         task.subject.batch,
         units,
-        Sides(task.target, task.update.whole, task.also.given),
+        Sides(task.target, task.update.whole, task.also.given, task.update.terms),
         task.geometry,
         wanted=Wanted(
             task.plan.storage,
@@ -382,7 +385,10 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
                 *rollout_warnings.on_policy_warnings(evaluation, evaluated.scores, task.off_policy_evaluation),
                 *few_effective_warnings(task.off_policy_evaluation),
                 *rollout_warnings.pairing_warnings(
-                    evaluation, task.subject.facts.trainer_step, task.subject.trainer.length_weight
+                    evaluation,
+                    task.subject.facts.trainer_step,
+                    task.subject.trainer.length_weight,
+                    task.subject.trainer.loss.name,
                 ),
                 *rollout_warnings.padding_warnings(evaluation, task.subject.special),
             ]
