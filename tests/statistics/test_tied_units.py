@@ -91,7 +91,7 @@ def test_the_gradients_part_of_the_step_is_tied_as_the_row_of_x_is(given: list[i
     # A step that is Ȳ itself: XS_u · Ȳ_−u.
     along[:, 1] = (kernel.sum(1) - np.diagonal(kernel)) / (sizes.sum() - sizes)
     along[:, 0] = kernel[:, 0]  # any fixed direction
-    found = predict_parts(along, kernel, given, weights / mean)
+    found = predict_parts(along, kernel, given, weights=weights / mean)
     assert np.allclose(found.deviations.sum(0), 0.0, atol=1e-12)
     statistics = cross_statistics(UnitDots.from_kernel(kernel, given), weights=weights / mean)
     omega = sizes * (sizes.sum() - sizes) / (sizes.sum() ** 2 - (sizes**2).sum())
