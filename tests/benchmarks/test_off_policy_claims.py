@@ -1,4 +1,4 @@
-"""What benchmarks/off_policy.py measures, and the method page says: coverage with another policy's rows, and what it is without W̄'s tie."""
+"""What benchmarks/off_policy.py measures: coverage with another policy's rows, and what it is where W̄'s tie is forgotten."""
 
 from __future__ import annotations
 

@@ -142,9 +142,8 @@ def test_a_whole_probe_of_another_policys_rows(
         # The step is small: its change is its linear term.
         assert row.delta_h == pytest.approx(row.predicted, rel=0.05, abs=1e-9)
     own = [row for row in report.realized if row.estimator == estimator and row.batch == "same"]
-    if taken == "response":
-        now = report.entropy.per_response if entropy == "per-response" else report.entropy.per_token
-        assert own[0].entropy_before == pytest.approx(now, rel=1e-9)
+    now = report.entropy.per_response if entropy == "per-response" else report.entropy.per_token
+    assert own[0].entropy_before == pytest.approx(now, rel=1e-9)
 
 
 def test_evaluation_rollouts_have_weights_of_their_own(model: Any, adam: Any) -> None:

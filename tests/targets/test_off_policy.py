@@ -218,3 +218,74 @@ def test_parts_of_a_batch_keep_the_mean_weight_of_the_whole() -> None:
     torch.testing.assert_close(part.weights, whole.weights[1:])
     torch.testing.assert_close(part.before, whole.before[2:])
     assert whole.before[0] == pytest.approx(float(np.exp(-whole.log_mean)))
+
+
+def moved_by(both: TwoPolicies, step: float) -> TwoPolicies:
+    """The same with π a step further in a fixed direction; what draws stays."""
+    found = TwoPolicies(both.seed, both.contexts, both.tokens, both.distance)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for table in found.policy.parameters():
+            table += step * torch.randn(table.shape, generator=generator, dtype=table.dtype)
+    return found
+
+
+@pytest.mark.parametrize("unit", list(EntropyUnit))
+def test_the_change_by_prefix_is_that_of_the_entropies_and_its_derivative_its_linear_term(unit: EntropyUnit) -> None:
+    both = TwoPolicies(distance=0.7)
+    target = EntropyTarget(Estimator.RAO_BLACKWELL, unit)
+    # Each response as often as q draws it, dealt to two prompts: means over them are E_q but for the rounding of counts.
+    counts = (both.probabilities[0] * 20000).round().long().tolist()
+    rows = [(0, i) for i, count in enumerate(counts) for _ in range(count)]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
+    rows, half = [rows[k] for k in order], len(rows) // 2
+    sizes = [half, len(rows) - half]
+    first = both.sample(rows, sizes, by_prefix=True).importance
+    assert first is not None
+    importance = Importance.of(first.log_ratios, sizes, by_prefix=True)
+
+    def at(step: float) -> Sample:
+        moved = moved_by(both, step)
+        sample = moved.sample(rows, sizes, by_prefix=True)
+        log_probs = torch.cat([moved.log_probs[n][i] for n, i in rows])
+        return replace(sample, importance=importance, log_probs=log_probs)
+
+    def truth(step: float) -> float:
+        moved = moved_by(both, step)
+        entropy = enumerable.exact_entropy(moved.policy, 0, LIMIT)
+        if unit is EntropyUnit.PER_TOKEN:
+            lengths = torch.tensor([float(len(r)) for r in both.responses])
+            entropy = entropy / (enumerable.response_scores(moved.policy, 0, LIMIT).exp() * lengths).sum()
+        return float(entropy.detach())
+
+    start = at(0.0)
+    found = target.change(start, at(0.3))
+    assert found.entropy_before == pytest.approx(truth(0.0), rel=2e-3)
+    assert found.entropy_after == pytest.approx(truth(0.3), rel=2e-3)
+    assert found.delta_h == pytest.approx(truth(0.3) - truth(0.0), rel=1e-2)
+    assert abs(found.delta_h) > 0.03
+    # Planted: the weights of θ at θ⁺.
+    stale = ratio_of(target, at(0.3)) - ratio_of(target, start)
+    assert abs(stale / found.delta_h - 1) > 0.02
+
+    pair = target.derivative(start)
+    assert pair.entropies is not None
+    ends = [at(step) for step in (1e-5, -1e-5)]
+    d_log_probs, d_entropies = (
+        (known(getattr(ends[0], name)) - known(getattr(ends[1], name))) / 2e-5
+        for name in ("log_probs", "token_entropies")
+    )
+    linear = float(pair.log_probs @ d_log_probs + pair.entropies @ d_entropies)
+    up, down = (target.change(start, end).delta_h for end in ends)
+    assert linear == pytest.approx((up - down) / 2e-5, rel=1e-6)
+
+
+def ratio_of(target: EntropyTarget, sample: Sample) -> float:
+    values, counts = target.counted(sample)
+    assert counts is not None
+    return float(values.sum() / counts.sum())
+
+
+def known(values: Tensor | None) -> Tensor:
+    assert values is not None
+    return values

@@ -71,6 +71,12 @@ class Importance:
         """W_n / W̄ of every prompt, [B]: their mean over the whole batch is 1."""
         return torch.stack([part.exp().mean() for part in by_group(self.log_weights, group_sizes)])
 
+    def moved(self, log_changes: Tensor) -> Importance:
+        """The weights under a policy whose log-probs of these tokens are higher by ``log_changes``, flat [tokens]."""
+        parts = torch.split(log_changes, [len(ratios) for ratios in self.log_ratios])
+        together = tuple(ratios + change for ratios, change in zip(self.log_ratios, parts, strict=True))
+        return Importance(together, self.log_mean, self.by_prefix)
+
     def of_rows(self, rows: Sequence[int]) -> Importance:
         """Of these rows alone, W̄ unchanged."""
         return Importance(tuple(self.log_ratios[row] for row in rows), self.log_mean, self.by_prefix)
