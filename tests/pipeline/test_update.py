@@ -195,8 +195,8 @@ def test_the_terms_are_told_apart(case: TRLCase) -> None:
 class KLUnderTheCorrection(Objective):
     """A bug: TRL adds the KL term after the correction."""
 
-    def token_weights(self, rows: LossRows, average: Tensor) -> TokenWeights:
-        found = super().token_weights(rows, average)
+    def token_weights(self, rows: LossRows, average: Tensor, kl_average: Tensor | None = None) -> TokenWeights:
+        found = super().token_weights(rows, average, kl_average)
         assert self.correction is not None
         assert found.kl is not None
         return replace(found, kl=found.kl * self.correction.weights(rows))
