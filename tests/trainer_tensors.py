@@ -97,33 +97,33 @@ def masked(values: Sequence[float], drawn: Sequence[bool]) -> list[float]:
     return [value if there else 0.0 for value, there in zip(values, drawn, strict=True)]
 
 
-def verl(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    prompts, responses = max(len(s.prompt) for s in SAMPLES), max(len(s.response) for s in SAMPLES)
+def verl(dtype: torch.dtype = torch.float32, samples: Sequence[Sample] = SAMPLES) -> dict[str, Any]:
+    prompts, responses = max(len(s.prompt) for s in samples), max(len(s.response) for s in samples)
 
     def of_tokens(get: Callable[[Sample], Sequence[float]]) -> Tensor:
-        return torch.tensor([right(get(s), responses, JUNK) for s in SAMPLES], dtype=dtype)
+        return torch.tensor([right(get(s), responses, JUNK) for s in samples], dtype=dtype)
 
     return {
-        "input_ids": torch.tensor([left(s.prompt, prompts, PAD) + right(s.response, responses, PAD) for s in SAMPLES]),
+        "input_ids": torch.tensor([left(s.prompt, prompts, PAD) + right(s.response, responses, PAD) for s in samples]),
         "attention_mask": torch.tensor(
-            [left([1] * len(s.prompt), prompts, 0) + right([1] * len(s.response), responses, 0) for s in SAMPLES]
+            [left([1] * len(s.prompt), prompts, 0) + right([1] * len(s.response), responses, 0) for s in samples]
         ),
-        "response_mask": torch.tensor([right([int(d) for d in s.drawn], responses, 0) for s in SAMPLES]),
+        "response_mask": torch.tensor([right([int(d) for d in s.drawn], responses, 0) for s in samples]),
         "old_log_probs": of_tokens(lambda s: s.old),
         "rollout_log_probs": of_tokens(lambda s: s.sampler),
         "ref_log_prob": of_tokens(lambda s: s.ref),
         "advantages": of_tokens(lambda s: s.advantages),
         "token_level_scores": torch.tensor(
-            [right(left([s.reward], len(s.response), 0.0), responses, 0.0) for s in SAMPLES]
+            [right(left([s.reward], len(s.response), 0.0), responses, 0.0) for s in samples]
         ),
     }
 
 
-def verl_jagged() -> dict[str, Any]:
+def verl_jagged(samples: Sequence[Sample] = SAMPLES) -> dict[str, Any]:
     """A worker's, without padding."""
 
     def jagged(get: Callable[[Sample], Sequence[Any]]) -> Tensor:
-        return torch.nested.as_nested_tensor([torch.tensor(get(s)) for s in SAMPLES], layout=torch.jagged)
+        return torch.nested.as_nested_tensor([torch.tensor(get(s)) for s in samples], layout=torch.jagged)
 
     return {
         "input_ids": jagged(lambda s: s.prompt + s.response),
@@ -135,89 +135,92 @@ def verl_jagged() -> dict[str, Any]:
     }
 
 
-def openrlhf(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    width = max(len(s.prompt) + len(s.response) for s in SAMPLES)
+def openrlhf(dtype: torch.dtype = torch.float32, samples: Sequence[Sample] = SAMPLES) -> dict[str, Any]:
+    width = max(len(s.prompt) + len(s.response) for s in samples)
 
     def actions(get: Callable[[Sample], Sequence[Any]], kind: torch.dtype = dtype) -> Tensor:
         """Of every id but the first."""
         return torch.tensor(
-            [right([0] * (len(s.prompt) - 1) + masked(get(s), s.drawn), width - 1, 0) for s in SAMPLES], dtype=kind
+            [right([0] * (len(s.prompt) - 1) + masked(get(s), s.drawn), width - 1, 0) for s in samples], dtype=kind
         )
 
     return {
-        "sequences": torch.tensor([right(s.prompt + s.response, width, PAD) for s in SAMPLES]),
-        "attention_mask": torch.tensor([right([1] * len(s.prompt + s.response), width, 0) for s in SAMPLES]),
+        "sequences": torch.tensor([right(s.prompt + s.response, width, PAD) for s in samples]),
+        "attention_mask": torch.tensor([right([1] * len(s.prompt + s.response), width, 0) for s in samples]),
         "action_mask": actions(lambda s: s.drawn, torch.bool),
         "action_log_probs": actions(lambda s: s.old),
         "rollout_log_probs": actions(lambda s: s.sampler),
         "base_action_log_probs": actions(lambda s: s.ref),
         "advantages": actions(lambda s: s.advantages),
-        "rewards": torch.tensor(REWARDS),
-        "truncated": torch.tensor([0, 0, 1, 0, 0]),
+        "rewards": torch.tensor([s.reward for s in samples]),
+        "truncated": torch.tensor([int(place == 2) for place in range(len(samples))]),
     }
 
 
-def skyrl(dtype: torch.dtype = torch.float32, *, divisors: Sequence[float] = (float(TOKENS),) * 5) -> dict[str, Any]:
-    width, responses = max(len(s.prompt) + len(s.response) for s in SAMPLES), max(len(s.response) for s in SAMPLES)
+def skyrl(
+    dtype: torch.dtype = torch.float32, samples: Sequence[Sample] = SAMPLES, *, divisors: Sequence[float] = ()
+) -> dict[str, Any]:
+    width, responses = max(len(s.prompt) + len(s.response) for s in samples), max(len(s.response) for s in samples)
 
     def of_tokens(get: Callable[[Sample], Sequence[float]]) -> Tensor:
-        return torch.tensor([left(get(s), responses, JUNK) for s in SAMPLES], dtype=dtype)
+        return torch.tensor([left(get(s), responses, JUNK) for s in samples], dtype=dtype)
 
+    by = divisors or [float(sum(sum(s.drawn) for s in samples))] * len(samples)
     return {
-        "sequences": torch.tensor([left(s.prompt + s.response, width, PAD) for s in SAMPLES]),
-        "attention_mask": torch.tensor([left([1] * len(s.prompt + s.response), width, 0) for s in SAMPLES]),
-        "response_mask": torch.tensor([left([1] * len(s.response), responses, 0) for s in SAMPLES]),
-        "loss_mask": torch.tensor([left([float(d) for d in s.drawn], responses, 0.0) for s in SAMPLES]),
+        "sequences": torch.tensor([left(s.prompt + s.response, width, PAD) for s in samples]),
+        "attention_mask": torch.tensor([left([1] * len(s.prompt + s.response), width, 0) for s in samples]),
+        "response_mask": torch.tensor([left([1] * len(s.response), responses, 0) for s in samples]),
+        "loss_mask": torch.tensor([left([float(d) for d in s.drawn], responses, 0.0) for s in samples]),
         "action_log_probs": of_tokens(lambda s: s.old),
         "rollout_logprobs": of_tokens(lambda s: s.sampler),
         "base_action_log_probs": of_tokens(lambda s: s.ref),
-        "advantages": of_tokens(lambda s: s.advantages) / torch.tensor(divisors, dtype=dtype)[:, None],
-        "rewards": torch.tensor([left([s.reward], responses, 0.0) for s in SAMPLES]),
+        "advantages": of_tokens(lambda s: s.advantages) / torch.tensor(by, dtype=dtype)[:, None],
+        "rewards": torch.tensor([left([s.reward], responses, 0.0) for s in samples]),
     }
 
 
-def slime(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def slime(dtype: torch.dtype = torch.float32, samples: Sequence[Sample] = SAMPLES) -> dict[str, Any]:
     def of_tokens(get: Callable[[Sample], Sequence[float]], kind: torch.dtype = dtype) -> list[Tensor]:
-        return [torch.tensor(get(s), dtype=kind) for s in SAMPLES]
+        return [torch.tensor(get(s), dtype=kind) for s in samples]
 
     return {
         "tokens": of_tokens(lambda s: s.prompt + s.response, torch.long),
-        "response_lengths": [len(s.response) for s in SAMPLES],
-        "total_lengths": [len(s.prompt + s.response) for s in SAMPLES],
+        "response_lengths": [len(s.response) for s in samples],
+        "total_lengths": [len(s.prompt + s.response) for s in samples],
         "loss_masks": of_tokens(lambda s: s.drawn, torch.int),
-        "rollout_mask_sums": torch.tensor([float(sum(s.drawn)) for s in SAMPLES]),
+        "rollout_mask_sums": torch.tensor([float(sum(s.drawn)) for s in samples]),
         "log_probs": of_tokens(lambda s: s.old),
         "rollout_log_probs": of_tokens(lambda s: s.sampler),
         "ref_log_probs": of_tokens(lambda s: s.ref),
         "advantages": of_tokens(lambda s: s.advantages),
-        "raw_reward": REWARDS,
-        "truncated": [0, 0, 1, 0, 0],
+        "raw_reward": [s.reward for s in samples],
+        "truncated": [int(place == 2) for place in range(len(samples))],
     }
 
 
-def areal(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def areal(dtype: torch.dtype = torch.float32, samples: Sequence[Sample] = SAMPLES) -> dict[str, Any]:
     """Values are rolled one place ahead, over the padded width, as ``compute_advantages`` does it."""
-    width = max(len(s.prompt) + len(s.response) for s in SAMPLES) + 1
+    width = max(len(s.prompt) + len(s.response) for s in samples) + 1
 
     def whole(get: Callable[[Sample], Sequence[Any]], fill: Any, kind: torch.dtype = dtype) -> Tensor:
-        rows = [right([fill] * len(s.prompt) + list(get(s)), width, fill) for s in SAMPLES]
+        rows = [right([fill] * len(s.prompt) + list(get(s)), width, fill) for s in samples]
         return torch.roll(torch.tensor(rows, dtype=kind), shifts=-1, dims=-1)
 
     mask = whole(lambda s: s.drawn, 0.0)
     return {
-        "input_ids": torch.tensor([right(s.prompt + s.response, width, PAD) for s in SAMPLES]),
-        "attention_mask": torch.tensor([right([1] * len(s.prompt + s.response), width, 0) for s in SAMPLES]),
+        "input_ids": torch.tensor([right(s.prompt + s.response, width, PAD) for s in samples]),
+        "attention_mask": torch.tensor([right([1] * len(s.prompt + s.response), width, 0) for s in samples]),
         "loss_mask": mask,
         "logprobs": whole(lambda s: s.sampler, JUNK) * mask,
         "prox_logp": whole(lambda s: s.old, JUNK),
         "advantages": whole(lambda s: s.advantages, JUNK),
-        "rewards": torch.tensor(REWARDS),
+        "rewards": torch.tensor([s.reward for s in samples]),
     }
 
 
-def areal_packed(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def areal_packed(dtype: torch.dtype = torch.float32, samples: Sequence[Sample] = SAMPLES) -> dict[str, Any]:
     """A worker's micro-batch: rows end to end, and one more of padding."""
-    padded = areal(dtype)
+    padded = areal(dtype, samples)
     lengths = padded["attention_mask"].sum(1).tolist()
     packed = {
         name: torch.cat(
@@ -233,9 +236,11 @@ def areal_packed(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 BINS = ((0, 1), (2, 3, 4))
 
 
-def prime_rl(dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+def prime_rl(
+    dtype: torch.dtype = torch.float32, samples: Sequence[Sample] = SAMPLES, bins: Sequence[Sequence[int]] = BINS
+) -> list[dict[str, Any]]:
     """Two micro-batches, each padded behind its last sample; and one that stands for a rank that has none."""
-    return [*(_micro_batch([SAMPLES[i] for i in bin_], dtype) for bin_ in BINS), _dummy(dtype)]
+    return [*(_micro_batch([samples[i] for i in bin_], dtype) for bin_ in bins), _dummy(samples, dtype)]
 
 
 def _micro_batch(samples: Sequence[Sample], dtype: torch.dtype) -> dict[str, Any]:
@@ -263,8 +268,8 @@ def _micro_batch(samples: Sequence[Sample], dtype: torch.dtype) -> dict[str, Any
     }
 
 
-def _dummy(dtype: torch.dtype) -> dict[str, Any]:
-    batch = _micro_batch(SAMPLES[:1], dtype)
+def _dummy(samples: Sequence[Sample], dtype: torch.dtype) -> dict[str, Any]:
+    batch = _micro_batch(samples[:1], dtype)
     return batch | {
         "loss_mask": torch.zeros_like(batch["loss_mask"]),
         "advantages": torch.zeros_like(batch["advantages"]),
