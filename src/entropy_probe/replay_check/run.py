@@ -167,6 +167,7 @@ def replay(
         gradients=None if recovered is None else compare_gradients(clipped, recovered),
         log=states[1],
         number=states[1].global_step,
+        padding=special.pad,
     )
     with clock.stage("suspicions"):
         findings = Findings([], 0) if case.matched or case.untold else find_suspicions(case, progress)
