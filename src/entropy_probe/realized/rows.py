@@ -26,6 +26,7 @@ from entropy_probe.optimizers.rounding import NEAREST, RoundingRule
 from entropy_probe.realized.changes import RealizedChange, average
 from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
+from entropy_probe.realized.scoring import weighed_by_prefix
 from entropy_probe.realized.steps import HELD_OUT, Step
 from entropy_probe.targets.base import TokenPair
 
@@ -61,7 +62,7 @@ class Realizer:
             InputError: a response without a finite score; its prompt is named.
         """
         found = self.policy.measure(
-            batch.responses, self.progress, entropies=self._needs_entropies, log_probs=batch.weighed_by_prefix
+            batch.responses, self.progress, entropies=self._needs_entropies, log_probs=weighed_by_prefix(batch)
         )
         check_finite(found.scores, batch.responses)
         return found

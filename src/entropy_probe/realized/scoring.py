@@ -13,6 +13,11 @@ from entropy_probe.realized.rounding import rounding_noise
 from entropy_probe.realized.steps import Step
 
 
+def weighed_by_prefix(batch: RolloutBatch) -> bool:
+    """Whether a change on these responses needs log-probs of every token."""
+    return batch.importance is not None and batch.importance.by_prefix
+
+
 def measure_after(
     policy: Policy,
     batch: RolloutBatch,
@@ -42,7 +47,7 @@ def measure_after(
         theta = policy.held()
         moves = {name: scale * delta + rounding_noise(theta[name], rounding) for name, delta in moves.items()}
     with virtual_step(policy.model, moves, scale if rounding is None else 1.0):
-        found = policy.measure(batch.responses, entropies=entropies, log_probs=batch.weighed_by_prefix)
+        found = policy.measure(batch.responses, entropies=entropies, log_probs=weighed_by_prefix(batch))
     if not bool(found.scores.isfinite().all()):
         times = "" if scale == 1.0 else f"{scale:.3g} times "
         raise InputError(
