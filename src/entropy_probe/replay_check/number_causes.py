@@ -18,6 +18,7 @@ from entropy_probe.losses.corrections import Correction, CorrectionMode
 from entropy_probe.losses.named import LossConstants, LossName
 from entropy_probe.losses.rows import LossRows
 from entropy_probe.losses.token_loss import log_ratio
+from entropy_probe.pipeline.recorded_loss import FITTING
 from entropy_probe.pipeline.update import SAME_POLICY, UpdateRule
 from entropy_probe.replay_check.case import Cause, Replayed
 from entropy_probe.replay_check.variants import Passes, Variant, of_constants, with_objective
@@ -43,12 +44,14 @@ class _Number:
         here: in the loss that was replayed; None for none.
         places: where it changes something, rising.
         rule: the loss with another value.
+        how: what else that loss has, in words.
     """
 
     column: str
     here: float | None
     places: Sequence[float]
     rule: Callable[[float], UpdateRule]
+    how: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,11 @@ def _best(number: _Number, case: Replayed, passes: Passes, note: str = "") -> _F
         left = min(int(place), len(places) - 2)
         value = places[left] + (place - left) * (places[left + 1] - places[left])
         here = "none" if number.here is None else f"{number.here:g}"
+        about = f"about {value:.4g}{number.how}"
         variant = Variant(
             number.column,
-            f"the trainer's {number.column} was about {value:.4g}, as near as these rows tell; here it is {here}{note}",
-            f"Set {number.column} to the trainer's own, about {value:.4g}{note}",
+            f"the trainer's {number.column} was {about}, as near as these rows tell; here it is {here}{note}",
+            f"Set {number.column} to the trainer's own, {about}{note}",
             number.rule(value),
         )
         for cause in passes.causes([variant]):
@@ -166,18 +170,32 @@ def _of_the_sampler(rule: UpdateRule, rows: LossRows) -> Iterator[_Number]:
             _between(drifts),
             lambda v: with_objective(rule, replace(objective, off_policy_threshold=v)),
         )
-    own = constants.correction
-    if own is None or rows.sampler_log_probs is None:
+    if rows.sampler_log_probs is None:
         return
     gaps = (rows.old - rows.sampler_log_probs) * rows.mask
-    whole = own.mode in (CorrectionMode.SEQUENCE_MASK, CorrectionMode.SEQUENCE_TRUNCATE)
-    places = _between(rows.summed(gaps).exp() if whole else gaps.exp()[rows.mask > 0])
-    ends = {
-        "importance_sampling_clip_max": (own.high, lambda v: replace(own, high=v)),
-        "importance_sampling_clip_min": (own.low, lambda v: replace(own, low=v)),
-    }
-    for column, (here, changed) in ends.items():
-        yield _Number(column, here, places, partial(_corrected, rule, changed))
+    if float(gaps.abs().max()) <= SAME_POLICY:
+        return
+    own, name = constants.correction, rule.loss.name
+    known = tuple(CorrectionMode) if name is None else FITTING.get(name, tuple(CorrectionMode))
+    for mode in known if own is None else (own.mode,):
+        whole = mode in (CorrectionMode.SEQUENCE_MASK, CorrectionMode.SEQUENCE_TRUNCATE)
+        places = _between(rows.summed(gaps).exp() if whole else gaps.exp()[rows.mask > 0])
+        bounds = Correction(mode, None, None) if own is None else own
+        ends = {
+            "importance_sampling_clip_max": (bounds.high, partial(_upper, bounds)),
+            "importance_sampling_clip_min": (bounds.low, partial(_lower, bounds)),
+        }
+        for column, (here, changed) in ends.items():
+            how = f", by importance_sampling_mode {mode}" if own is None else ""
+            yield _Number(column, here, places, partial(_corrected, rule, changed), how)
+
+
+def _upper(bounds: Correction, value: float) -> Correction:
+    return replace(bounds, high=value)
+
+
+def _lower(bounds: Correction, value: float) -> Correction:
+    return replace(bounds, low=value)
 
 
 def _corrected(rule: UpdateRule, changed: Callable[[float], Correction], value: float) -> UpdateRule:

@@ -34,6 +34,7 @@ from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.adamw_step import adamw_step
 from entropy_probe.optimizers.preconditioner import ZeroV
+from entropy_probe.pipeline.config import loss_config
 from entropy_probe.pipeline.inputs import free_memory
 from entropy_probe.pipeline.recorded import check_recorded, recorded_count, trainers_step
 from entropy_probe.pipeline.settings import refuse_unused_constant
@@ -189,6 +190,7 @@ def replay(
         prompts=len(batch.groups),
         parameters=sum(p.numel() for p in theta.values()),
         config=ReplayConfig(
+            **vars(loss_config(rule)),
             before=str(before),
             after=str(after),
             base=None if loaded.folder.base is None else str(loaded.folder.base),
