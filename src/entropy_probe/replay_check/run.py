@@ -34,6 +34,7 @@ from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.adamw_step import adamw_step
 from entropy_probe.optimizers.preconditioner import ZeroV
+from entropy_probe.pipeline.config import loss_config
 from entropy_probe.pipeline.inputs import free_memory
 from entropy_probe.pipeline.recorded import check_recorded, recorded_count, trainers_step
 from entropy_probe.pipeline.settings import refuse_unused_constant
@@ -167,6 +168,7 @@ def replay(
         gradients=None if recovered is None else compare_gradients(clipped, recovered),
         log=states[1],
         number=states[1].global_step,
+        padding=special.pad,
     )
     with clock.stage("suspicions"):
         findings = Findings([], 0) if case.matched or case.untold else find_suspicions(case, progress)
@@ -188,6 +190,7 @@ def replay(
         prompts=len(batch.groups),
         parameters=sum(p.numel() for p in theta.values()),
         config=ReplayConfig(
+            **vars(loss_config(rule)),
             before=str(before),
             after=str(after),
             base=None if loaded.folder.base is None else str(loaded.folder.base),
