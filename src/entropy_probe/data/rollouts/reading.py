@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ def read_files(
         return ReadRollouts(rows, files, None, _marked(rows))
     dump = [DumpFile(path, list(rows)) for path, (_, rows) in zip(files, opened, strict=True)]
     _refuse_empty([located for file in dump for located in file.rows], files)
+    _refuse_unread(layout, options)
     converted = _converted(dump, layout, options, tokenizer)
     rows = [rollout_from_row(row, where) for where, row in converted.rows]
     title = (EXACT.get(layout) or TEXT[layout]).title
@@ -150,6 +151,13 @@ def _marked(rows: Sequence[Rollout]) -> tuple[Evidence, ...]:
             "Take exact rows (`entropy-probe sample`, or entropy_probe.integrations.rows at the step)",
         ),
     )
+
+
+def _refuse_unread(layout: str, options: DumpOptions) -> None:
+    dump = EXACT.get(layout) or TEXT[layout]
+    for option in fields(options):
+        if getattr(options, option.name) is not None and option.name not in dump.takes:
+            raise InputError(f"{dump.title} has no {option.name} to choose; leave {option.name} out")
 
 
 def _list(files: Sequence[Path]) -> str:

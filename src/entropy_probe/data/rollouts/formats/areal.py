@@ -21,6 +21,7 @@ class Areal:
 
     name = "areal"
     title = "AReaL's rollouts"
+    takes: frozenset[str] = frozenset()
     special_tokens = True
 
     def recognises(self, row: Mapping[str, Any]) -> bool:

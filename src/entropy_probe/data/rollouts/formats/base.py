@@ -64,6 +64,10 @@ class Dump(Protocol):
     def title(self) -> str:
         """What the dump is, in words."""
 
+    @property
+    def takes(self) -> frozenset[str]:
+        """Which of the options it reads."""
+
     def recognises(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is of this layout for certain, by the names of its columns."""
 
@@ -98,6 +102,10 @@ class TextDump(Protocol):
     @property
     def title(self) -> str:
         """What the dump is, in words."""
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Which of the options it reads."""
 
     @property
     def special_tokens(self) -> bool:

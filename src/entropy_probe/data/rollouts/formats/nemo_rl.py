@@ -36,6 +36,7 @@ class NemoRL:
 
     name = "nemo-rl"
     title = "NeMo-RL's train data"
+    takes = frozenset({"step"})
 
     def recognises(self, row: Mapping[str, Any]) -> bool:
         """By its columns; also of older versions, which are then refused."""

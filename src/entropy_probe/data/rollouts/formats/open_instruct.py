@@ -23,6 +23,7 @@ class OpenInstruct:
 
     name = "open-instruct"
     title = "open-instruct's traces"
+    takes = frozenset({"step"})
 
     def recognises(self, row: Mapping[str, Any]) -> bool:
         """By its columns."""

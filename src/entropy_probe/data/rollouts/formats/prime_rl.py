@@ -36,6 +36,7 @@ class PrimeRL:
 
     name = "prime-rl"
     title = "prime-rl's token exports"
+    takes = frozenset({"step"})
 
     def recognises(self, row: Mapping[str, Any]) -> bool:
         """By its columns."""

@@ -37,6 +37,7 @@ class Slime:
 
     name = "slime"
     title = "slime's rollout data"
+    takes = frozenset({"reward_key"})
 
     def recognises(self, row: Mapping[str, Any]) -> bool:
         """By its columns."""

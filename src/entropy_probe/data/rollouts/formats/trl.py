@@ -20,6 +20,7 @@ class Trl:
 
     name = "trl"
     title = "TRL's completions"
+    takes = frozenset({"step", "reward_key"})
     special_tokens = False
 
     def recognises(self, row: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ class Verl:
 
     name = "verl"
     title = "verl's rollout data"
+    takes = frozenset({"step"})
     special_tokens = False
 
     def recognises(self, row: Mapping[str, Any]) -> bool:
