@@ -95,8 +95,9 @@ def files_of(what: str, given: Paths) -> tuple[Path, ...]:
     Raises:
         InputError: none, one twice, a pattern that fits no file, or something that is no path.
     """
+    listed: Sequence[object] = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     found: list[Path] = []
-    for one in given if isinstance(given, list | tuple) else [given]:
+    for one in listed:
         path = path_of(what, one)
         if path.is_file() or not PATTERN & set(str(path)):
             found.append(path)
