@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from entropy_probe.data.rollouts import Rollout, read_rollouts
 from entropy_probe.integrations.trl import RolloutRecorder
@@ -89,8 +89,11 @@ def make_trainer(
     lora: bool = False,
     rewards: Sequence[Callable[..., Any]] = (vowels, length),
     kind: type = GRPOTrainer,
+    given: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
+    """A trainer of ``kind``; ``options`` go to its config, ``given`` to itself (tools, rollout_func, callbacks)."""
+    rloo = issubclass(kind, RLOOTrainer)
     settings: dict[str, Any] = {
         "output_dir": str(folder / "run"),
         "seed": 3,
@@ -100,8 +103,7 @@ def make_trainer(
         "num_generations": GROUP,
         "max_completion_length": MAX_LENGTH,
         "temperature": TEMPERATURE,
-        "loss_type": "dr_grpo",
-        "scale_rewards": "none",
+        **({} if rloo else {"loss_type": "dr_grpo", "scale_rewards": "none"}),
         "beta": 0.0,
         "learning_rate": 1e-2,
         "max_grad_norm": 0.0,  # no clipping: .grad is the gradient of the loss
@@ -113,25 +115,101 @@ def make_trainer(
         "disable_tqdm": True,
         "logging_strategy": "no",
     }
-    return kind(
-        model=tiny_model(),
-        reward_funcs=list(rewards),
-        args=GRPOConfig(**(settings | options)),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}),
-        processing_class=tiny_tokenizer(),
-        peft_config=LORA if lora else None,
-    )
+    config = RLOOConfig if rloo else GRPOConfig
+    model = tiny_model()
+    if options.get("beta") and not lora:
+        # TRL loads the reference from where the model says that it came from.
+        model.config._name_or_path = reference_model(folder / "reference")
+    arguments = {
+        "model": model,
+        "reward_funcs": list(rewards),
+        "args": config(**(settings | options)),
+        "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+        "eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:4]}),
+        "processing_class": tiny_tokenizer(),
+        "peft_config": LORA if lora else None,
+    }
+    return kind(**(arguments | (given or {})))
+
+
+def reference_model(folder: Path) -> str:
+    """A model near the trained one's beginning, on disk: a KL term is above 0 from the first step."""
+    model = tiny_model()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def turns_with_tool_output(prompts: Sequence[str], trainer: Any) -> dict[str, Any]:
+    """A ``rollout_func`` of two turns: tokens drawn, one put between as a tool would, tokens drawn again after it."""
+    tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model)
+    put = tokenizer.convert_tokens_to_ids("t")
+    found: dict[str, Any] = {"prompt_ids": [], "completion_ids": [], "logprobs": None, "env_mask": []}
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        first, then = (_drawn(model, ids, (), 2), ())
+        if EOS not in first:
+            then = _drawn(model, ids, (*first, put), trainer.max_completion_length - len(first) - 1)
+        found["prompt_ids"].append(ids)
+        found["completion_ids"].append([*first, *((put, *then) if then else ())])
+        found["env_mask"].append([1] * len(first) + ([0] + [1] * len(then) if then else []))
+    return found
+
+
+def _drawn(model: Any, prompt: Sequence[int], before: Sequence[int], most: int) -> tuple[int, ...]:
+    """Tokens drawn one by one after ``prompt`` and ``before``, up to the end token."""
+    drawn: tuple[int, ...] = ()
+    while len(drawn) < most and EOS not in drawn:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *before, *drawn]])).logits[0, -1]
+        drawn = (*drawn, int(torch.multinomial((logits / TEMPERATURE).softmax(-1), 1)))
+    return drawn
+
+
+def checkpointed_run(
+    folder: Path,
+    stated_loss: str | None = None,
+    further: Callable[[Any], Sequence[TrainerCallback]] = lambda _: (),
+    **options: Any,
+) -> Path:
+    """A recorded run with a checkpoint after each step and a log of each.
+
+    Step N + 1 leads from ``run/checkpoint-N`` to ``run/checkpoint-{N+1}`` and consumed ``rollouts/step-{N+1:05d}.jsonl``; with
+    ``lora`` the base model is in ``base``. ``options`` are those of :func:`make_trainer`, as of GRPOConfig; ``further`` as of
+    :func:`train`.
+    """
+    if options.get("lora"):
+        tiny_model().save_pretrained(folder / "base")
+    settings = {
+        "save_strategy": "steps", "save_steps": 1, "logging_strategy": "steps", "logging_steps": 1, "max_grad_norm": 0.5,
+        "weight_decay": 0.1,
+    } | options  # fmt: skip
+    trainer = make_trainer(folder, **settings)
+    trainer.add_callback(RolloutRecorder(trainer, folder / "rollouts", loss_type=stated_loss))
+    for callback in further(trainer):
+        trainer.add_callback(callback)
+    trainer.train()
+    return folder
 
 
 def train(
-    folder: Path, stated_loss: str | None = None, **options: Any
+    folder: Path,
+    stated_loss: str | None = None,
+    further: Callable[[Any], Sequence[TrainerCallback]] = lambda _: (),
+    **options: Any,
 ) -> tuple[Any, KeepGradients, list[list[Rollout]]]:
-    """Train with the recorder; return the trainer, what the callback saw, and the recorded rows of each step."""
+    """Train with the recorder; return the trainer, what the callback saw, and the recorded rows of each step.
+
+    ``further`` makes callbacks of the trainer that come after the recorder, which looks at the trainer when training begins.
+    """
     trainer = make_trainer(folder, **options)
     seen = KeepGradients()
     trainer.add_callback(RolloutRecorder(trainer, folder / "rollouts", loss_type=stated_loss))
-    trainer.add_callback(seen)
+    for callback in (*further(trainer), seen):
+        trainer.add_callback(callback)
     trainer.train()
     steps = range(1, len(seen.gradients) + 1)
     assert sorted(path.name for path in (folder / "rollouts").iterdir()) == [f"step-{k:05d}.jsonl" for k in steps]

@@ -40,7 +40,7 @@ from entropy_probe.compat.torch_modules import (
     unwrap,
 )
 from entropy_probe.compat.transformers_models import unexpected_keys_to_ignore, unsplit_classes
-from entropy_probe.compat.trl import adds_entropy_bonus, tokenizer_of
+from entropy_probe.compat.trl import adds_entropy_bonus, entropy_coefficient, tokenizer_of
 from entropy_probe.errors import InputError
 from entropy_probe.ranks.collectives import Ranks
 from rank_processes import failed_cases
@@ -134,6 +134,13 @@ def test_a_transformers_model_without_the_name_is_refused(
 )
 def test_a_trainer_without_the_name_is_refused(name: str, read: Callable[[Any], object]) -> None:
     assert_tells(refusal(lambda: read(SimpleNamespace())), "trl", name, trl.__version__)
+
+
+def test_an_adaptive_bonus_without_the_entropy_that_it_looks_at_is_refused() -> None:
+    trainer = SimpleNamespace(_entropy_bonus_enabled=True, use_adaptive_entropy=True, entropy_coef=0.1)
+    assert_tells(refusal(lambda: entropy_coefficient(trainer)), "trl", "_last_world_entropy", trl.__version__)
+    trainer.use_adaptive_entropy = False
+    assert entropy_coefficient(trainer) == 0.1
 
 
 def test_accelerates_mixed_precision_is_never_left_on_because_its_name_changed() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,8 +52,11 @@ from entropy_probe.optimizers.live import state_of_optimizer
 from entropy_probe.pipeline.run import probe
 from entropy_probe.pipeline.settings import Settings
 from entropy_probe.ranks.collectives import ALONE, Ranks
+from entropy_probe.targets.base import TokenPair
 from entropy_probe.targets.choices import Estimator
 from entropy_probe.targets.entropy import EntropyTarget
+from entropy_probe.targets.of_responses import TargetOfResponses
+from entropy_probe.targets.registry import ALSO_MOVED
 from rank_processes import failed_cases
 from support import CONFIGS, lora_model, random_batch, random_rollouts, tiny_model, trained_optimizer, wrapped
 
@@ -120,8 +124,21 @@ def close(found: Tensor, expected: Tensor, scale: float | None = None) -> None:
         assert float((found - expected).abs().max()) <= RELATIVE * limit
 
 
+def token_weights(batch: RolloutBatch) -> TokenPair:
+    """ω and β a token, some of them 0."""
+    generator = torch.Generator().manual_seed(3)
+    omega, beta = torch.randn((2, batch.tokens), generator=generator, dtype=torch.float64)
+    return TokenPair(omega * (omega.abs() > 0.3), beta)
+
+
 def gradients(
-    policy: Policy, batch: RolloutBatch, pair: Pair, target: EntropyTarget, storage: Storage
+    policy: Policy,
+    batch: RolloutBatch,
+    pair: Pair,
+    target: EntropyTarget,
+    storage: Storage,
+    update: TokenPair | None = None,
+    also: tuple[TargetOfResponses, ...] = (),
 ) -> UnitGradients:
     generator = torch.Generator().manual_seed(1)
     whole = {
@@ -132,33 +149,44 @@ def gradients(
     p = {n: v.view(policy.held()[n].shape) for n, v in p.items()}
     a = torch.randn(len(batch.responses), generator=generator, dtype=torch.float64)
     geometry = Geometry.fixed(p, {name: 0.5 if "norm" in name else 1.0 for name in p})
-    return unit_gradients(
-        policy, batch, exact_units(len(batch.groups)), Sides(target, a), geometry, wanted=Wanted(storage)
-    )
+    sides = Sides(target, a if update is None else update, also)
+    return unit_gradients(policy, batch, exact_units(len(batch.groups)), sides, geometry, wanted=Wanted(storage))
 
 
 def same_gradients(name: str, target: EntropyTarget, storage: Storage, checkpointed: bool, ranks: Ranks) -> None:
     assert_same_gradients(pair_of(name, ranks), target, storage, checkpointed)
 
 
-def assert_same_gradients(pair: Pair, target: EntropyTarget, storage: Storage, checkpointed: bool) -> None:
+def same_token_weights(name: str, target: EntropyTarget, storage: Storage, ranks: Ranks) -> None:
+    """Y weighs tokens, and reward and length are asked for beside it."""
+    update = token_weights(batch_of())
+    assert_same_gradients(pair_of(name, ranks), target, storage, storage is Storage.STREAMED, update, ALSO_MOVED)
+
+
+def assert_same_gradients(
+    pair: Pair,
+    target: EntropyTarget,
+    storage: Storage,
+    checkpointed: bool,
+    update: TokenPair | None = None,
+    also: tuple[TargetOfResponses, ...] = (),
+) -> None:
     batch, found = batch_of(), []
     for policy in (pair.sharded, pair.whole):
-        if checkpointed:
-            with marked(policy.model):
-                found.append(gradients(policy, batch, pair, target, storage))
-        else:
-            found.append(gradients(policy, batch, pair, target, storage))
+        with marked(policy.model) if checkpointed else nullcontext():
+            found.append(gradients(policy, batch, pair, target, storage, update, also))
     sharded, whole = found
     assert sharded.untouched == whole.untouched
     assert sharded.rules is not None
     assert whole.rules is not None
     assert sharded.rules.treatments == whole.rules.treatments
     close(sharded.scores, whole.scores)
-    for group, dots in whole.dots.items():
-        for field in ("x_dot_sum", "y_dot_sum", "diagonal"):
-            mine, theirs = getattr(sharded.dots[group], field), getattr(dots, field)
-            np.testing.assert_allclose(mine, theirs, rtol=0, atol=RELATIVE * np.abs(theirs).max())
+    assert sharded.also.keys() == whole.also.keys()
+    for mine_of, theirs_of in [(sharded.dots, whole.dots), *((sharded.also[n], whole.also[n]) for n in whole.also)]:
+        for group, dots in theirs_of.items():
+            for field in ("x_dot_sum", "y_dot_sum", "diagonal"):
+                mine, theirs = getattr(mine_of[group], field), getattr(dots, field)
+                np.testing.assert_allclose(mine, theirs, rtol=0, atol=RELATIVE * np.abs(theirs).max())
     scale = max(float(y.abs().max()) for y in whole.ascent.values())
     for parameter, y in whole.ascent.items():
         close(sharded.ascent[parameter].flatten(), pair.own(parameter, y), scale)
@@ -181,14 +209,16 @@ def wrapped_layers(around: bool, ranks: Ranks) -> None:
     assert_same_gradients(pair, RAO_BLACKWELL, Storage.STREAMED, False)
 
 
-def same_loss_gradient(name: str, prompts: int, ranks: Ranks) -> None:
+def same_loss_gradient(name: str, prompts: int, of_tokens: bool, ranks: Ranks) -> None:
     """Also where a rank has nothing, and with gradients of a trainer's own standing in ``.grad``."""
-    assert_same_loss_gradient(pair_of(name, ranks), prompts)
+    assert_same_loss_gradient(pair_of(name, ranks), prompts, of_tokens)
 
 
-def assert_same_loss_gradient(pair: Pair, prompts: int) -> None:
+def assert_same_loss_gradient(pair: Pair, prompts: int, of_tokens: bool = False) -> None:
     batch = batch_of().of_prompts(range(prompts))
-    coefficients = torch.linspace(-1, 2, len(batch.responses), dtype=torch.float64)
+    coefficients: Tensor | TokenPair = torch.linspace(-1, 2, len(batch.responses), dtype=torch.float64)
+    if of_tokens:
+        coefficients = token_weights(batch)
     trainers = {name: torch.ones_like(p) for name, p in pair.sharded.trainable().items()}
     for parameter, p in pair.sharded.trainable().items():
         p.grad = trainers[parameter]
@@ -533,8 +563,13 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
     "gradients-checkpointed": partial(same_gradients, "gpt2-frozen", RAO_BLACKWELL, Storage.STREAMED, True),
     "wrapped-layers": partial(wrapped_layers, False),
     "layers-wrapped-and-sharded-around": partial(wrapped_layers, True),
-    "loss": partial(same_loss_gradient, "llama-tied", 5),
-    "loss-idle": partial(same_loss_gradient, "llama-tied", 1),
+    "token-weights-beside-score": partial(same_token_weights, "gpt2", SCORE, Storage.STORED),
+    "token-weights-beside-rao-blackwell": partial(same_token_weights, "qwen2", RAO_BLACKWELL, Storage.STORED),
+    "token-weights-streamed": partial(same_token_weights, "llama-tied", SCORE, Storage.STREAMED),
+    "loss": partial(same_loss_gradient, "llama-tied", 5, False),
+    "loss-idle": partial(same_loss_gradient, "llama-tied", 1, False),
+    "loss-of-tokens": partial(same_loss_gradient, "llama-tied", 5, True),
+    "loss-of-tokens-idle": partial(same_loss_gradient, "llama-tied", 1, True),
     "dots": partial(same_row_dots, "lora"),
     "virtual-step": partial(moved_and_back, False),
     "virtual-step-root-gathered": partial(moved_and_back, True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,8 @@ import torch
 pytest.importorskip("trl")
 
 import trl
-from datasets import Dataset
-from peft import LoraConfig
 from transformers import MixtralConfig, OPTConfig, PhimoeConfig
-from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOTrainer
 from trl.experimental.gmpo import GMPOTrainer
 from trl.extras.profiling import profiling_decorator
 
@@ -25,7 +24,7 @@ from entropy_probe.integrations.trl import RolloutRecorder
 from entropy_probe.integrations.trl.trainer import check_batch
 from entropy_probe.model.dropout import active_dropout
 from entropy_probe.report.rollout_warnings import recorder_warnings
-from trl_training import make_trainer, rebuilt_gradient, relative_error, tiny_model, tiny_tokenizer, train, vowels
+from trl_training import make_trainer, rebuilt_gradient, relative_error, train
 
 
 class HalfOfTheTokens(GRPOTrainer):  # type: ignore[misc]
@@ -150,80 +149,77 @@ def test_noise_of_training_mode_that_is_no_module_counts_as_dropout(config: Any,
     assert active_dropout(model) == 0.3
 
 
-def test_another_kind_of_trainer_is_refused(tmp_path: Path) -> None:
-    trainer = RLOOTrainer(
-        model=tiny_model(),
-        reward_funcs=vowels,
-        args=RLOOConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=4),
-        train_dataset=Dataset.from_dict({"prompt": ["ab"]}),
-        processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
-    )
-    assert "rloo_trainer.RLOOTrainer is none" in refusal(trainer)
+def test_another_kind_of_trainer_is_refused() -> None:
+    assert "types.SimpleNamespace is neither" in refusal(SimpleNamespace())
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("beta", 0.04),
-        ("loss_type", "vespo"),
-        ("loss_type", "luspo"),
-        ("args.delta", 0.5),
-        ("args.neftune_noise_alpha", 5.0),
-        ("_entropy_bonus_enabled", True),
-        ("top_entropy_quantile", 0.2),
-        ("off_policy_mask_threshold", 0.5),
-        ("aux_loss_enabled", True),
-        ("mask_truncated_completions", True),
-        ("tools", [print]),
-        ("rollout_func", print),
-        ("environment_factories", {None: print}),
-    ],
+    ("name", "value"), [("loss_type", "another"), ("args.neftune_noise_alpha", 5.0), ("aux_loss_enabled", True)]
 )
 def test_a_setting_that_the_rows_cannot_tell_is_refused_by_name(
     idle: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
     owner = idle.args if name.startswith("args.") else idle
     monkeypatch.setattr(owner, name.removeprefix("args."), value)
-    says = {
-        "_entropy_bonus_enabled": "entropy_coef",
-        "aux_loss_enabled": "router_aux_loss_coef",
-        "environment_factories": "environment_factory",
-    }
+    says = {"aux_loss_enabled": "router_aux_loss_coef"}
     assert says.get(name, name.removeprefix("args.")) in refusal(idle)
 
 
-def test_cispo_below_a_ratio_of_one_is_refused(idle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL caps the ratio itself at epsilon_high, whose default 0.2 scales every on-policy gradient by a fifth."""
-    monkeypatch.setattr(idle, "loss_type", "cispo")
-    assert "epsilon_high is 0.2" in refusal(idle)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beta", 0.04),
+        ("args.delta", 0.5),
+        ("_entropy_bonus_enabled", True),
+        ("top_entropy_quantile", 0.2),
+        ("off_policy_mask_threshold", 0.5),
+        ("mask_truncated_completions", True),
+        ("tools", [print]),
+        ("rollout_func", print),
+        ("environment_factories", {None: print}),
+    ],
+)
+def test_an_option_of_trls_loss_is_refused_beside_a_loss_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    trainer = make_trainer(tmp_path, kind=HalfOfTheTokens)
+    RolloutRecorder(trainer, "never_made", loss_type="dr_grpo")
+    monkeypatch.setattr(trainer.args if name.startswith("args.") else trainer, name.removeprefix("args."), value)
+    says = {"_entropy_bonus_enabled": "entropy_coef", "environment_factories": "environment_factory"}
+    said = refusal(trainer, "dr_grpo")
+    assert says.get(name, name.removeprefix("args.")) in said
+    assert "is set for a loss of your own" in said
 
 
-def test_vllm_correction_and_uneven_dapo_windows_are_refused(idle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uneven_windows_and_a_quantile_over_processes_are_refused(idle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(idle, "use_vllm", True)
-        patch.setattr(idle, "vllm_generation", None, raising=False)
-        patch.setattr(idle, "vllm_importance_sampling_correction", True)
-        assert "vllm_importance_sampling_correction" in refusal(idle)
-    monkeypatch.setattr(idle, "loss_type", "dapo")
+        patch.setattr(type(idle.args), "world_size", 2)
+        RolloutRecorder(idle, "never_made")
+        patch.setattr(idle, "top_entropy_quantile", 0.2)
+        assert "top_entropy_quantile is 0.2, and with several processes" in refusal(idle)
     monkeypatch.setattr(idle.args, "steps_per_generation", 3)
-    assert "steps_per_generation (3) is not a multiple" in refusal(idle)
+    for loss in ("dapo", "cispo", "vespo"):
+        monkeypatch.setattr(idle, "loss_type", loss)
+        assert "steps_per_generation (3) is not a multiple" in refusal(idle)
 
 
-@pytest.mark.parametrize("key", ["tool_mask", "pixel_values"])
-def test_a_batch_with_what_the_rows_cannot_hold_is_refused(key: str) -> None:
+def test_a_batch_with_what_the_rows_cannot_hold_is_refused() -> None:
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "num_items_in_batch", "advantages")
     batch = dict.fromkeys(names, torch.ones(4))
-    check_batch(batch)
-    with pytest.raises(InputError, match=key):
-        check_batch(batch | {key: torch.ones(4, 3)})
+    check_batch(batch, grpo=True)
+    with pytest.raises(InputError, match="pixel_values"):
+        check_batch(batch | {"pixel_values": torch.ones(4, 3)}, grpo=True)
     with pytest.raises(InputError, match="advantages have a value per token"):
-        check_batch(batch | {"advantages": torch.ones(4, 3)})
+        check_batch(batch | {"advantages": torch.ones(4, 3)}, grpo=True)
     with pytest.raises(InputError, match="has no completion_mask"):
-        check_batch({name: value for name, value in batch.items() if name != "completion_mask"})
+        check_batch({name: value for name, value in batch.items() if name != "completion_mask"}, grpo=True)
+    with pytest.raises(InputError, match="has no old_logps"):
+        check_batch(batch, grpo=False)
 
 
-@pytest.mark.parametrize("name", ["_entropy_bonus_enabled", "eos_token_ids", "tools", "generation_kwargs"])
+@pytest.mark.parametrize(
+    "name", ["_entropy_bonus_enabled", "_last_world_entropy", "eos_token_ids", "tools", "generation_kwargs"]
+)
 def test_a_name_that_this_trl_should_have_is_never_taken_for_a_harmless_value(
     idle: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

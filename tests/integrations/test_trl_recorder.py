@@ -22,9 +22,11 @@ pytest.importorskip("datasets")
 import trl
 from accelerate.state import AcceleratorState
 
+from entropy_probe.compat.trl import WRAPPED
 from entropy_probe.data.rollouts import Rollout, group_rollouts, read_rollouts
 from entropy_probe.errors import InputError
 from entropy_probe.integrations.trl import RolloutRecorder
+from trl_objective import gradient_of_the_objective, mask_of
 from trl_training import (
     EOS,
     GROUP,
@@ -44,7 +46,18 @@ from trl_training import (
     vowels,
 )
 
-LOSSES_OF_TWO_PROCESSES = ("dapo", "bnpo")
+RUNS_OF_TWO_PROCESSES: dict[str, dict[str, Any]] = {
+    "dapo": {"loss_type": "dapo"},
+    "bnpo": {"loss_type": "bnpo"},
+    "masked": {
+        "loss_type": "dapo",
+        "mask_truncated_completions": True,
+        "max_completion_length": 12,
+        "num_iterations": 2,
+        "beta": 0.3,
+        "entropy_coef": 0.05,
+    },
+}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +135,7 @@ def test_the_training_is_the_same_with_and_without_the_recorder(tmp_path: Path) 
     plain.train()
     for with_recorder, without in zip(recorded.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(with_recorder, without)
-    assert not {"_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs"} & vars(recorded).keys()
+    assert not set(WRAPPED) & vars(recorded).keys()
 
 
 def test_off_policy_windows_carry_the_samplers_log_probs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,15 +165,16 @@ def test_the_rows_of_two_processes_together_are_the_batch(tmp_path: Path) -> Non
     finally:
         for process in processes:
             process.kill()
-    for loss_type in LOSSES_OF_TWO_PROCESSES:
-        saved = torch.load(tmp_path / loss_type / "seen.pt", weights_only=True)
+    for name in RUNS_OF_TWO_PROCESSES:
+        saved = torch.load(tmp_path / name / "seen.pt", weights_only=True)
         for step in (1, 2):
-            files = [tmp_path / loss_type / "rollouts" / f"step-{step:05d}-rank{rank}.jsonl" for rank in (0, 1)]
+            files = [tmp_path / name / "rollouts" / f"step-{step:05d}-rank{rank}.jsonl" for rank in (0, 1)]
             rows = [row for file in files for row in read_rollouts(file)]
             assert {len(group.responses) for group in group_rollouts(rows).groups} == {GROUP}
-            assert {row.window_tokens for row in rows} == {float(sum(len(row.response_ids) for row in rows))}
+            assert {row.window_tokens for row in rows} == {sum(sum(mask_of(row)) for row in rows)}
+            assert any(row.loss_mask is not None for row in rows) == (name == "masked")
             weights, gradients = saved["weights"][step - 1], saved["gradients"][step - 1]
-            assert relative_error(rebuilt_gradient(weights, rows, loss_type), gradients) < 1e-5
+            assert relative_error(gradient_of_the_objective(weights, rows), gradients) < 2e-5
 
 
 def train_one_rank(rank: int, port: int, folder: Path) -> None:
@@ -168,14 +182,14 @@ def train_one_rank(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     AcceleratorState._reset_state(reset_partial_state=True)  # of the trainers before the fork
-    for loss_type in LOSSES_OF_TWO_PROCESSES:
-        trainer = make_trainer(folder / loss_type, loss_type=loss_type, per_device_train_batch_size=6, max_steps=2)
+    for name, options in RUNS_OF_TWO_PROCESSES.items():
+        trainer = make_trainer(folder / name, per_device_train_batch_size=6, max_steps=2, **options)
         seen = KeepGradients()
-        trainer.add_callback(RolloutRecorder(trainer, folder / loss_type / "rollouts"))
+        trainer.add_callback(RolloutRecorder(trainer, folder / name / "rollouts"))
         trainer.add_callback(seen)
         trainer.train()
         if trainer.accelerator.is_main_process:
-            torch.save({"weights": seen.weights, "gradients": seen.gradients}, folder / loss_type / "seen.pt")
+            torch.save({"weights": seen.weights, "gradients": seen.gradients}, folder / name / "seen.pt")
     # Together: a rank whose peer's threads have gone may abort at exit.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -194,17 +208,17 @@ def test_every_is_a_whole_number_above_0(every: Any, tmp_path: Path) -> None:
         RolloutRecorder(make_trainer(tmp_path), tmp_path / "rollouts", every=every)
 
 
-def test_a_step_with_an_unscorable_row_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_row_without_any_reward_is_recorded_with_the_advantage_that_trl_gave_it(tmp_path: Path) -> None:
     def sometimes(completions: Sequence[str], trainer_state: Any, **_: Any) -> list[float | None]:
         lost = trainer_state.global_step == 1
         return [None if lost and i == 0 else float(len(text)) for i, text in enumerate(completions)]
 
-    trainer = make_trainer(tmp_path, rewards=[sometimes])
-    trainer.add_callback(RolloutRecorder(trainer, tmp_path / "rollouts"))
-    with caplog.at_level(logging.WARNING, logger="entropy_probe.integrations.trl"):
-        trainer.train()
-    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["step-00001.jsonl", "step-00003.jsonl"]
-    assert "step 2 is not recorded: 1 rows" in caplog.text
+    _, seen, steps = train(tmp_path, rewards=[sometimes])
+    unscored = [row for rows in steps for row in rows if row.reward is None]
+    assert [row.step for row in unscored] == [2]
+    assert unscored[0].advantage == 0.0
+    for weights, gradients, rows in zip(seen.weights, seen.gradients, steps, strict=True):
+        assert relative_error(rebuilt_gradient(weights, rows, "dr_grpo"), gradients) < 1e-5
 
 
 def test_without_trl_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,9 @@ class OthersDescent:
     sizes: Sequence[int]
     count: int = 6
 
-    def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
+    def along(
+        self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int], terms: Sequence[Tensor] = ()
+    ) -> Tensor:
         own = torch.tensor([self.sizes[u] for u in units], dtype=x.dtype)[:, None]
         others = (sum(self.sizes) * self.ascent[name].flatten()[part].to(x) - y) / (sum(self.sizes) - own)
         gradient = RATE * self.clip_factor * (x * others).sum(1)
@@ -48,6 +50,9 @@ class OthersDescent:
 
     def response(self, name: str, part: slice) -> Tensor:
         return torch.full_like(self.ascent[name].flatten()[part], RATE * self.clip_factor, dtype=torch.float64)
+
+    def term_responses(self, name: str, part: slice) -> Sequence[tuple[Tensor, Tensor]]:
+        return []
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,12 @@ class Descent:
         return None
 
     def steps_of_others(
-        self, parameters: Mapping[str, Tensor], ascent: Mapping[str, Tensor], clip_factor: float, sizes: Sequence[int]
+        self,
+        parameters: Mapping[str, Tensor],
+        ascent: Mapping[str, Tensor],
+        clip_factor: float,
+        sizes: Sequence[int],
+        terms: Sequence[Mapping[str, Tensor]] = (),
     ) -> OthersDescent:
         return OthersDescent(ascent, clip_factor, sizes)
 

@@ -51,7 +51,8 @@ DEFAULTS = Settings()
 def looked(units: Units, target: EntropyTarget, storage: Storage) -> UnitGradients:
     model, adam, batch = setting()
 
-    def look(ascent: dict[str, Tensor]) -> StepsOfOthers:
+    def look(ascent: dict[str, Tensor], terms: Sequence[dict[str, Tensor]]) -> StepsOfOthers:
+        assert not terms
         factor = clip_factor(gradient_norm(ascent), MAX_GRAD_NORM)
         assert factor < 1.0
         return StepsOfOthers(dict(model.named_parameters()), adam, ascent, factor, units.sizes)
@@ -338,8 +339,8 @@ def test_the_gradients_part_with_v_at_t_is_its_factor_of_delta_h1(estimator: Est
     assert adamw.u_statistic_se == pytest.approx(factor * adamw.clip_factor * first.delta_h1_se_this_step, rel=1e-10)
     assert adamw.parts["gradient"].v_at_t == pytest.approx(adamw.u_statistic, rel=1e-9)
     assert adamw.parts["gradient"].value != pytest.approx(adamw.u_statistic, rel=1e-4)
-    assert adamw.total == pytest.approx(sum(part.value for part in adamw.parts.values()), rel=1e-12)
-    assert adamw.v_at_t == pytest.approx(sum(part.v_at_t for part in adamw.parts.values()), rel=1e-12)
+    assert adamw.total == pytest.approx(sum(adamw.parts[name].value for name in PARTS), rel=1e-12)
+    assert adamw.v_at_t == pytest.approx(sum(adamw.parts[name].v_at_t for name in PARTS), rel=1e-12)
 
 
 def test_where_this_gradient_is_a_trace_of_v_the_error_is_that_of_delta_h1s_this_step() -> None:
@@ -526,7 +527,7 @@ def test_the_command_shows_and_writes_the_section(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.code == 0, found.err
     report = json.loads(out.read_text())
-    assert set(report["adamw"]["parts"]) == set(PARTS)
+    assert list(report["adamw"]["parts"]) == [*PARTS, "gradient_reward", "gradient_kl", "gradient_bonus"]
     assert [row["name"] for row in report["what_if"]["rows"]] == [
         "no_momentum", "without_negative_advantages", "learning_rate", "max_grad_norm",
     ]  # fmt: skip

@@ -59,6 +59,42 @@ def one_at_a_time(model: Any, batch: RolloutBatch) -> Alone:
     return Alone(np.array(scores), np.array(gradients))
 
 
+@dataclass(frozen=True)
+class TokensAlone:
+    """∇log π(y_t) and ∇H_t of every response token by itself, [tokens, parameters] each, and H_t, [tokens]."""
+
+    of_log_probs: np.ndarray
+    of_entropies: np.ndarray
+    entropies: np.ndarray
+
+
+def one_token_at_a_time(model: Any, batch: RolloutBatch) -> TokensAlone:
+    """One forward a response, unpadded, and two backwards a token that the policy drew, under the float64 mode."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    of_log_probs, of_entropies, entropies = [], [], []
+
+    def flat(value: Tensor) -> np.ndarray:
+        grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        parts = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, grads, strict=True)]
+        found: np.ndarray = torch.cat(parts).numpy()
+        return found
+
+    with Float64Mode():
+        for row in batch.responses:
+            ids = torch.tensor([[*row.prompt_ids, *row.response_ids]])
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+            for place, token in enumerate(row.response_ids):
+                if row.sampled is not None and not row.sampled[place]:
+                    continue
+                log_p = torch.log_softmax(logits[len(row.prompt_ids) + place - 1] / batch.temperature, dim=-1)
+                entropy = -(log_p.exp() * log_p).sum()
+                of_log_probs.append(flat(log_p[token]))
+                of_entropies.append(flat(entropy))
+                entropies.append(float(entropy.detach()))
+    return TokensAlone(np.array(of_log_probs), np.array(of_entropies), np.array(entropies))
+
+
 def scores_alone(model: Any, batch: RolloutBatch) -> np.ndarray:
     """S of every response by itself, without gradients."""
     model.eval()

@@ -24,10 +24,13 @@ CHANGES: dict[str, Any] = {
     "prompt": "a", "response": "b", "micro_batch": 3, "window_tokens": 7.0, "max_completion_length": 9,
     "loss_type": "dapo", "step": 4, "on_policy": True, "extra": {"source": "here"}, "temperature": 1.0, "top_k": 0,
     "top_p": 1.0, "prompt_id": "other", "eos_ids": (1,), "padding_id": 0,
+    "old_logprobs": (-1.0, -3.0), "ref_logprobs": (-1.0, -4.0), "loss_mask": (1, 0), "sampled": (True, False),
+    "token_weight": (1.0, 0.5), "mini_batch": 2,
 }  # fmt: skip
 
 EVERYWHERE = {
     "temperature", "advantage", "micro_batch", "window_tokens", "max_completion_length", "loss_type", "step", "eos_ids",
+    "old_logprobs", "ref_logprobs", "mini_batch",
 }  # fmt: skip
 """Columns that every row of a batch must have, or agree about."""
 

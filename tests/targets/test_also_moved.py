@@ -302,6 +302,20 @@ def test_where_no_rule_serves_a_parameter_targets_are_given_when_asked_for_alone
     assert asked.targets[0].delta == pytest.approx(by_rules.targets[0].delta, rel=1e-6)
 
 
+def test_where_x_and_y_both_weigh_tokens_targets_are_given_when_asked_for_alone() -> None:
+    rows = [
+        replace(row, token_weight=tuple(0.5 + 0.1 * place for place in range(len(row.response_ids)))) for row in ROWS
+    ]
+    unasked, asked = report_of(rows, vectors=33), report_of(rows, vectors=33, targets=True)
+    assert "take a backward of their own" in unasked.targets[0].null_reasons["delta"]
+    assert "pairs of vectors" in unasked.units.reason
+    # The score estimator weighs responses, and a target shares its backward.
+    by_score = report_of(rows, vectors=33, estimator=Estimator.SCORE)
+    for found, expected in zip(by_score.targets, asked.targets, strict=True):
+        assert found.delta == pytest.approx(expected.delta, rel=1e-6)
+    assert asked.targets[0].delta != pytest.approx(report_of(vectors=33).targets[0].delta, rel=1e-3)
+
+
 def test_the_command_says_them_and_takes_targets(tmp_path: Path) -> None:
     checkpoint = support.make_checkpoint(tmp_path / "checkpoint")
     write_rollouts(support.random_rollouts(4, 3), tmp_path / "rows.jsonl")

@@ -14,32 +14,37 @@ FIRST_KNOWN, LAST_KNOWN = (1, 10), (1, 16)
 KNOWN_VERSIONS = f"{FIRST_KNOWN[0]}.{FIRST_KNOWN[1]} to {LAST_KNOWN[0]}.{LAST_KNOWN[1]}"
 
 CALCULATE_REWARDS = "_calculate_rewards"
+GENERATE_TURNS = "_generate"
 GENERATE_AND_SCORE = "_generate_and_score_completions"
+PER_TOKEN_LOGPS = "_get_per_token_logps_and_entropies"
 PREPARE_INPUTS = "_prepare_inputs"
-WRAPPED = (CALCULATE_REWARDS, GENERATE_AND_SCORE, PREPARE_INPUTS)
+WRAPPED = (CALCULATE_REWARDS, GENERATE_TURNS, GENERATE_AND_SCORE, PER_TOKEN_LOGPS, PREPARE_INPUTS)
 """Methods of the trainer that the recorder wraps while it trains."""
+RESPONSE_IDS, TOOL_MASK = 1, 2
+"""Where in what ``_generate`` returns the ids of every response stand; and, with a GRPOTrainer, its mask of tool outputs."""
 
 SETTINGS = (
-    *(
-        "_entropy_bonus_enabled",
-        "_tokenizer",
-        "accelerator",
-        "args",
-        "aux_loss_enabled",
-        "beta",
-        "environment_factories",
-    ),
-    *("epsilon_high", "loss_type", "mask_truncated_completions", "max_completion_length", "model", "num_generations"),
-    *("num_iterations", "off_policy_mask_threshold", "reward_weights", "rollout_func", "scale_rewards", "temperature"),
-    *("tools", "top_entropy_quantile", "top_k", "use_transformers_continuous_batching", "use_vllm"),
-    *("vllm_importance_sampling_correction", "args.delta", "args.gradient_accumulation_steps", "args.max_grad_norm"),
-    *("args.neftune_noise_alpha", "args.steps_per_generation"),
+    *("_tokenizer", "accelerator", "args", "aux_loss_enabled", "beta", "epsilon_high", "epsilon_low"),
+    *("mask_truncated_completions", "max_completion_length", "model", "num_generations", "num_iterations"),
+    *("reward_weights", "temperature", "top_k", "use_transformers_continuous_batching", "use_vllm"),
+    *("args.gradient_accumulation_steps", "args.max_grad_norm", "args.neftune_noise_alpha"),
+    *("args.steps_per_generation",),
 )
 """What every known trainer has; ``args.`` for its configuration."""
+SETTINGS_OF_GRPO = (
+    *("_entropy_bonus_enabled", "_last_world_entropy", "entropy_coef", "environment_factories"),
+    *("importance_sampling_level", "loss_type", "off_policy_mask_threshold", "rollout_func", "scale_rewards", "tools"),
+    *("top_entropy_quantile", "use_adaptive_entropy", "vllm_importance_sampling_clip_max"),
+    *("vllm_importance_sampling_clip_min", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+    *("args.delta", "args.entropy_target", "args.sapo_temperature_neg", "args.sapo_temperature_pos"),
+    *("args.use_bias_correction_kl", "args.vespo_k_neg", "args.vespo_k_pos", "args.vespo_lambda_neg"),
+    *("args.vespo_lambda_pos",),
+)
+"""What every known GRPOTrainer has besides."""
 SINCE = {"eos_token_ids": (1, 15)}
 """Settings that came with a version, and must be there from it on."""
 UNTIL = {"use_liger_kernel": (1, 14)}
-"""Settings of the trainer that went with the version after this one. Later, Liger replaces layers and leaves the loss."""
+"""Settings of the GRPOTrainer that went with the version after this one. Later, Liger replaces layers and leaves the loss."""
 OF_TRANSFORMERS = ("generation_config", "generation_kwargs")
 OF_VLLM = ("vllm_generation",)
 """What a trainer that generates with transformers, or with vLLM, has besides."""
@@ -48,9 +53,12 @@ VLLM_SETTINGS = (
     *("temperature", "top_k", "top_p"),
 )
 
-BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+BATCH = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+BATCH_OF_GRPO = ("num_items_in_batch",)
+BATCH_OF_RLOO = ("old_logps",)
 IMAGES = ("pixel_values", "image_grid_thw", "num_images", "image_sizes", "spatial_shapes", "image_position_ids")
-"""Keys of the batch that TRL hands to its loss."""
+"""Keys of the batch that TRL hands to its loss; the next two are there for a GRPOTrainer where it has them."""
+OLD_LOGPS, SAMPLER_LOGPS = "old_per_token_logps", "sampling_per_token_logps"
 
 STATED_WITH_THE_LOSS = {
     *("_chunked_logps", "_compute_loss", "_full_logits_logps", "_get_last_hidden_state", "compute_liger_loss"),
@@ -84,6 +92,24 @@ def tokenizer_of(trainer: Any) -> Any:
         InputError: there is no such name.
     """
     return attribute("trl", trainer, "_tokenizer", object)
+
+
+def entropy_coefficient(trainer: Any) -> float:
+    """What multiplies the entropy in the loss of the coming micro-batch; 0 without a bonus.
+
+    An adaptive coefficient counts only while the last step's entropy was at the target or below; TRL changes it at the end of
+    each window, so that it is one number for a step's micro-batches. Reads ``_last_world_entropy``.
+
+    Raises:
+        InputError: there is no such name, or it is no number.
+    """
+    if not adds_entropy_bonus(trainer):
+        return 0.0
+    if trainer.use_adaptive_entropy:
+        last: float = attribute("trl", trainer, "_last_world_entropy", float)
+        if last > trainer.args.entropy_target:
+            return 0.0
+    return float(trainer.entropy_coef)
 
 
 def adds_entropy_bonus(trainer: Any) -> bool:

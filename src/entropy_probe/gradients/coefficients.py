@@ -6,7 +6,7 @@ at the tokens, each channel needs a backward of its own, but coefficients may di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,28 +21,41 @@ from entropy_probe.targets.of_responses import TargetOfResponses
 
 @dataclass(frozen=True)
 class Sides:
-    """Which vectors a unit has: X_u in channel 0, Y_u in channel 1, and Z_u of further targets after them.
+    """Which vectors a unit has: X_u, Y_u, Z_u of further targets, and those of terms of the loss by themselves.
 
     Attributes:
         target: what X estimates, from what the forwards find; or X's coefficients, one a response [N] or one a response token
             [tokens], flat.
-        update: a, Y's coefficients, [N].
-        also: further targets, of each of which Z_u · P Y_w is asked for; they need no backward of their own.
+        update: Y's coefficients: a, one weight a response [N]; or ω on ∇log π and β on ∇H_t, each one a response [N] or one a
+            response token [tokens].
+        also: further targets, of each of which Z_u · P Y_w is asked for; see :meth:`backward_for_targets`.
+        terms: by name, coefficients of terms of the loss that Y_u holds, whose vectors are wanted by themselves too; each takes
+            a backward.
     """
 
     target: Target | Tensor
-    update: Tensor
+    update: Tensor | TokenPair
     also: tuple[TargetOfResponses, ...] = ()
+    terms: Mapping[str, TokenPair] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
         """Vectors a unit."""
-        return 2 + len(self.also)
+        return 2 + len(self.also) + len(self.terms)
 
-    def weights(self, batch: RolloutBatch) -> Tensor:
-        """Coefficients of Y and of every Z: float64 [1 + also, N]."""
-        sample = Sample.of(batch)
-        return torch.stack([self.update.double(), *(target.weights(sample) for target in self.also)])
+    @property
+    def of_update(self) -> TokenPair:
+        """Y's coefficients as a pair."""
+        return TokenPair.of(self.update)
+
+    def of_targets(self, batch: RolloutBatch) -> Tensor:
+        """Coefficients of every Z, one a response: float64 [also, N]."""
+        sample, none = Sample.of(batch), torch.zeros((0, len(batch.responses)), dtype=torch.float64)
+        return torch.cat([none, *(target.weights(sample).double()[None] for target in self.also)])
+
+    def backward_for_targets(self, batch: RolloutBatch) -> bool:
+        """Whether further targets take a backward of their own: neither X's nor Y's weights are one a response."""
+        return TargetSide(batch, self.target).per_token and not self.of_update.weighs_responses(batch)
 
 
 @dataclass(frozen=True)
@@ -182,43 +195,83 @@ class ResponseSide:
 
 
 class BothSides:
-    """Channel 0 is X, further ones Y and Z, from a :class:`TargetSide` and the weights [channels − 1, N] of the others."""
+    """Channel 0 is X; Y and the Z of further targets have the others.
 
-    def __init__(self, x: TargetSide, weights: Tensor) -> None:
+    Vectors whose coefficients are one a response share a backward, so that their channels lie together: X, Y and Z where Y's
+    are, else X and Z, and Y behind them with a backward of its own. Each term of the loss that is wanted by itself comes last.
+
+    Args:
+        x: of channel 0.
+        update: Y's coefficients.
+        also: those of every Z, [also, N].
+        terms: coefficients of terms of the loss.
+        again: further channels that hold Y.
+
+    ``y`` is Y's channel, ``z`` has those of Z, ``y_again`` those that hold Y again, ``of_terms`` those of the terms.
+    """
+
+    def __init__(
+        self, x: TargetSide, update: TokenPair, also: Tensor, terms: Sequence[TokenPair] = (), again: int = 0
+    ) -> None:
         """See the class."""
-        self.x, self.y = x, ResponseSide(x.batch, weights, first=1)
-        self.needs_entropies = x.needs_entropies
+        self.x, self.update, self.also, self.terms = x, update, also, tuple(terms)
+        weights, count = also, len(also)
+        apart: list[tuple[TokenPair, slice]] = []
+        if update.weighs_responses(x.batch):
+            own = update.log_probs.double()[None]
+            weights = torch.cat([own, also, own.expand(again, -1)])
+            self.y, self.z, self.y_again = 1, range(2, 2 + count), range(2 + count, 2 + count + again)
+        else:
+            self.z, self.y = range(1, 1 + count), 1 + count
+            self.y_again = range(self.y + 1, self.y + 1 + again)
+            apart = [(update, slice(self.y, self.y + 1 + again))]
+        self.of_terms = range(self.count - len(self.terms), self.count)
+        apart += [(term, slice(c, c + 1)) for term, c in zip(self.terms, self.of_terms, strict=True)]
+        self._of_tokens = Combinations(x.batch, [pair for pair, _ in apart], [channels for _, channels in apart])
+        self._of_responses = ResponseSide(x.batch, weights, first=1)
+        self.needs_entropies = x.needs_entropies or any(pair.entropies is not None for pair in (update, *self.terms))
+
+    @staticmethod
+    def of(batch: RolloutBatch, sides: Sides) -> BothSides:
+        """The channels of these sides."""
+        x = TargetSide(batch, sides.target)
+        return BothSides(x, sides.of_update, sides.of_targets(batch), tuple(sides.terms.values()))
 
     @property
     def count(self) -> int:
         """Channels."""
-        return 1 + len(self.y.weights)
+        return 2 + len(self.also) + len(self.y_again) + len(self.terms)
 
-    def of_xy(self) -> BothSides:
-        """X and Y alone."""
-        return BothSides(self.x, self.y.weights[:1])
+    def without_targets(self) -> BothSides:
+        """X, Y and the terms."""
+        return BothSides(self.x, self.update, self.also[:0], self.terms)
 
     def with_y_again(self, times: int) -> BothSides:
-        """The same with Y in so many further channels."""
-        return BothSides(self.x, torch.cat([self.y.weights, self.y.weights[:1].expand(times, -1)]))
+        """X, Y and Z, with Y in so many further channels, and without the terms."""
+        return BothSides(self.x, self.update, self.also, again=times)
 
     @property
     def channels(self) -> Sequence[slice]:
-        """All in one backward where X's coefficients, as the others', are one a response."""
-        last = self.y.channels[0].stop
-        return (slice(0, 1), slice(1, last)) if self.x.per_token else (slice(0, last),)
+        """Of every backward: X's with all whose coefficients are one a response as X's are, theirs, Y's, and every term's."""
+        last = 1 + len(self._of_responses.weights)
+        found = [slice(0, last)]
+        if self.x.per_token:
+            found = [slice(0, 1), slice(1, last)] if last > 1 else [slice(0, 1)]
+        return [*found, *self._of_tokens.channels]
 
     def needed_rows(self, rows: range) -> Sequence[int]:
         """As X needs them."""
         return self.x.needed_rows(rows)
 
     def backwards(self, rows: Sequence[int], found: Measured, *, apart: bool) -> list[Backward]:
-        """One backward where all coefficients are one a response, else one for X and one for the others."""
-        x, y = (side.backwards(rows, found, apart=apart) for side in (self.x, self.y))
-        if len(self.channels) == 1 and not apart:
-            weights = torch.cat([backward.weights for backward in (*x, *y)])
-            return [Backward(x[0].start, weights, self.channels[0])]
-        return [*x, *y]
+        """Those of :attr:`channels`; where ``apart``, one a channel whose coefficients are one a response."""
+        backwards = self.x.backwards(rows, found, apart=apart)
+        if len(self._of_responses.weights):
+            backwards += self._of_responses.backwards(rows, found, apart=apart)
+        if not self.x.per_token and not apart:
+            weights = torch.cat([backward.weights for backward in backwards])
+            backwards = [Backward(backwards[0].start, weights, self.channels[0])]
+        return backwards + self._of_tokens.backwards(rows, found, apart=apart)
 
 
 def _weighted(values: Tensor, lengths: Sequence[int], first: int, *, apart: bool) -> list[Backward]:
@@ -229,6 +282,14 @@ def _weighted(values: Tensor, lengths: Sequence[int], first: int, *, apart: bool
         return [Backward(start, ones, slice(channel, channel + 1)) for channel, start in enumerate(starts, first)]
     start = TokenPair(torch.ones(sum(lengths), dtype=torch.float64))
     return [Backward(start, values.double(), slice(first, first + len(values)))]
+
+
+def given_side(batch: RolloutBatch, coefficients: Tensor | TokenPair) -> ResponseSide | Combinations:
+    """One channel of these coefficients."""
+    pair = TokenPair.of(coefficients)
+    if pair.weighs_responses(batch):
+        return ResponseSide(batch, pair.log_probs[None])
+    return Combinations(batch, [pair], [slice(0, 1)])
 
 
 @dataclass

@@ -44,12 +44,13 @@ class Wanted:
         storage: keep all of them (and get the kernel), or stream them in two passes.
         thirds: whether to find the directions of :mod:`entropy_probe.statistics.noise`, three units or more; where vectors are
             stored.
-        look: from Ȳ, what else to take dots of them with. Stored vectors are at hand; streamed, it is a third pass.
+        look: from Ȳ, and what each term of the loss has in it, what else to take dots of them with. Stored vectors are at hand;
+            streamed, it is a third pass.
     """
 
     storage: Storage = Storage.STORED
     thirds: bool = False
-    look: Callable[[Mapping[str, Tensor]], Look] | None = None
+    look: Callable[[Mapping[str, Tensor], Sequence[Mapping[str, Tensor]]], Look] | None = None
 
 
 DOTS_ALONE = Wanted()
@@ -66,10 +67,14 @@ class Directions:
 
 @dataclass(frozen=True)
 class Looked:
-    """``along``: XS_u · V_uk, [U, K]. ``kernel``: XS_u · J YS_w with J elementwise, [U, U]; None where streamed. Without P."""
+    """``along``: XS_u · V_uk, [U, K]. ``kernel``: XS_u · J YS_w with J elementwise, [U, U]; None where streamed. Without P.
+
+    ``term_kernels``: of every term of the loss, XS_u · (J YᵏS_w + J' YS_w), [terms, U, U]; None where streamed.
+    """
 
     along: FloatArray
     kernel: FloatArray | None
+    term_kernels: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class UnitGradients:
     Attributes:
         scores: S of every response as this backend's own forward found it, float64 [N], on the CPU.
         dots: by dot group, the dots over its parameters; their sum is the dots over all parameters.
-        token_entropies: H_t of every response token by the same forward, flat [tokens]; None where X did not need them.
+        token_entropies: H_t of every response token by the same forward, flat [tokens]; None where neither X nor Y needed them.
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
         untouched: trainable parameters that no response reaches (autograd gives None for them).

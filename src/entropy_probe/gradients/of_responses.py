@@ -9,11 +9,7 @@ from torch import Tensor
 
 from entropy_probe.common.progress import Progress, Silent
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.gradients.coefficients import (
-    Combinations,
-    ResponseSide,
-    TargetSide,
-)
+from entropy_probe.gradients.coefficients import Combinations, TargetSide, given_side
 from entropy_probe.gradients.engine import proved
 from entropy_probe.gradients.interface import Directions
 from entropy_probe.gradients.passes import Passes
@@ -28,19 +24,20 @@ from entropy_probe.targets.base import Target, TokenPair
 def weighted_gradient(
     policy: Policy,
     batch: RolloutBatch,
-    coefficients: Tensor,
+    coefficients: Tensor | TokenPair,
     *,
     rules: Rules | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Σ_i a_i ∇S_i over all responses, by parameter name, float64; of parameters that some response reaches.
+    """Σ_i a_i ∇S_i over all responses, or Σ_t (ω_t ∇log π(y_t) + β_t ∇H_t) over all their tokens.
 
+    By parameter name, float64; of parameters that some response reaches.
     Of several ranks each does its share; each gets the sum, or of shards its rows of it.
 
     Args:
         policy: the model at θ.
         batch: the rollouts.
-        coefficients: a, [N].
+        coefficients: a, [N]; or ω and β, each one value a response [N] or one a response token [tokens].
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
     """
@@ -49,7 +46,7 @@ def weighted_gradient(
     sharding, shapes = policy.sharding, {name: p.shape for name, p in policy.trainable().items()}
     shares = deal(batch.positions, sharding.ranks.count)
     all_one_unit = [0] * len(batch.responses)
-    side = ResponseSide(batch, coefficients[None])
+    side = given_side(batch, coefficients)
     passes = Passes(policy, batch, all_one_unit, side, dict(rules.treatments), rules.unproven, shares)
     vectors = passes.vectors(shapes, 1, torch.promote_types(policy.dtype, torch.float32), channels=1)
     vectors.open([0])
@@ -100,7 +97,7 @@ def response_parts(
     batch: RolloutBatch,
     target: Target,
     measured: Measured,
-    advantage_coefficients: Tensor,
+    update: Tensor | TokenPair,
     directions: Directions,
     *,
     rules: Rules | None = None,
@@ -113,23 +110,28 @@ def response_parts(
         batch: the rollouts.
         target: what X estimates.
         measured: scores, and entropies where the target needs them, as found at θ.
-        advantage_coefficients: a, [N].
+        update: Y's coefficients, as :class:`~entropy_probe.gradients.coefficients.Sides` has them.
         directions: V and W.
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
     """
-    x = TargetSide(batch, target).of_rows(range(len(batch.responses)), measured)
+    x, y = TargetSide(batch, target).of_rows(range(len(batch.responses)), measured), TokenPair.of(update)
     ones = TokenPair(torch.ones(len(batch.responses), dtype=torch.float64))
     of_x = slice(0, len(directions.of_x))
     of_y = slice(of_x.stop, of_x.stop + len(directions.of_y))
     every = [*directions.of_x, *directions.of_y]
-    if x.entropies is None:
-        # Coefficients a response stand outside of dS_i · V_k, which is then all that is needed.
+    # Coefficients a response stand outside of dS_i · V_k, which is then all that is needed.
+    outside = [pair.weighs_responses(batch) for pair in (x, y)]
+    if all(outside):
         dots = _contracted(policy, batch, every, [ones], [slice(0, of_y.stop)], rules, progress)
-        dots[:, of_x] *= x.log_probs.double()[:, None]
     else:
-        dots = _contracted(policy, batch, every, [x, ones], [of_x, of_y], rules, progress)
-    return dots[:, of_x], dots[:, of_y] * advantage_coefficients.double()[:, None]
+        inside = [ones if stands else pair for pair, stands in zip((x, y), outside, strict=True)]
+        dots = _contracted(policy, batch, every, inside, [of_x, of_y], rules, progress)
+    found = [
+        dots[:, part] * pair.log_probs.double()[:, None] if stands else dots[:, part]
+        for pair, part, stands in zip((x, y), (of_x, of_y), outside, strict=True)
+    ]
+    return found[0], found[1]
 
 
 def _contracted(

@@ -16,7 +16,7 @@ from entropy_probe.common.arrays import FloatArray
 from entropy_probe.gradients.interface import Directions
 from entropy_probe.gradients.vectors.contractions import Contractions
 from entropy_probe.gradients.vectors.exchange import Shards
-from entropy_probe.gradients.vectors.unit_vectors import UnitVectors, uninitialised
+from entropy_probe.gradients.vectors.unit_vectors import uninitialised
 from entropy_probe.optimizers.base import DotGroup, Look
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.collectives import ALONE, Ranks
@@ -42,12 +42,14 @@ def stored_dots(
     sizes: Sequence[int],
     geometry: Geometry,
     ranks: Ranks = ALONE,
-    left: int = 0,
+    channels: tuple[int, int] = (0, 1),
 ) -> Dots:
     """K_uw = X_u · P · Y_w from all units' vectors; ΣX · P · ΣY is taken from the sums, apart from K. Summed over ranks.
 
-    X's channel is ``left``: that of a further target's vectors gives their dots with Y, without ΣY and ``zero_v``.
+    ``channels`` are X's and Y's: that of a further target's vectors in X's place gives their dots with Y, without ΣY and
+    ``zero_v``.
     """
+    left, right = channels
     units = range(len(sizes))
     device = next(iter(vectors.values.values())).device
     width = max(1, CHUNK // (2 * len(units)))
@@ -87,13 +89,13 @@ def stored_dots(
                     pieces, used = [], 0
                 x, y = buffer[:, :, used : used + count]
                 x.copy_(values[:, left, part])
-                y.copy_(values[:, 1, part])
+                y.copy_(values[:, right, part])
                 weights[used : used + count] = geometry.metric.chunk(name, _moved(part, vectors.first(name))).to(device)
                 pieces.append((name, part))
                 used += count
         if pieces:
             multiply(group, pieces, used)
-    of_zeros = zero_v_dots(vectors, units, geometry) if first else {group: torch.zeros(()) for group in groups}
+    of_zeros = zero_v_dots(vectors, units, geometry, right) if first else {group: torch.zeros(()) for group in groups}
     found = [
         torch.cat([kernel.flatten(), sum_dots[group][None], of_zeros[group][None].to(kernel)]).cpu().numpy()
         for group, kernel in kernels.items()
@@ -114,32 +116,47 @@ def zero_v_dots(
     vectors: Shards,
     units: Sequence[int],
     geometry: Geometry,
+    right: int = 1,
 ) -> dict[DotGroup, Tensor]:
     """By dot group Σ_{u≠w} X_u · (1/ε) Y_w over the elements with v = 0 that are here, whether or not P has them; scalars.
 
-    Parameters without such an element are passed by.
+    Parameters without such an element are passed by. Y's channel is ``right``.
     """
     found = {group: torch.zeros((), dtype=torch.float64) for group in geometry.dot_groups}
     for name in (name for name in vectors.values if name in geometry.metric.with_zeros):
         values = vectors.of(name, units)
         for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
             p = geometry.metric.guides_zeros(name, _moved(part, vectors.first(name))).to(values.device)
-            x, y = values[:, 0, part].double(), values[:, 1, part].double()
+            x, y = values[:, 0, part].double(), values[:, right, part].double()
             pairs = torch.dot(x.sum(0) * p, y.sum(0)) - torch.dot((x * y).sum(0), p)
             found[geometry.groups[name]] += pairs.cpu()
     return found
 
 
-def own_sums(vectors: UnitVectors, units: Sequence[int], sharding: Sharding) -> dict[str, Tensor]:
-    """Σ_u Y_u by parameter, float64, from every rank's own units: parameter-length sums over ranks."""
+def own_sums(vectors: Shards, units: Sequence[int], sharding: Sharding, right: int = 1) -> dict[str, Tensor]:
+    """Σ_u Y_u by parameter that is reached, float64, from the units that are here, Y's channel ``right``.
+
+    Of replicated ranks' own units, summed over ranks.
+    """
     found = {}
     for name in sorted(vectors.reached):
         values = vectors.of(name, units)
         found[name] = uninitialised((values.shape[-1],), torch.float64, values.device)
         for part in _chunks(values.shape[-1], max(1, CHUNK // max(1, len(units)))):
-            torch.sum(values[:, 1, part], 0, dtype=torch.float64, out=found[name][part])
-    sharding.ranks.sum_vectors(list(found.values()))
+            torch.sum(values[:, right, part], 0, dtype=torch.float64, out=found[name][part])
+    if sharding.replicated:
+        sharding.ranks.sum_vectors(list(found.values()))
     return found
+
+
+def add_sums(sums: dict[str, Tensor], vectors: Shards, units: Sequence[int], channel: int) -> None:
+    """One channel of some units more, by parameter, float64; of no units, zeros where there is nothing yet."""
+    for name in vectors.values:
+        values = vectors.of(name, units)
+        if name not in sums:
+            sums[name] = torch.zeros(values.shape[-1], dtype=torch.float64, device=values.device)
+        for part in _chunks(values.shape[-1], max(1, CHUNK // max(1, len(units)))):
+            sums[name][part] += torch.sum(values[:, channel, part], 0, dtype=torch.float64)
 
 
 def third_directions(
@@ -148,6 +165,7 @@ def third_directions(
     sizes: Sequence[int],
     geometry: Geometry,
     sharding: Sharding = WHOLE,
+    right: int = 1,
 ) -> Directions:
     """η P Ȳᵈ for parts of X and η P X̄ᵈ for parts of Y, the means over the prompts of each third d of the units
     (:mod:`~entropy_probe.statistics.noise`), laid flat.
@@ -160,16 +178,17 @@ def third_directions(
         sizes: of all units.
         geometry: P and η.
         sharding: who has the others.
+        right: Y's channel.
     """
     prompts = [sum(sizes[third::THIRDS]) for third in range(THIRDS)]
     first = units[0] if units else 0
-    sums = {}
+    sums, x_and_y = {}, slice(0, right + 1, right)
     for name in sorted(vectors.reached):
         values = vectors.of(name, units)
         sums[name] = uninitialised((THIRDS, 2, values.shape[-1]), vectors.arithmetic, values.device)
         for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * max(1, len(units))))):
             for third in range(THIRDS):
-                own = values[(third - first) % THIRDS :: THIRDS, :2, part]
+                own = values[(third - first) % THIRDS :: THIRDS, x_and_y, part]
                 torch.sum(own, 0, dtype=vectors.arithmetic, out=sums[name][third, :, part])
     if sharding.replicated:
         sharding.ranks.sum_vectors(list(sums.values()))
@@ -204,27 +223,46 @@ def cross_kernel(
     return torch.from_numpy(ranks.sum_numbers(kernel.cpu().numpy()))
 
 
-def looked_along(vectors: Shards, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
-    """:meth:`Look.along` summed over the parameters ``names``, of the elements that are here: float64 [units, K]."""
+def looked_along(
+    vectors: Shards, units: Sequence[int], names: Collection[str], look: Look, channels: Sequence[int] = (1,)
+) -> Tensor:
+    """:meth:`Look.along` summed over the parameters ``names``, of the elements that are here: float64 [units, K].
+
+    ``channels`` are Y's, then those of terms of the loss.
+    """
     found = (
-        look.along(name, _moved(part, vectors.first(name)), x, y, units)
+        look.along(name, _moved(part, vectors.first(name)), x, y, units, terms)
         for name in names
-        for part, x, y in _wide_chunks(vectors, units, name)
+        for part, x, (y, *terms) in _wide_chunks(vectors, units, name, channels)
     )
     return _total(found, (len(units), look.count))
 
 
-def looked_kernel(vectors: Shards, units: Sequence[int], names: Collection[str], look: Look) -> Tensor:
-    """XS_u · J YS_w over the parameters ``names``, of the elements that are here: float64 [units, units]."""
+def looked_kernels(
+    vectors: Shards, units: Sequence[int], names: Collection[str], look: Look, channels: Sequence[int] = (1,)
+) -> Tensor:
+    """XS_u · J YS_w, then XS_u · (J YᵏS_w + J' YS_w) of every term of the loss: float64 [1 + terms, units, units].
+
+    Over the parameters ``names``, of the elements that are here; ``channels`` as of :func:`looked_along`.
+    """
+
+    def of_chunk(name: str, part: slice, x: Tensor, ys: Sequence[Tensor]) -> Tensor:
+        y, *terms = ys
+        found = [(x * look.response(name, part).to(x)) @ y.T]
+        if terms:
+            for of_term, (on_term, on_whole) in zip(terms, look.term_responses(name, part), strict=True):
+                found.append((x * on_term.to(x)) @ of_term.T + (x * on_whole.to(x)) @ y.T)
+        return torch.stack(found).double()
+
     found = (
-        ((x * look.response(name, _moved(part, vectors.first(name))).to(x)) @ y.T).double()
+        of_chunk(name, _moved(part, vectors.first(name)), x, ys)
         for name in names
-        for part, x, y in _wide_chunks(vectors, units, name)
+        for part, x, ys in _wide_chunks(vectors, units, name, channels)
     )
-    return _total(found, (len(units), len(units)))
+    return _total(found, (len(channels), len(units), len(units)))
 
 
-def _total(parts: Iterator[Tensor], shape: tuple[int, int]) -> Tensor:
+def _total(parts: Iterator[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Σ; zeros where there is none."""
     first = next(parts, None)
     if first is None:
@@ -239,11 +277,14 @@ def _moved(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
 
 
-def _wide_chunks(vectors: Shards, units: Sequence[int], name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """X_u and Y_u of some elements at a time, in the arithmetic's type."""
+def _wide_chunks(
+    vectors: Shards, units: Sequence[int], name: str, channels: Sequence[int]
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """X_u and these channels of some elements at a time, in the arithmetic's type."""
     values = vectors.of(name, units)
-    for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * len(units)))):
-        yield part, values[:, 0, part].to(vectors.arithmetic), values[:, 1, part].to(vectors.arithmetic)
+    for part in _chunks(values.shape[-1], max(1, CHUNK // ((1 + len(channels)) * len(units)))):
+        x, *ys = (values[:, channel, part].to(vectors.arithmetic) for channel in (0, *channels))
+        yield part, x, ys
 
 
 @dataclass
@@ -255,7 +296,7 @@ class StreamedSums:
         arithmetic: of the second pass.
         units: of all ranks, how many.
         sharding: replicated ranks add their own units' whole vectors, others all units' elements of their spans.
-        left: X's channel, or that of a further target's vectors.
+        channels: X's, or that of a further target's vectors, and Y's.
         y_sums: ΣY, which the sums of channel 0 have; those of further targets are given theirs.
     """
 
@@ -263,7 +304,7 @@ class StreamedSums:
     arithmetic: torch.dtype
     units: int
     sharding: Sharding = WHOLE
-    left: int = 0
+    channels: tuple[int, int] = (0, 1)
     x_sums: dict[str, Tensor] = field(default_factory=dict)
     y_sums: dict[str, Tensor] = field(default_factory=dict)
     _diagonal: dict[DotGroup, FloatArray] = field(default_factory=dict)
@@ -271,6 +312,7 @@ class StreamedSums:
 
     def add(self, vectors: Shards, units: Sequence[int]) -> None:
         """ΣX += X_u, ΣY += Y_u, and X_u · P · Y_u for these units."""
+        left, right = self.channels
         for name in vectors.values:
             values = vectors.of(name, units)
             fresh = name not in self.x_sums
@@ -279,7 +321,7 @@ class StreamedSums:
                     sums[name] = uninitialised((values.shape[-1],), torch.float64, values.device)
             diagonal = torch.zeros(len(units), dtype=torch.float64, device=values.device)
             for part in _chunks(values.shape[-1], max(1, CHUNK // (2 * max(1, len(units))))):
-                x, y = values[:, self.left, part].double(), values[:, 1, part].double()
+                x, y = values[:, left, part].double(), values[:, right, part].double()
                 for sums, summed in zip(self._own_sums, (x, y), strict=False):
                     if fresh:
                         torch.sum(summed, 0, out=sums[name][part])
@@ -306,7 +348,7 @@ class StreamedSums:
     @property
     def _own_sums(self) -> tuple[dict[str, Tensor], ...]:
         """ΣX, and ΣY where it is not given."""
-        return (self.x_sums, self.y_sums) if self.left == 0 else (self.x_sums,)
+        return (self.x_sums, self.y_sums) if self.channels[0] == 0 else (self.x_sums,)
 
     def directions(self, also: Sequence[StreamedSums] = ()) -> dict[str, Tensor]:
         """P ΣY, which X_u is contracted with, and P ΣX, which Y_u is; then P ΣX of ``also``.

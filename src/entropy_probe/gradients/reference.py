@@ -1,7 +1,8 @@
 """The slow, obvious backend: one unit at a time, two autograd.grad calls a microbatch.
 
-For each unit, L_X = Σ c_i S_i and L_Y = Σ a_i S_i over its responses, coefficients detached; their gradients times P^½ are XS_u
-and YS_u, and a further target's Z_u is made as they are. Every faster backend is compared with this one in float64.
+For each unit, L_X and L_Y are Σ_t (l_t log π(y_t) + e_t H_t) over its responses' tokens, coefficients detached; their gradients
+times P^½ are XS_u and YS_u, and a further target's Z_u is made as they are. Every faster backend is compared with this one in
+float64.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from entropy_probe.gradients.coefficients import Sides
 from entropy_probe.gradients.interface import DOTS_ALONE, Storage, UnitGradients, Wanted
 from entropy_probe.gradients.unreached import unexplained, watched
 from entropy_probe.losses.surrogate import probe_loss
-from entropy_probe.model.measured import Measured
+from entropy_probe.model.measured import Measured, TokenValues
 from entropy_probe.model.padding import pad_right
 from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.optimizers.base import DotGroup
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.statistics.unit_dots import UnitDots
-from entropy_probe.targets.base import Sample, Target, TokenPair
+from entropy_probe.targets.base import Sample, Target, TokenPair, at_tokens
 
 CHUNK = 1 << 20
 """Parameters a product is taken over at a time, in float64: 8 MiB a unit."""
@@ -71,7 +72,8 @@ def unit_gradients(
     scores = measured.scores
     check_finite(scores, responses)
     x = TokenPair(sides.target) if isinstance(sides.target, Tensor) else _coefficients(sides.target, measured, batch)
-    pairs = [pair.at_tokens(batch.lengths) for pair in (x, *map(TokenPair, sides.weights(batch)))]
+    every = (x, sides.of_update, *map(TokenPair, sides.of_targets(batch)))
+    pairs = [pair.at_tokens(batch.lengths) for pair in every]
     prompts = len(batch.groups)
     sizes = units.sizes
 
@@ -127,19 +129,35 @@ def unit_gradients(
 def loss_gradient(
     policy: Policy,
     responses: Sequence[Rollout],
-    coefficients: Tensor,
+    coefficients: Tensor | TokenPair,
     *,
     progress: Progress | None = None,
     description: str = "linear prediction",
 ) -> dict[str, Tensor]:
-    """∇ Σ_i coefficients_i S_i over all responses, by parameter name, float64; parameters not reached are left out."""
+    """∇ Σ_i a_i S_i over all responses, or ∇ Σ_t (ω_t log π(y_t) + β_t H_t) over all their tokens.
+
+    By parameter name, float64; parameters not reached are left out.
+
+    Args:
+        policy: the model at θ.
+        responses: flat.
+        coefficients: a, [N]; or ω and β, each one value a response [N] or one a response token [tokens].
+        progress: told of every forward.
+        description: of the work.
+    """
     progress = progress if progress is not None else Silent()
     parameters = policy.trainable()
     totals: dict[str, Tensor] = {}
     parts = policy.forwards(responses)
     with policy.arithmetic(), checkpointing(policy.model, policy.modes), torch.enable_grad():
         for rows in progress.track(parts, description, len(parts)):
-            loss = probe_loss(policy.forward_scores([responses[row] for row in rows]), coefficients[rows])
+            together = [responses[row] for row in rows]
+            if isinstance(coefficients, Tensor):
+                loss = probe_loss(policy.forward_scores(together), coefficients[rows])
+            else:
+                batch = pad_right(together, policy.device)
+                values = policy.token_values(batch, entropies=coefficients.entropies is not None)
+                loss = _token_loss(values, _at_tokens_of(coefficients, responses, rows))
             _add(
                 totals,
                 torch.autograd.grad(loss, list(parameters.values()), allow_unused=True),
@@ -171,14 +189,37 @@ def _gradients(
                 )
             tokens = slice(starts[part.start], starts[part.stop])
             for totals, pair in zip(found, pairs, strict=True):
-                loss = probe_loss(log_probs.double(), pair.log_probs[tokens])
-                if pair.entropies is not None:
-                    assert values.entropies is not None
-                    loss = loss + probe_loss(values.entropies.double(), pair.entropies[tokens])
+                own = TokenPair(pair.log_probs[tokens], None if pair.entropies is None else pair.entropies[tokens])
                 last = totals is found[-1]
-                gradients = torch.autograd.grad(loss, tensors, retain_graph=not last, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    _token_loss(values, own), tensors, retain_graph=not last, allow_unused=True
+                )
                 _add(totals, gradients, parameters, dtype)
     return found
+
+
+def _token_loss(values: TokenValues, pair: TokenPair) -> Tensor:
+    """Σ_t (l_t log π(y_t) + e_t H_t), coefficients [tokens]."""
+    loss = probe_loss(values.log_probs.double(), pair.log_probs)
+    if pair.entropies is None:
+        return loss
+    assert values.entropies is not None
+    return loss + probe_loss(values.entropies.double(), pair.entropies)
+
+
+def _at_tokens_of(pair: TokenPair, responses: Sequence[Rollout], rows: Sequence[int]) -> TokenPair:
+    """The tokens of these responses, one response after the other."""
+    lengths = [response.tokens for response in responses]
+
+    def of_rows(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        parts = torch.split(at_tokens(values, lengths), lengths)
+        return torch.cat([parts[row] for row in rows])
+
+    log_probs = of_rows(pair.log_probs)
+    assert log_probs is not None
+    return TokenPair(log_probs, of_rows(pair.entropies))
 
 
 def _coefficients(target: Target, measured: Measured, batch: RolloutBatch) -> TokenPair:

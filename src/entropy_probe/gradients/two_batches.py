@@ -6,11 +6,7 @@ from torch import Tensor
 
 from entropy_probe.common.progress import Progress, Silent
 from entropy_probe.data.rollouts import RolloutBatch
-from entropy_probe.gradients.coefficients import (
-    Coefficients,
-    ResponseSide,
-    TargetSide,
-)
+from entropy_probe.gradients.coefficients import Coefficients, TargetSide, given_side
 from entropy_probe.gradients.engine import proved
 from entropy_probe.gradients.passes import Passes
 from entropy_probe.gradients.products import (
@@ -22,7 +18,7 @@ from entropy_probe.gradients.vectors.sharded_vectors import ShardedVectors
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.ranks.dealing import deal
-from entropy_probe.targets.base import Target
+from entropy_probe.targets.base import Target, TokenPair
 
 
 def cross_gradients(
@@ -30,7 +26,7 @@ def cross_gradients(
     evaluation: RolloutBatch,
     update: RolloutBatch,
     target: Target,
-    advantage_coefficients: Tensor,
+    coefficients: Tensor | TokenPair,
     geometry: Geometry,
     *,
     rules: Rules | None = None,
@@ -43,7 +39,7 @@ def cross_gradients(
         evaluation: its prompts' X are taken; one response a prompt will do for Rao-Blackwell.
         update: its prompts' Y are taken.
         target: what X estimates.
-        advantage_coefficients: a, of the update batch's responses.
+        coefficients: Y's, of the update batch, as :class:`~entropy_probe.gradients.coefficients.Sides` has them.
         geometry: P and η, and the type of stored vectors.
         rules: of an earlier call on this very model; None proves them first.
         progress: told of every microbatch.
@@ -62,19 +58,19 @@ def cross_gradients(
     treatments = dict(rules.treatments)
     sides: list[tuple[RolloutBatch, Coefficients, int, list[range]]] = [
         (evaluation, TargetSide(evaluation, target), 0, shares[0]),
-        (update, ResponseSide(update, advantage_coefficients[None]), counts[0], shares[1]),
+        (update, given_side(update, coefficients), counts[0], shares[1]),
     ]
     both = [
         Passes(
             policy,
             batch,
             [first + n for n, size in enumerate(batch.group_sizes) for _ in range(size)],
-            coefficients,
+            of_side,
             treatments,
             rules.unproven,
             share,
         )
-        for batch, coefficients, first, share in sides
+        for batch, of_side, first, share in sides
     ]
     held = range(sum(counts)) if sharding.sharded else units_of_rank[sharding.ranks.rank]
     vectors = both[0].vectors(shapes, len(held), dtype, channels=1)

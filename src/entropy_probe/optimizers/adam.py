@@ -102,7 +102,12 @@ class Adam:
         )
 
     def steps_of_others(
-        self, parameters: Mapping[str, Tensor], ascent: Mapping[str, Tensor], clip_factor: float, sizes: Sequence[int]
+        self,
+        parameters: Mapping[str, Tensor],
+        ascent: Mapping[str, Tensor],
+        clip_factor: float,
+        sizes: Sequence[int],
+        terms: Sequence[Mapping[str, Tensor]] = (),
     ) -> StepsOfOthers:
         """See :class:`~entropy_probe.optimizers.steps_of_others.StepsOfOthers`."""
-        return StepsOfOthers(parameters, self.state, ascent, clip_factor, sizes, self.zero_v)
+        return StepsOfOthers(parameters, self.state, ascent, clip_factor, sizes, self.zero_v, tuple(terms))

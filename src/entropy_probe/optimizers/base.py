@@ -71,11 +71,19 @@ class Look(Protocol):
     def count(self) -> int:
         """K, how many directions."""
 
-    def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
-        """XS_u · V_uk over these elements, where V may depend on YS_u: [units, K] from x and y [units, elements]."""
+    def along(
+        self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int], terms: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """XS_u · V_uk over these elements: [units, K] from x and y [units, elements].
+
+        V may depend on YS_u, and on the YᵏS_u of terms of the loss, [units, elements] each.
+        """
 
     def response(self, name: str, part: slice) -> Tensor:
         """J of these elements, float64 [elements]."""
+
+    def term_responses(self, name: str, part: slice) -> Sequence[tuple[Tensor, Tensor]]:
+        """Of every term of the loss, how its share of the gradient's part answers to Ȳᵏ and, with Ȳᵏ held, to Ȳ."""
 
 
 class OptimizerState(Protocol):
@@ -152,11 +160,17 @@ class OptimizerState(Protocol):
         """
 
     def steps_of_others(
-        self, parameters: Mapping[str, Tensor], ascent: Mapping[str, Tensor], clip_factor: float, sizes: Sequence[int]
+        self,
+        parameters: Mapping[str, Tensor],
+        ascent: Mapping[str, Tensor],
+        clip_factor: float,
+        sizes: Sequence[int],
+        terms: Sequence[Mapping[str, Tensor]] = (),
     ) -> Look:
         """XS_u along momentum, fresh gradient and weight decay of the step that the other units' mean Ȳ_−u would make.
 
-        Six directions: the three parts, then the same with P as it is now (``sizes`` are the prompts of every unit).
+        Six directions: the three parts, then the same with P as it is now (``sizes`` are the prompts of every unit). Then the
+        shares of ``terms``, the Ȳᵏ that Ȳ holds, in the fresh gradient's part, and the same with P as it is now.
         """
 
 

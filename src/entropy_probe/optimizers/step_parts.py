@@ -14,15 +14,19 @@ Errors are those of what *this* step does, given the update: SE² = U/(U−1) Σ
 d_uk being a unit's share in part k less that of the mean, so that parts which share X are not taken for independent; and
 a_gradient² times the noise that X_u and Y_u share through their responses
 (:func:`~entropy_probe.statistics.this_step.shared_noise` of XS_u · J YS_w, J = ∂Δ/∂Ȳ of the gradient's part), the sum
-clipped at 0. Without that matrix, or with unequal units, a combination that holds the gradient has no error. Everything in
-nats.
+clipped at 0. Without that matrix, or with unequal units, a combination that holds the gradient has no error.
+
+Where the loss has several terms, Ȳ = Σ_k Ȳᵏ (the reward's, a KL term's, a bonus'), the gradient's part W(Ȳ) Ȳ is the sum of
+W(Ȳ) Ȳᵏ: one v⁺ of all terms. A term's share has the rows −XS_u · W(Ȳ_−u) Ȳᵏ_−u / s_u, so that shares add up to the part. Its
+error is made as the part's, with the matrix XS_u · (W YᵏS_w + ∂W/∂Ȳ Ȳᵏ YS_w): how the share answers to unit w's responses
+through its own Ȳᵏ and through v⁺. The reward's rows and matrix are the part's less those of the others. Everything in nats.
 Source: docs/method.md, section 6.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -33,9 +37,19 @@ from entropy_probe.statistics.this_step import shared_noise
 
 PARTS = ("momentum", "gradient", "weight_decay")
 """What an AdamW step is the sum of."""
+REWARD = "reward"
+"""The term of the loss that is left when the others are taken out."""
 LEAST_UNITS = 3
 """Units below which their spread is not known."""
 TOO_FEW = "two units tell nothing of their spread; give three units or more"
+
+
+@dataclass(frozen=True)
+class TermShare:
+    """What a term of the loss does to the entropy within the gradient's part, nats; ``v_at_t`` with v before this gradient."""
+
+    estimate: Estimate
+    v_at_t: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class StepPrediction:
         deviations: d_uk, [U, 3].
         shared_noise: variance of the gradient's part beyond its rows', nats²; None where it is not known.
         why_not: why it is not.
+        terms: shares of the gradient's part by term of the loss, which add up to it; empty where the loss has one term alone.
     """
 
     values: FloatArray
@@ -55,20 +70,13 @@ class StepPrediction:
     deviations: FloatArray
     shared_noise: float | None
     why_not: str
+    terms: Mapping[str, TermShare] = field(default_factory=dict)
 
     def of(self, momentum: float = 0.0, gradient: float = 0.0, weight_decay: float = 0.0) -> Estimate:
         """What a combination of the parts does, nats; its 95 % interval is value ± t SE, t with U − 1 degrees of freedom."""
         factors = np.array([momentum, gradient, weight_decay])
-        value = float(factors @ self.values) + 0.0
-        units = len(self.deviations)
-        if units < LEAST_UNITS:
-            return Estimate(value, why_not=TOO_FEW)
-        variance = float(((self.deviations @ factors) ** 2).sum()) * units / (units - 1)
-        if gradient != 0.0:
-            if self.shared_noise is None:
-                return Estimate(value, why_not=self.why_not)
-            variance += gradient**2 * self.shared_noise
-        return Estimate.from_variance(value, variance, t_quantile(units))
+        noise = 0.0 if gradient == 0.0 else None if self.shared_noise is None else gradient**2 * self.shared_noise
+        return _estimate(float(factors @ self.values) + 0.0, self.deviations @ factors, noise, self.why_not)
 
     @property
     def parts(self) -> dict[str, Estimate]:
@@ -92,26 +100,67 @@ class StepPrediction:
         return None
 
 
-def predict_parts(along: FloatArray, kernel: FloatArray | None, sizes: Sequence[int]) -> StepPrediction:
+def predict_parts(
+    along: FloatArray,
+    kernel: FloatArray | None,
+    sizes: Sequence[int],
+    terms: Sequence[str] = (),
+    term_kernels: FloatArray | None = None,
+) -> StepPrediction:
     """From the dots of :class:`~entropy_probe.optimizers.steps_of_others.StepsOfOthers`; two units or more.
 
     Args:
-        along: XS_u along momentum, fresh gradient and weight decay of Ȳ_−u with v at t + 1, and the same with v at t, [U, 6].
+        along: XS_u along momentum, fresh gradient and weight decay of Ȳ_−u with v at t + 1, and the same with v at t; then
+            along the shares of ``terms`` with v at t + 1, and with v at t: [U, 6 + 2 terms].
         kernel: XS_u · J YS_w, [U, U]; None where vectors were streamed.
         sizes: s_u.
+        terms: names of the terms of the loss beside the reward's.
+        term_kernels: XS_u · (W YᵏS_w + ∂W/∂Ȳ Ȳᵏ YS_w) of each, [terms, U, U]; None where vectors were streamed.
     """
     counts = np.asarray(sizes, dtype=np.float64)[:, None]
     pairs = counts * (counts.sum() - counts)
     shares = np.hstack([counts, pairs, counts]) / np.array([counts.sum(), pairs.sum(), counts.sum()])
-    updated, at_t = -along[:, :3] / counts, -along[:, 3:] / counts
+    rows = -along / counts
+    updated, at_t = rows[:, :3], rows[:, 3:6]
     values = (shares * updated).sum(0)
-    noise, why_not = None, "needs the matrix of unit dots, which streaming does not keep"
-    if kernel is not None and (counts == counts[0]).all():
-        units = len(kernel)
-        of_units = kernel / float(counts[0, 0]) ** 2
-        others = of_units - np.diag(np.diagonal(of_units))
-        row_x, row_y = others.sum(1) / (units - 1), others.sum(0) / (units - 1)
-        noise, why_not = shared_noise(of_units, row_x, row_y, float(row_x.mean())), ""
-    elif kernel is not None:
-        why_not = "defined for units of equal size"
-    return StepPrediction(values, (shares * at_t).sum(0), shares * (updated - values), noise, why_not)
+    noise, why_not = _shared(kernel, counts)
+    found: dict[str, TermShare] = {}
+    if terms:
+        of_terms, terms_at_t = np.split(rows[:, 6:], 2, axis=1)
+        weights = shares[:, 1]
+        names = (REWARD, *terms)
+        # The reward's is what is left of the gradient's part.
+        left = (updated[:, 1] - of_terms.sum(1), at_t[:, 1] - terms_at_t.sum(1))
+        matrices: list[FloatArray | None] = [None] * len(names)
+        if kernel is not None and term_kernels is not None:
+            matrices = [kernel - term_kernels.sum(0), *term_kernels]
+        for k, (name, matrix) in enumerate(zip(names, matrices, strict=True)):
+            own, own_at_t = left if k == 0 else (of_terms[:, k - 1], terms_at_t[:, k - 1])
+            value = float(weights @ own)
+            estimate = _estimate(value + 0.0, weights * (own - value), _shared(matrix, counts)[0], why_not)
+            found[name] = TermShare(estimate, float(weights @ own_at_t) + 0.0)
+    return StepPrediction(values, (shares * at_t).sum(0), shares * (updated - values), noise, why_not, found)
+
+
+def _estimate(value: float, deviations: FloatArray, noise: float | None, why_not: str) -> Estimate:
+    """value ± t SE from the units' deviations [U] and the noise beyond theirs, None where that is not known."""
+    units = len(deviations)
+    if units < LEAST_UNITS:
+        return Estimate(value, why_not=TOO_FEW)
+    if noise is None:
+        return Estimate(value, why_not=why_not)
+    variance = float((deviations**2).sum()) * units / (units - 1) + noise
+    return Estimate.from_variance(value, variance, t_quantile(units))
+
+
+def _shared(kernel: FloatArray | None, counts: FloatArray) -> tuple[float | None, str]:
+    """The noise that X_u and Y_u share through their responses, or why it is not known."""
+    if kernel is None:
+        return None, "needs the matrix of unit dots, which streaming does not keep"
+    if not (counts == counts[0]).all():
+        return None, "defined for units of equal size"
+    units = len(kernel)
+    of_units = kernel / float(counts[0, 0]) ** 2
+    others = of_units - np.diag(np.diagonal(of_units))
+    row_x, row_y = others.sum(1) / (units - 1), others.sum(0) / (units - 1)
+    return shared_noise(of_units, row_x, row_y, float(row_x.mean())), ""

@@ -11,6 +11,9 @@ The gradient's part W Ȳ, with W = η (1 − β₁) clip / ((1 − β₁^{t+1}) 
     J = ∂(W Ȳ)/∂Ȳ = W + W Ȳ · clip · ∂ log D/∂g, since ∂g/∂Ȳ = −clip
     ∂ log D/∂g = (1 − β₂) g / ((1 − β₂^{t+1}) (D − ε) D), and 0 where amsgrad's earlier maximum is the larger
 
+Where the loss has several terms, Ȳ = Σ_k Ȳᵏ, and a term's share of the gradient's part is W Ȳᵏ with the W of the whole Ȳ: all
+terms share one v⁺. Shares add up to the part. One answers to Ȳᵏ by W and, with Ȳᵏ held, to Ȳ by W Ȳᵏ · clip · ∂ log D/∂g.
+
 Source: docs/method.md, section 6.
 """
 
@@ -41,7 +44,7 @@ class StepsOfOthers:
         clip_factor: of the gradient.
         sizes: s_u, prompts of every unit.
         zero_v: P where v at t is 0, for what is told with v at t.
-        count: of the numbers that :meth:`along` gives a unit.
+        terms: of terms of the loss, the Ȳᵏ that Ȳ holds, by name.
     """
 
     parameters: Mapping[str, Tensor]
@@ -50,12 +53,20 @@ class StepsOfOthers:
     clip_factor: float
     sizes: Sequence[int]
     zero_v: ZeroV = ZeroV.LEAVE_OUT
-    count: int = 6
+    terms: Sequence[Mapping[str, Tensor]] = ()
 
-    def along(self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int]) -> Tensor:
-        """What elements ``part`` of one parameter laid flat add to XS_u · part: float64 [units, 6].
+    @property
+    def count(self) -> int:
+        """Of the numbers that :meth:`along` gives a unit."""
+        return 6 + 2 * len(self.terms)
 
-        Momentum, fresh gradient and weight decay with v at t + 1, then the same with v at t.
+    def along(
+        self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int], terms: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """What elements ``part`` of one parameter laid flat add to XS_u · part: float64 [units, 6 + 2 terms].
+
+        Momentum, fresh gradient and weight decay with v at t + 1, then the same with v at t; then the terms' shares of the
+        fresh gradient's part with v at t + 1, and with v at t.
 
         The same numbers as :func:`adamw_step` from each Ȳ_−u, with what does not depend on the unit taken out of them.
 
@@ -65,11 +76,20 @@ class StepsOfOthers:
             x: XS_u there, [units, elements], float32 or float64: the arithmetic is in its type.
             y: YS_u there.
             units: which these are.
+            terms: YᵏS_u there, of every term.
         """
         theta, moments, group, mean = self._elements(name, part)
         own = torch.tensor([self.sizes[unit] for unit in units], dtype=x.dtype, device=x.device)[:, None]
         prompts = float(sum(self.sizes))
-        others = (prompts * mean.to(x) - y) / (prompts - own)
+
+        def without_own(of_all: Tensor, of_unit: Tensor) -> Tensor:
+            return (prompts * of_all.to(x) - of_unit) / (prompts - own)
+
+        others = without_own(mean, y)
+        of_terms = [
+            without_own(ascent[name].flatten()[part].double(), of_unit)
+            for ascent, of_unit in zip(self.terms, terms, strict=True)
+        ]
         p = preconditioner(moments, group, self.zero_v).to(mean)
         fixed = _fixed_factors(theta.to(mean), moments, group, self.clip_factor, p)
         seen = others * -self.clip_factor
@@ -83,17 +103,30 @@ class StepsOfOthers:
         by_t = [x @ part.to(x) for part in (fixed.momentum_t, fixed.decay_t)]
         momentum = of_x @ fixed.momentum.to(x)
         decay = by_t[1] if fixed.decay_part is None else of_x @ fixed.decay_part.to(x)
+        shares = [(of_x * of_term).sum(1) * fixed.gradient for of_term in of_terms]
         gradient = of_x.mul_(others).sum(1) * fixed.gradient
         gradient_t = torch.mul(x, others, out=seen) @ fixed.gradient_t.to(x)
-        dots = (momentum, gradient, decay, by_t[0], gradient_t, by_t[1])
+        shares += [torch.mul(x, of_term, out=seen) @ fixed.gradient_t.to(x) for of_term in of_terms]
+        dots = (momentum, gradient, decay, by_t[0], gradient_t, by_t[1], *shares)
         return torch.stack([dot.double() for dot in dots], dim=1)
 
     def response(self, name: str, part: slice) -> Tensor:
         """J = ∂(fresh gradient's part)/∂Ȳ at Ȳ, elementwise, with what Ȳ does to v⁺: float64 [elements]."""
+        mean, weight, slope = self._weight_and_slope(name, part)
+        return weight + weight * mean * self.clip_factor * slope
+
+    def term_responses(self, name: str, part: slice) -> list[tuple[Tensor, Tensor]]:
+        """W, and Ȳᵏ ∂W/∂Ȳ, of every term: float64 [elements] each."""
+        _, weight, slope = self._weight_and_slope(name, part)
+        means = [ascent[name].flatten()[part].double() for ascent in self.terms]
+        return [(weight, weight * mean * self.clip_factor * slope) for mean in means]
+
+    def _weight_and_slope(self, name: str, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Ȳ, W and ∂ log D/∂g."""
         theta, moments, group, mean = self._elements(name, part)
         step = parameter_step(theta, moments, group, mean, self.clip_factor)
         seen = gradient_seen(theta.to(mean), group, mean, self.clip_factor)
-        return step.weight + step.gradient * self.clip_factor * _log_denominator_slope(moments, group, seen)
+        return mean, step.weight, _log_denominator_slope(moments, group, seen)
 
     def _elements(self, name: str, part: slice) -> tuple[Tensor, AdamMoments, AdamGroup, Tensor]:
         moments = self.state.moments[name]

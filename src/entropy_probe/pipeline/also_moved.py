@@ -77,15 +77,23 @@ def plan_targets(batch: RolloutBatch, plan_for: Callable[[int], Plan], *, asked:
 
 
 def without_dear_ones(
-    plan: Plan, also: AlsoMoved, rules: Rules, plan_for: Callable[[int], Plan]
+    plan: Plan, also: AlsoMoved, rules: Rules, plan_for: Callable[[int], Plan], *, backward: bool
 ) -> tuple[Plan, AlsoMoved]:
-    """Without the targets that nobody asked for, where parameters that no rule serves would take a backward for each."""
+    """Without the targets that nobody asked for, where they would take backwards.
+
+    That is one for all of them where neither X nor Y is weighted by the response (``backward``), and one for each where no rule
+    serves some parameters.
+    """
     slow = [name for name, how in rules.treatments.items() if how is Treatment.FALLBACK]
-    if not slow or not also.given:
+    if not also.given:
         return plan, also
-    return plan_for(2), also.withheld(
-        f"parameters without a rule ({some_of(slow)}) take a backward a target; set targets to true for these too"
-    )
+    if slow:
+        why = f"parameters without a rule ({some_of(slow)}) take a backward a target"
+    elif backward:
+        why = "the loss weighs tokens, and so does the estimator of the entropy: they take a backward of their own"
+    else:
+        return plan, also
+    return plan_for(2), also.withheld(f"{why}; set targets to true for these too")
 
 
 def target_sections(also: AlsoMoved, gradients: UnitGradients, interval: IntervalMethod | None) -> list[TargetSection]:

@@ -371,7 +371,10 @@ def _probe_as_marked(
     weights = gradient_weights(optimizer, gradients.ascent, clip_factor(norm, trainer.max_grad_norm))
     gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
     assert gradients.looked is not None
-    step = predict_parts(gradients.looked.along, gradients.looked.kernel, task.plan.units.sizes)
+    looked = gradients.looked
+    step = predict_parts(
+        looked.along, looked.kernel, task.plan.units.sizes, tuple(task.update.terms), looked.term_kernels
+    )
     positive = None
     if settings.what_if_no_negatives:
         with clock.stage("what-if"):

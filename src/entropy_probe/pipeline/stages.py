@@ -169,6 +169,8 @@ def make_task(
     ranks = subject.sharding.ranks
     memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
     geometry = Geometry.of(subject.optimizer, settings.vector_dtype)
+    objective = rule.loss.objective
+    terms = sum(term is not None for term in (objective.kl, objective.bonus))
 
     def plan_for(vectors: int) -> Plan:
         return make_plan(
@@ -179,7 +181,8 @@ def make_task(
             bytes_per_value=geometry.vector_dtype(policy.dtype).itemsize,
             memory_bytes=memory,
             most_held=partial(units_on_a_rank, subject.sharding, batch),
-            vectors=vectors,
+            # Terms of the loss beside the reward's have vectors of their own.
+            vectors=vectors + terms,
         )
 
     plan, also = plan_targets(batch, plan_for, asked=settings.targets)
@@ -196,8 +199,10 @@ def make_task(
         with clock.stage("update"):
             measured = measured_at_theta(policy, batch, progress, entropies=rule.loss.objective.needs_entropies)
             update = rule.update(measured)
+    target = EntropyTarget(settings.estimator, settings.entropy)
     if not settings.targets:
-        plan, also = without_dear_ones(plan, also, preparation.rules, plan_for)
+        backward = Sides(target, update.whole).backward_for_targets(batch)
+        plan, also = without_dear_ones(plan, also, preparation.rules, plan_for, backward=backward)
     resampling = None
     if settings.resample:
         resampling = plan_resampling(
@@ -211,7 +216,7 @@ def make_task(
         subject=subject,
         settings=settings,
         policy=policy,
-        target=EntropyTarget(settings.estimator, settings.entropy),
+        target=target,
         also=also,
         rule=rule,
         update=update,
@@ -244,15 +249,15 @@ def gradients_of_units(task: Task, rules: Rules | None) -> UnitGradients:
     """
     settings, policy, units = task.settings, task.policy, task.plan.units
 
-    def steps_of_others(ascent: Mapping[str, Tensor]) -> Look:
+    def steps_of_others(ascent: Mapping[str, Tensor], terms: Sequence[Mapping[str, Tensor]]) -> Look:
         factor = clip_factor(gradient_norm(ascent, policy.sharding), task.subject.trainer.max_grad_norm)
-        return task.subject.optimizer.steps_of_others(policy.held(), ascent, factor, units.sizes)
+        return task.subject.optimizer.steps_of_others(policy.held(), ascent, factor, units.sizes, terms)
 
     found = unit_gradients(
         policy,
         task.subject.batch,
         units,
-        Sides(task.target, task.update.whole, task.also.given),
+        Sides(task.target, task.update.whole, task.also.given, task.update.terms),
         task.geometry,
         wanted=Wanted(
             task.plan.storage,

@@ -125,7 +125,7 @@ class Realizer:
         return [rows[m] for m in range(len(self.measures)) for rows in by_step]
 
     def by_folds(
-        self, batch: RolloutBatch, folds: Sequence[int], ascent: Mapping[str, Tensor], coefficients: Tensor
+        self, batch: RolloutBatch, folds: Sequence[int], ascent: Mapping[str, Tensor], update: Tensor | TokenPair
     ) -> list[RealizedChange]:
         """The step from the other folds' prompts realised on each fold's, averaged over folds.
 
@@ -133,7 +133,7 @@ class Realizer:
             batch: the rollouts.
             folds: of every prompt.
             ascent: Ȳ of the whole batch, from which a fold's own part is taken out.
-            coefficients: a, [N], whose gradient Σ a_i ∇S_i that part is.
+            update: Y's coefficients, as :class:`~entropy_probe.gradients.coefficients.Sides` has them.
         """
         prompts = len(batch.groups)
         of_row = np.repeat(np.asarray(folds), batch.group_sizes)
@@ -143,7 +143,7 @@ class Realizer:
             own = weighted_gradient(
                 self.policy,
                 part,
-                coefficients[torch.from_numpy(of_row == fold)],
+                TokenPair.of(update).of_rows(np.flatnonzero(of_row == fold).tolist(), batch),
                 rules=self.rules,
                 progress=self.progress,
             )

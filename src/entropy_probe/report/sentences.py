@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from entropy_probe.report.numbers import quantity, range_of, signed
+from entropy_probe.statistics.estimate import Estimate
 
 
 def stored_sentence(said: str, delta_h: float, se: float, unit: str) -> str:
@@ -59,8 +60,43 @@ def difference_sentence(spread_factor: float | list[float]) -> str:
 CAUSES = {
     "momentum": "momentum from earlier steps",
     "gradient": "this batch's gradient",
+    "gradient_reward": "of it, by the reward term",
+    "gradient_kl": "of it, by the KL term",
+    "gradient_bonus": "of it, by the entropy bonus",
     "weight_decay": "weight decay",
 }
+
+
+TERMS = {"kl": "the KL term", "bonus": "the entropy bonus"}
+"""Terms of a loss beside the reward's, by name."""
+
+
+def term_sentences(terms: Mapping[str, Estimate]) -> list[str]:
+    """What the loss's terms beside the reward's do within this batch's gradient, of those whose errors tell.
+
+    Args:
+        terms: by name, their shares of the gradient's part, nats, the reward's among them; none where the loss has one term.
+    """
+    found = []
+    for name, said in TERMS.items():
+        term, reward = terms.get(name), terms.get("reward")
+        if term is None or reward is None or not term.excludes_zero:
+            continue
+        subject, own = said[0].upper() + said[1:], signed(term.value, term.se)
+        if not reward.excludes_zero:
+            effect = "lowers" if term.value < 0 else "raises"
+            found.append(f"{subject} by itself {effect} entropy by {quantity(abs(term.value), term.se)} nats.")
+            continue
+        effect = "fall" if reward.value < 0 else "rise"
+        figures = f"{own} nats beside {signed(reward.value, reward.se)}"
+        share = abs(term.value / reward.value)
+        if term.value * reward.value > 0:
+            found.append(f"{subject} adds {100 * share:.2g} % to the {effect} by the reward term ({figures}).")
+        elif share < 1:
+            found.append(f"{subject} holds back {100 * share:.2g} % of the {effect} by the reward term ({figures}).")
+        else:
+            found.append(f"{subject} does more than undo the {effect} by the reward term ({figures}).")
+    return found
 
 
 def step_sentence(

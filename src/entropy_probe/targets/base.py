@@ -37,6 +37,15 @@ class TokenPair:
     log_probs: Tensor
     entropies: Tensor | None = None
 
+    @staticmethod
+    def of(coefficients: Tensor | TokenPair) -> TokenPair:
+        """Bare coefficients are l's."""
+        return TokenPair(coefficients) if isinstance(coefficients, Tensor) else coefficients
+
+    def weighs_responses(self, batch: RolloutBatch) -> bool:
+        """Whether it is one weight a response of ``batch`` on ∇S and nothing on ∇H: it then stands outside of a backward."""
+        return self.entropies is None and not self.is_per_token(batch)
+
     def is_per_token(self, batch: RolloutBatch) -> bool:
         """Whether l has one value a token of ``batch``, whose pair this is. (Of rows of one token each it cannot be told.)"""
         assert len(self.log_probs) in (len(batch.responses), batch.tokens)

@@ -25,6 +25,7 @@ from entropy_probe.compat.transformers_models import GENERATION_CONFIGS_OWN
 from entropy_probe.compat.trl import GENERATE, GENERATE_BATCH, OVERRIDE, PREPARE, VLLM_SETTINGS
 from entropy_probe.data.rollouts.columns import SAMPLING, among, leaves_whole
 from entropy_probe.errors import InputError
+from entropy_probe.integrations.trl.loss_columns import is_grpo
 from entropy_probe.integrations.trl.own_code import replacement
 from entropy_probe.integrations.trl.trainer import end_tokens, refuse
 
@@ -87,12 +88,15 @@ class Bent(NamedTuple):
 def neutral_sampling(trainer: Any) -> Columns:
     """The columns of the rows that say how generation draws, all of them neutral.
 
-    Called when the recorder is built and again before each generation: a config may be changed in between.
+    Of a ``rollout_func`` nothing is known but that it is one: its draws are its author's to answer for. Called when the
+    recorder is built and again before each generation: a config may be changed in between.
 
     Raises:
         InputError: a setting bends the distribution, the model generates in a way of its own, or a private name that
             tells what generation uses is missing.
     """
+    if draws_by_function(trainer):
+        return {"sampler": "rollout_func"}
     if trainer.use_vllm:
         return _of_vllm(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -118,6 +122,11 @@ def neutral_sampling(trainer: Any) -> Columns:
         "min_new_tokens": 0,
         "suppress_tokens": None,
     }
+
+
+def draws_by_function(trainer: Any) -> bool:
+    """Whether a function of the user's draws the responses."""
+    return bool(is_grpo(trainer) and trainer.rollout_func is not None)
 
 
 def _prepared(trainer: Any, model: Any) -> GenerationConfig:

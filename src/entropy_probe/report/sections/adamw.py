@@ -11,11 +11,11 @@ from entropy_probe.common.source import Source
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.optimizers.base import OptimizerState
 from entropy_probe.optimizers.clipping import clip_factor
-from entropy_probe.optimizers.step_parts import PARTS, StepPrediction
+from entropy_probe.optimizers.step_parts import PARTS, REWARD, StepPrediction
 from entropy_probe.report.numbers import interval, none, range_of, signed
 from entropy_probe.report.rows import OWN_STEP, Block, Row, Rows
 from entropy_probe.report.sections.base import Context, Section, ends
-from entropy_probe.report.sentences import CAUSES, step_sentence
+from entropy_probe.report.sentences import CAUSES, step_sentence, term_sentences
 from entropy_probe.statistics.estimate import Estimate
 from entropy_probe.statistics.u_statistics import CrossStatistics
 
@@ -24,6 +24,12 @@ NOT_CLIPPED = {
     Source.RECORDED: "the rows recorded a clip of 0, which is none",
     Source.UNKNOWN: "neither settings nor rows say whether the trainer clips, so the gradient is not clipped here",
 }
+
+NO_TERM = {
+    "kl": "the loss has no KL term",
+    "bonus": "the loss has no entropy bonus",
+}
+"""Why a term of the loss beside the reward's has no share of the gradient's part."""
 
 FRESH_SHARE = 0.9
 """Share of v after the step that is this gradient's own square, above which errors of the step's parts are short."""
@@ -36,10 +42,15 @@ class AdamWPart:
     ``v_at_t`` is the same with v before this gradient instead of after it.
     """
 
-    value: float
+    value: float | None
     se: float | None
-    v_at_t: float
+    v_at_t: float | None
     null_reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def none(cls, why_not: str) -> AdamWPart:
+        """There is no such part."""
+        return cls(None, None, None, dict.fromkeys(("value", "se", "v_at_t"), why_not))
 
     @classmethod
     def of(cls, estimate: Estimate, at_t: float) -> AdamWPart:
@@ -48,6 +59,8 @@ class AdamWPart:
 
     def row(self, cause: str) -> Row:
         """The part under what causes it."""
+        if self.value is None:
+            return Row(cause, none(self.null_reasons, "value"), "")
         at_t = "" if self.v_at_t == self.value else f"{self.v_at_t:+.4g} with v before this gradient"
         return Row(cause, signed(self.value, self.se), at_t)
 
@@ -56,6 +69,8 @@ class AdamWPart:
 class AdamWSection(Section):
     """The optimizer's own step to first order, nats: ``parts`` momentum, gradient, weight_decay and their ``total``.
 
+    ``parts`` also has gradient_reward, gradient_kl and gradient_bonus, the shares of the loss's terms in the gradient's part,
+    which they add up to; null where the loss has no such term.
     Errors are those of what this step does, given the update. ``u_statistic`` is δH₁ times ``gradient_factor`` (1 − β₁) /
     (1 − β₁^{t+1}) and ``clip_factor``: the gradient's part with v before this gradient, as in δH₁. ``gradient_factor`` is a
     list where parameter groups differ in it. ``ci95`` is the total's. ``spread_factor`` times δH₁ is what this batch does in
@@ -106,6 +121,7 @@ class AdamWSection(Section):
             name: AdamWPart.of(estimate, float(at_t))
             for (name, estimate), at_t in zip(step.parts.items(), step.values_v_at_t, strict=True)
         }
+        parts |= _shares(step, parts["gradient"])
         total = step.total
         why = total.null_reasons(se="se", ci95="ci95")
         clip = clip_factor(gradient_norm, max_grad_norm)
@@ -137,13 +153,18 @@ class AdamWSection(Section):
             clip_factor=clip,
             max_grad_norm=max_grad_norm,
             max_grad_norm_source=max_grad_norm_source.value,
-            sentence=step_sentence(
-                {name: part.value for name, part in parts.items()},
-                total.value,
-                total.se,
-                [name for name, estimate in step.parts.items() if estimate.excludes_zero],
-                total_resolved=total.excludes_zero,
-                most=step.most(),
+            sentence=" ".join(
+                [
+                    step_sentence(
+                        {name: estimate.value for name, estimate in step.parts.items()},
+                        total.value,
+                        total.se,
+                        [name for name, estimate in step.parts.items() if estimate.excludes_zero],
+                        total_resolved=total.excludes_zero,
+                        most=step.most(),
+                    ),
+                    *term_sentences({name: term.estimate for name, term in step.terms.items()}),
+                ]
             ),
             null_reasons=why,
         )
@@ -153,7 +174,7 @@ class AdamWSection(Section):
         clipped = "not clipped" if self.max_grad_norm is None else f"clipped at {self.max_grad_norm:g}"
         shown = none(self.null_reasons, "ci95") if self.ci95 is None else interval(self.ci95)
         rows = [
-            *(part.row(CAUSES[name]) for name, part in self.parts.items()),
+            *(part.row(CAUSES[name]) for name, part in self._told.items()),
             Row(
                 "total",
                 signed(self.total, self.se),
@@ -174,9 +195,36 @@ class AdamWSection(Section):
             "adamw": self.total,
             "adamw_se": self.se,
             **ends("adamw", self.ci95),
-            **{name: part.value for name, part in self.parts.items()},
+            **{name: part.value for name, part in self._told.items()},
             "gradient_norm": self.gradient_norm,
         }
+
+    @property
+    def _told(self) -> dict[str, AdamWPart]:
+        """The parts, and where the loss has several terms their shares, behind the gradient's."""
+        shares = {name: part for name, part in self.parts.items() if name not in PARTS and part.value is not None}
+        told: dict[str, AdamWPart] = {}
+        for name in PARTS:
+            told[name] = self.parts[name]
+            if name == "gradient" and len(shares) > 1:
+                told |= shares
+        return told
+
+
+def _share_of(term: str) -> str:
+    """The name of a term's share among the parts."""
+    return f"gradient_{term}"
+
+
+def _shares(step: StepPrediction, gradient: AdamWPart) -> dict[str, AdamWPart]:
+    """Those of the loss's terms; the reward's is the whole gradient's part where it is the only term."""
+    found = {_share_of(REWARD): gradient}
+    for name in (REWARD, *NO_TERM):
+        if (term := step.terms.get(name)) is not None:
+            found[_share_of(name)] = AdamWPart.of(term.estimate, term.v_at_t)
+        elif name in NO_TERM:
+            found[_share_of(name)] = AdamWPart.none(NO_TERM[name])
+    return found
 
 
 def own_step_warnings(step: StepPrediction) -> list[Evidence]:
