@@ -23,6 +23,7 @@ from entropy_probe.report.sections import (
     checkpoint,
     engine,
     first_order,
+    off_policy,
     realized,
     sweep,
     two_batches,
@@ -120,16 +121,17 @@ def assemble_report(found: Found, timing: Mapping[str, float]) -> Report:
     )
     two = None
     if found.two_batches is not None and evaluation is not None:
-        two = two_batches.TwoBatchSection.of(found.two_batches, evaluation)
+        two = two_batches.TwoBatchSection.of(found.two_batches, evaluation, task.off_policy_evaluation)
     return Report(
         headline=whole_headline(own_step, changes, now, unit),
         first_order=first.told(now, unit, own_step.spread_factor),
         needed=NeededSection.of(step, len(batch.groups) / len(units.ranges), task.settings.target_se),
         noise=NoiseSection.of(found.noise, step, asked=task.settings.noise),
         two_batches=two,
-        folds=None if folds is None else FoldSection.of(folds, kernel, units.mode),
+        folds=None if folds is None else FoldSection.of(folds, kernel, units.mode, task.unit_weights),
         adamw=own_step,
-        targets=target_sections(task.also, found.gradients, task.settings.interval),
+        off_policy=task.off_policy,
+        targets=target_sections(task.also, found.gradients, task.settings.interval, task.unit_weights),
         what_if=WhatIfSection.of(found.what_ifs, found.fall),
         entropy=entropy,
         realized=[realized.RealizedRow.of(change, trainer.max_grad_norm) for change in changes],
@@ -165,7 +167,8 @@ def _warnings(found: Found) -> list[Evidence]:
         *two_batches.two_batch_warnings(found.two_batches),
         *adamw.own_step_warnings(found.step),
         *rollout_warnings.advantage_warnings(task.rule.per_response_advantages, batch.group_sizes),
-        *rollout_warnings.on_policy_warnings(batch, found.gradients.scores),
+        *rollout_warnings.on_policy_warnings(batch, found.gradients.scores, task.off_policy),
+        *off_policy.few_effective_warnings(task.off_policy),
         *rollout_warnings.loss_warnings(trainer.length_weight, trainer.loss.source),
         *rollout_warnings.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
         *rollout_warnings.recorder_warnings(batch),

@@ -21,6 +21,7 @@ def config_section(task: Task) -> ConfigSection:
         estimator=settings.estimator,
         entropy=settings.entropy,
         importance_weights=settings.weighting,
+        sampler_weights=settings.sampler_weights,
         evaluation_rollouts=subject.evaluation_rollouts,
         noise=settings.noise,
         interval=settings.interval,

@@ -15,6 +15,8 @@ from entropy_probe.data.groups import by_group
 from entropy_probe.data.rollouts import RolloutBatch, SpecialIds, doubtful_rows
 from entropy_probe.losses.length_weights import Average, LengthWeight
 from entropy_probe.losses.named import average_of
+from entropy_probe.report.sections.off_policy import OffPolicySection
+from entropy_probe.targets.choices import SamplerWeights
 
 OFF_POLICY_PER_TOKEN, OFF_POLICY_PER_RESPONSE = 0.02, 0.1
 """Mean |Σ log-prob difference| a token, or a response, in nats, above which rollouts do not count as this policy's. The second
@@ -35,16 +37,24 @@ def advantage_warnings(advantages: Tensor, group_sizes: Sequence[int]) -> list[E
     ]
 
 
-def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
-    """The sampler's log-probs, where given, disagree with the checkpoint's; or the rows say that they are off-policy."""
+def on_policy_warnings(batch: RolloutBatch, scores: Tensor, taken: OffPolicySection | None = None) -> list[Evidence]:
+    """The sampler's log-probs, where given, disagree with the checkpoint's; or rows that say so count as the checkpoint's own.
+
+    Args:
+        batch: the rollouts.
+        scores: S of every response at θ, [N].
+        taken: which weights the responses carry in the entropy's gradient; None where that is not asked about.
+    """
     found = []
     declared = sum(r.on_policy is False for r in batch.responses)
-    if declared:
+    weighed = taken is not None and taken.ess is not None
+    if declared and taken is not None and taken.weights == SamplerWeights.OFF:
         found.append(
             Evidence(
                 "declared_off_policy",
-                f"{declared} rows say on_policy false: the trainer's gradient carries importance ratios there",
-                "Read the update as that of the same responses on-policy, or record a run that uses each generation once",
+                f"{declared} rows say on_policy false, and sampler_weights is off: the entropy and its gradient count them as "
+                "this checkpoint's own, which is a bias",
+                "Set sampler_weights to auto, response or prefix; the rows need their sampler's logprobs",
             )
         )
     pairs = [(r, float(s)) for r, s in zip(batch.responses, scores, strict=True) if r.logprobs is not None]
@@ -55,7 +65,12 @@ def on_policy_warnings(batch: RolloutBatch, scores: Tensor) -> list[Evidence]:
             Evidence(
                 "off_policy",
                 f"the sampler's log-probs differ from this checkpoint's by {gap / len(pairs):.3g} nats a response, "
-                f"{gap / tokens:.3g} a token, over {len(pairs)} responses",
+                f"{gap / tokens:.3g} a token, over {len(pairs)} responses"
+                + (
+                    f"; they enter the entropy and its gradient with importance weights ({taken.weights})"
+                    if weighed and taken is not None
+                    else "; they count as its own"
+                ),
                 "Pair checkpoint N with the rollouts of step N+1 and the right temperature, or sample again with "
                 "`entropy-probe sample`",
             )

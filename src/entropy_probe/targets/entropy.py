@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from entropy_probe.common.choices import member
-from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, Target, TokenPair
+from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, Target, TokenPair, sum_by_response
 from entropy_probe.targets.choices import EntropyUnit, Estimator
 from entropy_probe.targets.per_token import entropy_ratio, per_token
 from entropy_probe.targets.registry import ESTIMATORS
@@ -58,7 +58,19 @@ class EntropyTarget(Target):
         """h and T̄ of a whole batch, for the entropy per token."""
         if not self.of_whole_batch:
             return None
-        return entropy_ratio(self.values(sample), sample.lengths, sample.group_sizes)
+        entropies, lengths = self.counted(sample)
+        assert lengths is not None
+        return entropy_ratio(entropies, lengths, sample.group_sizes)
+
+    def counted(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
+        """As of every target; by Rao-Blackwell with weights by prefix, Σ_s w_{<s} H_s and, per token, Σ_s w_{<s}, over W̄."""
+        importance = sample.importance
+        if importance is None or not importance.by_prefix or not self.needs_token_entropies:
+            return super().counted(sample)
+        assert sample.token_entropies is not None
+        before = importance.before
+        entropies = sum_by_response(before * sample.token_entropies, sample.lengths)
+        return entropies, sum_by_response(before, sample.lengths) if self.of_whole_batch else importance.weights
 
     def coefficients(self, sample: Sample, ratio: Ratio | None = None) -> TokenPair:
         """The estimator's, [N] each or [tokens] each; for the entropy per token with its length term and over T̄."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+from entropy_probe.data.importance import Importance
 from entropy_probe.data.rollouts import values
 from entropy_probe.data.rollouts.columns import SAMPLED_ALIASES, is_of_tokens
 from entropy_probe.data.rollouts.masks import ATTENTION_MASKS, padding_of
@@ -214,6 +215,7 @@ class RolloutBatch:
     Attributes:
         groups: the B prompts, each with G_n responses.
         temperature: τ, at which every response was sampled; scores are taken of logits / τ.
+        importance: what the responses count in means under the probed policy, once that is known; None where each counts once.
 
     Example:
         >>> from entropy_probe import group_rollouts
@@ -228,6 +230,7 @@ class RolloutBatch:
 
     groups: tuple[PromptGroup, ...]
     temperature: float
+    importance: Importance | None = field(default=None, compare=False)
 
     @cached_property
     def responses(self) -> tuple[Rollout, ...]:
@@ -269,7 +272,11 @@ class RolloutBatch:
 
     def of_prompts(self, prompts: Sequence[int]) -> RolloutBatch:
         """The batch of these prompts alone, by their places."""
-        return RolloutBatch(tuple(self.groups[n] for n in prompts), self.temperature)
+        importance = self.importance
+        if importance is not None:
+            rows = [row for n in prompts for row in range(self.first_row[n], self.first_row[n + 1])]
+            importance = importance.of_rows(rows)
+        return RolloutBatch(tuple(self.groups[n] for n in prompts), self.temperature, importance)
 
     @cached_property
     def mean_length(self) -> float:

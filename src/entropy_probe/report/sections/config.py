@@ -56,6 +56,7 @@ class ConfigSection(Section):
     entropy_coef: float
     epsilon_low: float | None
     epsilon_high: float | None
+    sampler_weights: str
 
     def shown(self, context: Context) -> Sequence[Block]:
         """The loss and the temperature."""
