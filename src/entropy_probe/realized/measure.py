@@ -34,8 +34,13 @@ class EntropyMeasure:
         """ΔH on common samples."""
         return self.target.change(Sample.of(batch, before), Sample.of(batch, after), self.weighting)
 
+    @property
+    def by_decision(self) -> bool:
+        """Whether the change is realised token by token: its linear term is then −X̄ · Δθ."""
+        return self.target.by_decision and self.weighting is Weighting.GLOBAL
+
     def linear_term(self, batch: RolloutBatch, before: Measured) -> LinearTerm:
-        """Its derivative at no step."""
+        """Its derivative at no step, of changes of whole responses' scores (and entropies)."""
         return linear_term(
             before.scores.numpy(),
             batch.group_sizes,

@@ -23,11 +23,12 @@ from entropy_probe.optimizers.base import OptimizerState
 from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.rounding import NEAREST, RoundingRule
+from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.realized.changes import RealizedChange, average
 from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
 from entropy_probe.realized.steps import HELD_OUT, Step
-from entropy_probe.targets.base import TokenPair
+from entropy_probe.targets.base import Sample, TokenPair
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Realizer:
         """dS, then d Σ_t H_t where a measure needs it, of every response along every step: [N, M, steps]."""
         ones = torch.ones(len(batch.responses), dtype=torch.float64)
         combinations = [TokenPair(ones)]
-        if self._needs_entropies:
+        if any(m.target.needs_token_entropies and not m.by_decision for m in self.measures):
             combinations.append(TokenPair(torch.zeros_like(ones), ones))
         found: FloatArray = response_dots(
             self.policy,
@@ -98,27 +99,46 @@ class Realizer:
         ).numpy()
         return found
 
+    def slope(self, batch: RolloutBatch, before: Measured, measure: EntropyMeasure) -> dict[str, Tensor]:
+        """X̄ of these responses by parameter name, by a backward of its own."""
+        sample = Sample.of(batch, before)
+        pair = measure.target.coefficients(sample, measure.target.ratio(sample)).scaled(1.0 / len(batch.groups))
+        return weighted_gradient(self.policy, batch, pair, rules=self.rules, progress=self.progress)
+
     def realized(
-        self, batch: RolloutBatch, before: Measured, steps: Sequence[Step], batch_name: str
+        self,
+        batch: RolloutBatch,
+        before: Measured,
+        steps: Sequence[Step],
+        batch_name: str,
+        slope: Mapping[str, Tensor] | None = None,
     ) -> list[RealizedChange]:
         """Every step by every measure, the first measure's steps first.
 
         Args:
             batch: the responses that are scored again.
-            before: their scores and entropies at θ.
+            before: their scores, log-probs and entropies at θ.
             steps: from the same responses or from others, as ``batch_name`` says.
             batch_name: ``SAME`` or ``HELD_OUT``.
+            slope: X̄ of these responses, where it is known; None computes it where a measure needs it.
         """
-        changes = self.changes(batch, steps)
-        terms = [measure.linear_term(batch, before) for measure in self.measures]
+        of_scores = [m for m in self.measures if not m.by_decision]
+        changes = self.changes(batch, steps) if of_scores else None
+        linear = dict[EntropyMeasure, list[float]]()
+        for measure in self.measures:
+            if measure.by_decision:
+                known = slope if slope is not None else self.slope(batch, before, measure)
+                linear[measure] = [-_dot(known, step.deltas, self.policy.sharding) for step in steps]
+                continue
+            assert changes is not None
+            term = measure.linear_term(batch, before)
+            found = term.on_scores @ changes[:, 0]
+            linear[measure] = (
+                found if term.on_entropies is None else found + term.on_entropies @ changes[:, 1]
+            ).tolist()
         by_step = []
         for k, step in enumerate(steps):
-            predictions = []
-            for measure, term in zip(self.measures, terms, strict=True):
-                linear = float(term.on_scores @ changes[:, 0, k])
-                if term.on_entropies is not None:
-                    linear += float(term.on_entropies @ changes[:, 1, k])
-                predictions.append(Predicted(measure, linear))
+            predictions = [Predicted(measure, linear[measure][k]) for measure in self.measures]
             by_step.append(
                 realize(self.policy, batch, before, step, predictions, batch_name=batch_name, progress=self.progress)
             )
@@ -158,3 +178,9 @@ class Realizer:
     @property
     def _needs_entropies(self) -> bool:
         return any(measure.target.needs_token_entropies for measure in self.measures)
+
+
+def _dot(slope: Mapping[str, Tensor], deltas: Mapping[str, Tensor], sharding: Sharding) -> float:
+    """X̄ · Δθ over the parameters that X̄ reaches; of shards, of all ranks."""
+    own = sum(float((slope[name].double() * delta.double()).sum()) for name, delta in deltas.items() if name in slope)
+    return sharding.total(own)

@@ -6,13 +6,17 @@ H = E[−S] is nats per response; H/T̄ nats per token. The estimators are :mod:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.choices import member
-from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, Target, TokenPair, sum_by_response
+from entropy_probe.statistics.by_decision import TokensOfPrompts, change_by_decision
+from entropy_probe.statistics.importance_sampling import EntropyChange, Weighting
+from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, Target, TokenPair, at_tokens, sum_by_response
 from entropy_probe.targets.choices import EntropyUnit, Estimator
 from entropy_probe.targets.per_token import entropy_ratio, per_token
 from entropy_probe.targets.registry import ESTIMATORS
@@ -54,6 +58,35 @@ class EntropyTarget(Target):
         """T for the entropy per token."""
         return sample.exact_lengths if self.of_whole_batch else None
 
+    @property
+    def by_decision(self) -> bool:
+        """Whether a change is realised token by token (:mod:`~entropy_probe.statistics.by_decision`)."""
+        return self.needs_token_entropies
+
+    def change(self, before: Sample, after: Sample, weighting: Weighting = Weighting.GLOBAL) -> EntropyChange:
+        """By Rao-Blackwell by decision, where weights are not asked for prompt by prompt; its ESS, k̂ and smoothed change are
+        those of whole responses' weights.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
+        found = super().change(before, after, weighting)
+        if not self.by_decision or weighting is not Weighting.GLOBAL:
+            return found
+        own = change_by_decision(
+            TokensOfPrompts(before.group_sizes, before.lengths, _log_counts(before)),
+            (_numbers(before.token_entropies), _numbers(after.token_entropies)),
+            (_numbers(before.token_log_probs), _numbers(after.token_log_probs)),
+            per_token=self.of_whole_batch,
+        )
+        return replace(
+            found,
+            entropy_before=own.entropy_before,
+            entropy_after=own.entropy_after,
+            delta_h=own.delta_h,
+            se=own.se,
+        )
+
     def ratio(self, sample: Sample) -> Ratio | None:
         """h and T̄ of a whole batch, for the entropy per token."""
         if not self.of_whole_batch:
@@ -78,3 +111,19 @@ class EntropyTarget(Target):
             return self._estimator.coefficients(sample)
         assert ratio is not None, "the entropy per token needs the batch's ratio"
         return per_token(self._estimator, sample, ratio)
+
+
+def _log_counts(sample: Sample) -> tuple[FloatArray, FloatArray] | None:
+    """log u at the tokens and past the responses' ends, where responses of another policy are weighed."""
+    importance = sample.importance
+    if importance is None:
+        return None
+    of_responses = importance.log_weights
+    at_own = torch.cat(importance.log_before) if importance.by_prefix else at_tokens(of_responses, sample.lengths)
+    return at_own.numpy(), of_responses.numpy()
+
+
+def _numbers(values: Tensor | None) -> FloatArray:
+    assert values is not None, "a change by decision needs entropies and log-probs of every token at both policies"
+    found: FloatArray = values.numpy()
+    return found
