@@ -118,9 +118,9 @@ def test_rollouts_of_another_step_or_another_loss_are_named() -> None:
     assert loss.code == "other_loss"
     assert "length weight to dr_grpo" in loss.advice
     assert pairing_warnings(recorded(), None, LengthWeight.GUIDE) == []
-    (one,) = pairing_warnings(recorded(), 20, LengthWeight.BNPO)
+    (one,) = pairing_warnings(recorded(), 20, LengthWeight.BNPO, None, ["bnpo"])
     assert one.code == "one_micro_batch"
-    assert pairing_warnings(recorded(micro_batch=0), 20, LengthWeight.BNPO) == []
+    assert pairing_warnings(recorded(micro_batch=0), 20, LengthWeight.BNPO, None, ["bnpo"]) == []
 
 
 def test_a_heavy_tail_is_said_where_it_matters_and_not_of_a_tiny_step() -> None:

@@ -22,7 +22,8 @@ def high_entropy_mask(rows: LossRows, quantile: float) -> Tensor:
     for part in range(int(rows.micro_batch_of_token.max()) + 1):
         inside = (rows.micro_batch_of_token == part) & (rows.mask > 0)
         if bool(inside.any()):
-            found[inside & (entropies >= torch.quantile(entropies[inside], 1.0 - quantile))] = 1.0
+            # TRL's arithmetic: where a token's entropy is the quantile itself, its rounding decides.
+            found[inside & (entropies >= torch.quantile(entropies[inside].float(), 1.0 - quantile))] = 1.0
     return found
 
 

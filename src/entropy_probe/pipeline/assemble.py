@@ -158,7 +158,7 @@ def _ranks(found: Found) -> RanksSection:
 def _warnings(found: Found) -> list[Evidence]:
     """Those of every section and of the rollouts, in the order in which they are read."""
     task, subject, trainer = found.task, found.task.subject, found.task.subject.trainer
-    batch, rows = subject.batch, found.realizations.rows
+    batch, rows, rule = subject.batch, found.realizations.rows, task.rule
     stored = subject.facts.stored_learning_rates
     return [
         *subject.notes,
@@ -166,11 +166,15 @@ def _warnings(found: Found) -> list[Evidence]:
         *first_order.interval_warnings(found.statistics, found.step_statistics.negated.ci95),
         *two_batches.two_batch_warnings(found.two_batches),
         *adamw.own_step_warnings(found.step),
-        *rollout_warnings.advantage_warnings(task.rule.per_response_advantages, batch.group_sizes),
+        *rollout_warnings.advantage_warnings(rule.largest_advantages, rule.part.group_sizes, trainer.loss.other_terms),
         *rollout_warnings.on_policy_warnings(batch, found.gradients.scores, task.off_policy),
         *off_policy.few_effective_warnings(task.off_policy),
-        *rollout_warnings.loss_warnings(trainer.length_weight, trainer.loss.source),
-        *rollout_warnings.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
+        *rollout_warnings.loss_warnings(
+            trainer.length_weight, trainer.loss.source, clip_assumed=rule.takes_ratios and trainer.loss.name is None
+        ),
+        *rollout_warnings.pairing_warnings(
+            batch, subject.facts.trainer_step, trainer.length_weight, trainer.loss.name, trainer.loss.by_micro_batch
+        ),
         *rollout_warnings.recorder_warnings(batch),
         *rollout_warnings.padding_warnings(batch, subject.special),
         *checkpoint.parameter_warnings(found.gradients.untouched, found.trained, subject.rivals),

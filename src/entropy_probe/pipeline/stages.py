@@ -385,7 +385,10 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
                 *rollout_warnings.on_policy_warnings(evaluation, evaluated.scores, task.off_policy_evaluation),
                 *few_effective_warnings(task.off_policy_evaluation),
                 *rollout_warnings.pairing_warnings(
-                    evaluation, task.subject.facts.trainer_step, task.subject.trainer.length_weight
+                    evaluation,
+                    task.subject.facts.trainer_step,
+                    task.subject.trainer.length_weight,
+                    task.subject.trainer.loss.name,
                 ),
                 *rollout_warnings.padding_warnings(evaluation, task.subject.special),
             ]
