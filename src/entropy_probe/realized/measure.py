@@ -39,6 +39,10 @@ class EntropyMeasure:
         """Whether the change is realised token by token: its linear term is then −X̄ · Δθ."""
         return self.target.by_decision and self.weighting is Weighting.GLOBAL
 
+    def parts(self, batch: RolloutBatch, before: Measured, after: Measured) -> FloatArray:
+        """What every response has in ΔH, to be averaged over responses and prompts, for changes as small as rounding: [N]."""
+        return self.target.parts(Sample.of(batch, before), Sample.of(batch, after), self.weighting)
+
     def linear_term(self, batch: RolloutBatch, before: Measured) -> LinearTerm:
         """Its derivative at no step, of changes of whole responses' scores (and entropies)."""
         return linear_term(

@@ -25,6 +25,7 @@ from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.rounding import NEAREST, RoundingRule
 from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.realized.changes import RealizedChange, average
+from entropy_probe.realized.floor import noise_floors
 from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
 from entropy_probe.realized.steps import HELD_OUT, Step
@@ -136,12 +137,11 @@ class Realizer:
             linear[measure] = (
                 found if term.on_entropies is None else found + term.on_entropies @ changes[:, 1]
             ).tolist()
+        floors = noise_floors(self.policy, batch, before, self.measures, self.progress)
         by_step = []
         for k, step in enumerate(steps):
             predictions = [Predicted(measure, linear[measure][k]) for measure in self.measures]
-            by_step.append(
-                realize(self.policy, batch, before, step, predictions, batch_name=batch_name, progress=self.progress)
-            )
+            by_step.append(realize(self.policy, batch, before, step, predictions, floors=floors, batch_name=batch_name))
         return [rows[m] for m in range(len(self.measures)) for rows in by_step]
 
     def by_folds(

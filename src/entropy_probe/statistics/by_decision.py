@@ -116,17 +116,26 @@ def _means(tokens: TokensOfPrompts, values: FloatArray) -> FloatArray:
     return np.array([(table * counts).sum(1).mean() for table, counts in tables])
 
 
-def _changes(
+def changes_of_responses(
     tokens: TokensOfPrompts, values: tuple[FloatArray, FloatArray], log_probs: tuple[FloatArray, FloatArray]
 ) -> FloatArray:
-    """Every prompt's ΔH: [B]."""
+    """Every response's Σ_s [ w_{<s} (v⁺_s − v̄_−g,s) − (v_s − v̄_−g,s) ]: [N]."""
     found = []
     tables = (tokens.padded(part) for part in (*values, log_probs[1] - log_probs[0]))
     for own, after, log_ratios, counts in zip(*tables, tokens.counts, strict=True):
         others = others_mean(own, counts)
-        terms = counts * (prefix_weights(log_ratios) * (after - others) - (own - others))
-        found.append(float(terms.sum()) / len(own))
-    return np.array(found)
+        found.append((counts * (prefix_weights(log_ratios) * (after - others) - (own - others))).sum(1))
+    return np.concatenate(found)
+
+
+def _changes(
+    tokens: TokensOfPrompts, values: tuple[FloatArray, FloatArray], log_probs: tuple[FloatArray, FloatArray]
+) -> FloatArray:
+    """Every prompt's ΔH: [B]."""
+    starts = np.concatenate([[0], np.cumsum(tokens.group_sizes)[:-1]])
+    sums = np.add.reduceat(changes_of_responses(tokens, values, log_probs), starts)
+    means: FloatArray = sums / np.asarray(tokens.group_sizes)
+    return means
 
 
 def prefix_weights(log_ratios: FloatArray) -> FloatArray:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.choices import member
-from entropy_probe.statistics.by_decision import TokensOfPrompts, change_by_decision
-from entropy_probe.statistics.importance_sampling import EntropyChange, Weighting
+from entropy_probe.statistics.by_decision import TokensOfPrompts, change_by_decision, changes_of_responses
+from entropy_probe.statistics.importance_sampling import EntropyChange, Weighting, base_weights
 from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, Target, TokenPair, at_tokens, sum_by_response
 from entropy_probe.targets.choices import EntropyUnit, Estimator
 from entropy_probe.targets.per_token import entropy_ratio, per_token
@@ -86,6 +87,35 @@ class EntropyTarget(Target):
             delta_h=own.delta_h,
             se=own.se,
         )
+
+    def parts(self, before: Sample, after: Sample, weighting: Weighting = Weighting.GLOBAL) -> FloatArray:
+        """What every response has in the change, [N]: ΔH is their mean over prompts of means over responses.
+
+        By decision exactly, but that of a ratio, and of whole responses' weights, to first order.
+        """
+        assert before.scores is not None, "a realised change needs scores at both policies"
+        assert after.scores is not None, "a realised change needs scores at both policies"
+        values, exposure = self.counted(before)
+        mean = 1.0 if exposure is None else float(base_weights(before.group_sizes) @ exposure.numpy())
+        if self.by_decision and weighting is Weighting.GLOBAL:
+            tokens = TokensOfPrompts(before.group_sizes, before.lengths, _log_counts(before))
+            log_probs = (_numbers(before.token_log_probs), _numbers(after.token_log_probs))
+            found = changes_of_responses(
+                tokens, (_numbers(before.token_entropies), _numbers(after.token_entropies)), log_probs
+            )
+            if not self.of_whole_batch:
+                return found
+            ones = np.ones(len(log_probs[0]))
+            h = float(base_weights(before.group_sizes) @ values.numpy()) / mean
+            by_token: FloatArray = (found - h * changes_of_responses(tokens, (ones, ones), log_probs)) / mean
+            return by_token
+        own = self.values(after) - self.values(before)
+        centred = values - (float(base_weights(before.group_sizes) @ values.numpy()) / mean) * (
+            torch.ones_like(values) if exposure is None else exposure
+        )
+        counts = torch.ones_like(values) if before.importance is None else before.importance.weights
+        whole: FloatArray = ((counts * own + centred * (after.scores - before.scores)) / mean).numpy()
+        return whole
 
     def ratio(self, sample: Sample) -> Ratio | None:
         """h and T̄ of a whole batch, for the entropy per token."""
