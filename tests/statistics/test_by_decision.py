@@ -88,7 +88,7 @@ def test_it_is_unbiased_whatever_the_step() -> None:
     assert expected_change() == pytest.approx(exact_change(), abs=1e-13)
 
 
-def own_response_in_the_baseline(own: Array, counts: Array) -> Array:
+def own_response_in_the_baseline(own: Array) -> Array:
     return np.broadcast_to(own.mean(0), own.shape)
 
 

@@ -58,6 +58,7 @@ def realize(
             floor,
             norm,
             kept=step.kept,
+            by_decision=p.measure.by_decision(batch),
         )
         for p, floor in zip(predictions, floors, strict=True)
     ]

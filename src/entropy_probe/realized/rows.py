@@ -84,12 +84,26 @@ class Realizer:
             steps.append(Step("adamw", "virtual", rounded.deltas, rounded.kept))
         return steps
 
-    def changes(self, batch: RolloutBatch, steps: Sequence[Step]) -> FloatArray:
-        """dS, then d Σ_t H_t where a measure needs it, of every response along every step: [N, M, steps]."""
+    def changes(
+        self,
+        batch: RolloutBatch,
+        steps: Sequence[Step],
+        by_token: Sequence[TokenPair] = (),
+        by_response: Sequence[EntropyMeasure] = (),
+    ) -> FloatArray:
+        """Of every response along every step, [N, M, steps]: dS, and d Σ_t H_t where a measure needs it; then of ``by_token``.
+
+        Args:
+            batch: the responses.
+            steps: directions.
+            by_token: what multiplies ∇log π and ∇H_t.
+            by_response: measures whose linear terms are of whole responses' changes.
+        """
         ones = torch.ones(len(batch.responses), dtype=torch.float64)
-        combinations = [TokenPair(ones)]
-        if any(m.target.needs_token_entropies and not m.by_decision for m in self.measures):
+        combinations = [TokenPair(ones)] if by_response or not by_token else []
+        if any(measure.target.needs_token_entropies for measure in by_response):
             combinations.append(TokenPair(torch.zeros_like(ones), ones))
+        combinations += by_token
         found: FloatArray = response_dots(
             self.policy,
             batch,
@@ -123,20 +137,22 @@ class Realizer:
             batch_name: ``SAME`` or ``HELD_OUT``.
             slope: X̄ of these responses, where it is known; None computes it where a measure needs it.
         """
-        of_scores = [m for m in self.measures if not m.by_decision]
-        changes = self.changes(batch, steps) if of_scores else None
+        by_token = {m: pair for m in self.measures if (pair := m.derivative(batch, before)) is not None}
+        by_response = [m for m in self.measures if not m.by_decision(batch) and m not in by_token]
         linear = dict[EntropyMeasure, list[float]]()
+        if by_token or by_response:
+            changes = self.changes(batch, steps, list(by_token.values()), by_response)
+            more = changes.shape[1] - len(by_token)
+            linear |= {m: changes[:, more + place].sum(0).tolist() for place, m in enumerate(by_token)}
+            for measure in by_response:
+                term = measure.linear_term(batch, before)
+                found = term.on_scores @ changes[:, 0]
+                of_entropies = 0.0 if term.on_entropies is None else term.on_entropies @ changes[:, 1]
+                linear[measure] = (found + of_entropies).tolist()
         for measure in self.measures:
-            if measure.by_decision:
+            if measure.by_decision(batch):
                 known = slope if slope is not None else self.slope(batch, before, measure)
                 linear[measure] = [-_dot(known, step.deltas, self.policy.sharding) for step in steps]
-                continue
-            assert changes is not None
-            term = measure.linear_term(batch, before)
-            found = term.on_scores @ changes[:, 0]
-            linear[measure] = (
-                found if term.on_entropies is None else found + term.on_entropies @ changes[:, 1]
-            ).tolist()
         floors = noise_floors(self.policy, batch, before, self.measures, self.progress)
         by_step = []
         for k, step in enumerate(steps):

@@ -24,6 +24,8 @@ def measure_after(
 ) -> Measured:
     """Scores (and entropies) of the batch's responses under ``scale`` times the step, taken virtually and taken back.
 
+    Of rows that are weighed by prefix log-probs of their tokens too.
+
     Args:
         policy: the model at θ, weights in float32 or better.
         batch: whose tokens are scored.

@@ -8,8 +8,7 @@ s runs over all positions of the prompt's longest response; past a response's en
 tokens before s, H⁺_s is what θ⁺ would have there, and w_{<s} is the ratio of having come there: each term is unbiased for
 θ⁺'s own, and H̄, which does not depend on response g, adds no bias since E[w_{<s}] = 1. No weight is normalised. The
 derivative at θ is −X̄ · Δθ with Rao-Blackwell's X̄, baseline included, so that its linear term needs no gradient of its own.
-For the entropy per token the same of T, with 1 in the place of H, is divided by. Where responses come from another policy than
-θ's, u_s, what they count at θ at position s, multiplies each term and weighs the others' mean.
+For the entropy per token the same of T, with 1 in the place of H, is divided by.
 Source: docs/method.md, section 7.
 """
 
@@ -18,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -32,34 +30,24 @@ class TokensOfPrompts:
     Attributes:
         group_sizes: G_n.
         lengths: T of every response, [N].
-        log_counts: log u_s at every token [tokens], and past each response's end [N]; None where each counts once.
     """
 
     group_sizes: Sequence[int]
     lengths: Sequence[int]
-    log_counts: tuple[FloatArray, FloatArray] | None = None
 
-    def padded(self, values: FloatArray, past_end: FloatArray | None = None) -> list[FloatArray]:
-        """Of every prompt [G_n, longest], past a response's end its value of ``past_end``, or zeros."""
+    def padded(self, values: FloatArray) -> list[FloatArray]:
+        """Of every prompt [G_n, longest], zeros past a response's end."""
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        ends = np.zeros(len(self.lengths)) if past_end is None else past_end
         found: list[FloatArray] = []
         row = 0
         for size in self.group_sizes:
             rows = range(row, row + size)
-            table = np.repeat(ends[row : row + size, None], max(self.lengths[i] for i in rows), axis=1)
+            table = np.zeros((size, max(self.lengths[i] for i in rows)))
             for place, i in enumerate(rows):
                 table[place, : self.lengths[i]] = values[starts[i] : starts[i + 1]]
             found.append(table)
             row += size
         return found
-
-    @cached_property
-    def counts(self) -> list[FloatArray]:
-        """u_s of every prompt, [G_n, longest]."""
-        if self.log_counts is None:
-            return [np.ones((len(table), table.shape[1])) for table in self.padded(np.zeros(sum(self.lengths)))]
-        return [np.exp(table) for table in self.padded(*self.log_counts)]
 
 
 @dataclass(frozen=True)
@@ -111,9 +99,8 @@ def change_by_decision(
 
 
 def _means(tokens: TokensOfPrompts, values: FloatArray) -> FloatArray:
-    """Σ_s u_s v_s, its mean over every prompt's responses: [B]."""
-    tables = zip(tokens.padded(values), tokens.counts, strict=True)
-    return np.array([(table * counts).sum(1).mean() for table, counts in tables])
+    """Σ_s v_s, its mean over every prompt's responses: [B]."""
+    return np.array([table.sum(1).mean() for table in tokens.padded(values)])
 
 
 def changes_of_responses(
@@ -122,9 +109,9 @@ def changes_of_responses(
     """Every response's Σ_s [ w_{<s} (v⁺_s − v̄_−g,s) − (v_s − v̄_−g,s) ]: [N]."""
     found = []
     tables = (tokens.padded(part) for part in (*values, log_probs[1] - log_probs[0]))
-    for own, after, log_ratios, counts in zip(*tables, tokens.counts, strict=True):
-        others = others_mean(own, counts)
-        found.append((counts * (prefix_weights(log_ratios) * (after - others) - (own - others))).sum(1))
+    for own, after, log_ratios in zip(*tables, strict=True):
+        others = others_mean(own)
+        found.append((prefix_weights(log_ratios) * (after - others) - (own - others)).sum(1))
     return np.concatenate(found)
 
 
@@ -144,12 +131,9 @@ def prefix_weights(log_ratios: FloatArray) -> FloatArray:
     return weights
 
 
-def others_mean(values: FloatArray, counts: FloatArray) -> FloatArray:
-    """Of every response the others' mean at the same position, by what they count: [G, positions]; 0 for an only response."""
-    if len(values) == 1:
-        return np.zeros_like(values)
-    summed = counts * values
-    found: FloatArray = (summed.sum(0) - summed) / (counts.sum(0) - counts)
+def others_mean(values: FloatArray) -> FloatArray:
+    """Of every response the mean of the others' at the same position, [G, positions]; 0 for a prompt's only response."""
+    found: FloatArray = (values.sum(0) - values) / max(1, len(values) - 1)
     return found
 
 

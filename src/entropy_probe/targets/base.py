@@ -101,7 +101,7 @@ class Sample:
         token_entropies: H_t of the response tokens, nats, [tokens]; None where not asked for.
         rewards: R, [N]; None where there are none.
         importance: what the responses count; None where each counts once.
-        token_log_probs: log π(y_t) of the response tokens, nats, [tokens]; None where not asked for.
+        log_probs: log π of the response tokens, nats, [tokens]; None where not asked for.
     """
 
     group_sizes: Sequence[int]
@@ -110,7 +110,7 @@ class Sample:
     token_entropies: Tensor | None = None
     rewards: Tensor | None = None
     importance: Importance | None = None
-    token_log_probs: Tensor | None = None
+    log_probs: Tensor | None = None
 
     @staticmethod
     def of(batch: RolloutBatch, measured: Measured | None = None) -> Sample:

@@ -80,7 +80,7 @@ class RealizedRow(Entry):
             reasons["pareto_k"] = reasons["delta_h_psis"] = weights.pareto_reason
         elif change.delta_h_smoothed is None:
             reasons["delta_h_psis"] = (
-                "smoothing is of weights that are normalised over one batch, not prompt by prompt or by folds"
+                "smoothing is of weights that are normalised over one batch, not prompt by prompt, by folds or token by token"
             )
         return cls(
             step=realized.step,
@@ -89,9 +89,7 @@ class RealizedRow(Entry):
             estimator=realized.measure.target.estimator.value,
             entropy=realized.measure.target.unit.value,
             importance_weights=realized.measure.weighting.value,
-            weights="per-decision"
-            if realized.measure.by_decision and realized.method != RESAMPLED
-            else "whole-response",
+            weights="per-decision" if realized.by_decision else "whole-response",
             delta_h=change.delta_h,
             se=change.se,
             predicted=realized.predicted,
