@@ -44,7 +44,7 @@ from entropy_probe.pipeline.settings import Settings, ShardingChoice
 from entropy_probe.ranks.collectives import ALONE, Kind, Payload, Ranks
 from entropy_probe.ranks.sharding import even_spans, row_spans
 from entropy_probe.report import Report
-from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator, SamplerWeights
 from entropy_probe.targets.entropy import EntropyTarget
 from rank_processes import on_ranks
 from support import (
@@ -86,6 +86,7 @@ SETTINGS = {
     "folds": replace(PLAIN, split=3, max_grad_norm=0.1),
     "evaluation": replace(PLAIN, gradient_checkpointing=True),
     "resample": replace(PLAIN, resample=True, max_completion_length=8),
+    "prefix": replace(EXACT, sampler_weights=SamplerWeights.PREFIX),
 }
 COLLECTIVES = {
     "all_reduce": 0,
@@ -117,6 +118,7 @@ CASES: Mapping[tuple[int, ShardingChoice], Sequence[str]] = {
         "full/folds",
         "full/evaluation",
         "full/resample",
+        "full/prefix",
     ),
     (2, ShardingChoice.FSDP2): (
         *EVERYWHERE,
@@ -125,6 +127,7 @@ CASES: Mapping[tuple[int, ShardingChoice], Sequence[str]] = {
         "full/folds",
         "full/evaluation",
         "full/resample",
+        "full/prefix",
     ),
     (3, ShardingChoice.REPLICATED): ("full/exact", "lora/block-streamed-score"),
     (4, ShardingChoice.REPLICATED): EVERYWHERE,
@@ -159,6 +162,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = random_rollouts(7, [3, 2, 4, 3, 3, 2, 3])
     rows = [replace(row, reward=1.0) if row.prompt_id == "p3" else row for row in rows]
     write_rollouts(rows, root / "rollouts.jsonl")
+    other = [replace(row, logprobs=(-2.5,) * len(row.response_ids)) for row in rows]
+    write_rollouts(other, root / "off-policy.jsonl")
     write_rollouts(random_rollouts(3, 2, seed=5), root / "evaluation.jsonl")
     return root
 
@@ -172,7 +177,7 @@ def probed(
         settings = replace(settings, memory_bytes=settings.memory_bytes / ranks.count)
     return probe_checkpoint(
         root / model,
-        root / "rollouts.jsonl",
+        root / ("off-policy.jsonl" if name == "prefix" else "rollouts.jsonl"),
         settings,
         evaluation_rollouts=root / "evaluation.jsonl" if name == "evaluation" else None,
         base=root / "base" if model == "lora" else None,

@@ -18,6 +18,7 @@ from torch import Tensor
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
 from entropy_probe.losses.advantages import AdvantageRule
+from entropy_probe.losses.length_weights import Average
 from entropy_probe.losses.objective import TokenWeights
 from entropy_probe.losses.rows import LossRows
 from entropy_probe.model.measured import Measured
@@ -155,18 +156,21 @@ class UpdateRule:
         kept, part = self._kept, self.part
         rows = self._rows(measured)
         self._check_clip(rows)
-        average = at_tokens(
-            resolve_length_weights(part, self.loss.average, self.max_completion_length, rows.tokens_in_loss),
-            part.lengths,
-        )
+        average = self._average(self.loss.average, rows)
+        of_kl = None if self.loss.kl_average is None else self._average(self.loss.kl_average, rows)
         # Ȳ is a mean over all the prompts of the batch, of which the step may consume some alone.
         scale = self.loss.scale * len(self.batch.groups) / len(part.groups)
-        found = self.loss.objective.token_weights(rows, average * scale)
+        found = self.loss.objective.token_weights(rows, average * scale, None if of_kl is None else of_kl * scale)
         bonus = found.bonus
         if bonus is not None and self.loss.objective.bonus_of_micro_batches:
             # It is a share of the trainer's mean, and ω is B times that.
             bonus = bonus * scale * len(part.groups)
         return self._laid_out(TokenWeights(found.reward, found.kl, bonus), kept)
+
+    def _average(self, rule: Average, rows: LossRows) -> Tensor:
+        """The weight of every token of the rows that the step consumes, in B times the trainer's average."""
+        weights = resolve_length_weights(self.part, rule, self.max_completion_length, rows.tokens_in_loss)
+        return at_tokens(weights, self.part.lengths)
 
     def needed_columns(self) -> list[tuple[str, str]]:
         """Columns without which the loss has no value, and what needs them."""

@@ -22,9 +22,7 @@ def measure_after(
     rounding: torch.Generator | None = None,
     entropies: bool,
 ) -> Measured:
-    """Scores (and entropies) of the batch's responses under ``scale`` times the step, taken virtually and taken back.
-
-    Of rows that are weighed by prefix log-probs of their tokens too.
+    """Scores, log-probs (and entropies) of the responses under ``scale`` times the step, taken virtually and taken back.
 
     Args:
         policy: the model at θ, weights in float32 or better.
