@@ -141,7 +141,7 @@ def replay(
         )
         policy = preparation.applied(policy)
     with clock.stage("replay"):
-        measured = policy.measure(batch.responses, progress, log_probs=True)
+        measured = policy.measure(batch.responses, progress)
         check_finite(measured.scores, batch.responses)
         whole = rule.update(measured).whole
         with watched(policy) as ran:
