@@ -98,3 +98,8 @@ OutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Write report.json, kernel.npy and plots there.", rich_help_panel=OUTPUT),
 ]
+
+
+def one_or_all(files: list[Path]) -> Path | list[Path]:
+    """What a repeatable option was given: the one file, or all."""
+    return files[0] if len(files) == 1 else files

@@ -19,6 +19,7 @@ from entropy_probe.cli.options import (
     FreezeOption,
     JsonOption,
     TemperatureOption,
+    one_or_all,
 )
 from entropy_probe.cli.output import check_outputs, make_console
 from entropy_probe.replay_check import ReplaySettings
@@ -32,9 +33,12 @@ def replay(
     after: Annotated[Path, typer.Argument(metavar="CHECKPOINT_N+1", help="Folder of the one after it.")],
     *,
     rollouts: Annotated[
-        Path,
+        list[Path],
         typer.Option(
-            metavar="FILE", help="What that step consumed, as RolloutRecorder wrote it.", rich_help_panel=FILES
+            metavar="FILE",
+            help="What that step consumed, as RolloutRecorder wrote it, or a trainer's dump with token ids; repeatable, or a "
+            "quoted pattern of names: one batch.",
+            rich_help_panel=FILES,
         ),
     ],
     temperature: TemperatureOption = None,
@@ -49,7 +53,7 @@ def replay(
     report = replay_check.replay(
         before,
         after,
-        rollouts,
+        one_or_all(rollouts),
         settings,
         base=base,
         freeze=tuple(freeze or ()),

@@ -20,6 +20,7 @@ from entropy_probe.cli.options import (
     OutOption,
     ShardingOption,
     TemperatureOption,
+    one_or_all,
 )
 from entropy_probe.cli.output import check_outputs, make_console, show
 from entropy_probe.common.progress import Progress, Silent
@@ -34,11 +35,16 @@ def run(
     checkpoint: CheckpointArgument,
     *,
     rollouts: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Rollouts, .jsonl or .parquet, one row a response.", rich_help_panel=FILES),
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Rollouts, .jsonl or .parquet, one row a response, or a trainer's dump with token ids; repeatable, or a "
+            "quoted pattern of names: one batch.",
+            rich_help_panel=FILES,
+        ),
     ],
     evaluation_rollouts: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             metavar="FILE",
             help="Other rollouts of this policy: X from them, against the update of --rollouts.",
@@ -67,9 +73,9 @@ def run(
         progress: Progress = TerminalProgress() if first else Silent()
         result = probe_checkpoint(
             checkpoint,
-            rollouts,
+            one_or_all(rollouts),
             settings,
-            evaluation_rollouts=evaluation_rollouts,
+            evaluation_rollouts=one_or_all(evaluation_rollouts) if evaluation_rollouts else None,
             base=base,
             freeze=tuple(freeze or ()),
             temperature=temperature,

@@ -43,7 +43,8 @@ def sample(
     checkpoint: CheckpointArgument,
     *,
     prompts: Annotated[
-        Path, typer.Option(metavar="FILE", help="JSON Lines with prompt or prompt_ids.", rich_help_panel=FILES)
+        Path,
+        typer.Option(metavar="FILE", help="JSON Lines with prompt, messages or prompt_ids.", rich_help_panel=FILES),
     ],
     base: BaseOption = None,
     reward: Annotated[

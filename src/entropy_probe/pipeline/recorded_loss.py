@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import TypeVar
@@ -82,6 +82,18 @@ class TrainersObjective:
     def clips(self) -> bool:
         """Whether ε decides where the ratio is not 1."""
         return self.name is None or NAMED[self.name].clips
+
+    def made_of(self, constants: LossConstants, name: LossName | None) -> TrainersObjective:
+        """The same with other constants, or with the formula of another name; the average stays."""
+        known = NAMED[LossName.GRPO if name is None else name]
+        kl = self.objective.kl
+        objective = replace(
+            self.objective,
+            loss=known.make(constants),
+            correction=None if known.corrects_itself else constants.correction,
+            kl=None if kl is None else replace(kl, level=constants.level),
+        )
+        return replace(self, name=name, constants=constants, objective=objective)
 
     @property
     def by_micro_batch(self) -> tuple[str, ...]:

@@ -144,6 +144,10 @@ class UpdateRule:
         """The same with no advantage below zero."""
         return replace(self, advantages=self.advantages.clamp(min=0.0))
 
+    def reward_alone(self) -> UpdateRule:
+        """The same without the loss's other terms."""
+        return replace(self, loss=replace(self.loss, objective=replace(self.loss.objective, kl=None, bonus=None)))
+
     def update(self, measured: Measured | None) -> Update:
         """The coefficients.
 
@@ -154,7 +158,7 @@ class UpdateRule:
             InputError: the ratio is not 1 and the clip is not known.
         """
         kept, part = self._kept, self.part
-        rows = self._rows(measured)
+        rows = self.seen(measured)
         self._check_clip(rows)
         average = self._average(self.loss.average, rows)
         of_kl = None if self.loss.kl_average is None else self._average(self.loss.kl_average, rows)
@@ -183,7 +187,8 @@ class UpdateRule:
             needed.append(("logprobs", "the off-policy mask"))
         return needed
 
-    def _rows(self, measured: Measured | None) -> LossRows:
+    def seen(self, measured: Measured | None) -> LossRows:
+        """What the loss sees of the rows that the step consumes."""
         kept, part = self._kept, self.part
 
         def column(name: str) -> Tensor | None:
@@ -191,11 +196,10 @@ class UpdateRule:
             return None if values is None else torch.tensor(values, dtype=torch.float64)
 
         log_probs = entropies = None
-        if self.needs_forward:
-            assert measured is not None, "this loss depends on log-probs at θ"
-            assert measured.log_probs is not None, "this loss depends on log-probs at θ"
-            log_probs = of_rows(measured.log_probs, kept, self.batch)
+        if measured is not None:
+            log_probs = None if measured.log_probs is None else of_rows(measured.log_probs, kept, self.batch)
             entropies = None if measured.entropies is None else of_rows(measured.entropies, kept, self.batch)
+        assert log_probs is not None or not self.needs_forward, "this loss depends on log-probs at θ"
         micro_batches = [row.micro_batch for row in part.responses if row.micro_batch is not None]
         return LossRows(
             part.lengths,
