@@ -16,6 +16,7 @@ from entropy_probe.checkpoints.formats.trainer import TrainerFolder
 from entropy_probe.checkpoints.quantisation import quantised_base_note, refuse_quantised
 from entropy_probe.checkpoints.records import ModelFolder
 from entropy_probe.common.choices import path_of
+from entropy_probe.common.evidence import Evidence
 from entropy_probe.errors import InputError
 from entropy_probe.model.input_limits import input_limits
 
@@ -71,10 +72,10 @@ def open_sources(path: Path, base: Path | None) -> Sources:
             if base is None:
                 raise InputError(
                     f"{path} has no config.json; expected a Hugging Face checkpoint folder, or beside it as base the folder "
-                    "of the model that training started from (accelerate's shards come without a configuration)"
+                    "of the model that training started from (shards of accelerate and DeepSpeed come without a configuration)"
                 )
             configuration = base = _base_folder(path, base, {})
-        elif base is not None:
+        elif base is not None and adapter is None:
             raise InputError(
                 f"{path} holds no adapter_config.json, so a base has nothing to be the base of; leave it out"
             )
@@ -97,7 +98,7 @@ def open_optimizer(path: Path) -> StoredOptimizer:
     if stored is None:
         refuse_misplaced(path)
         raise InputError(
-            f"{path} has no optimizer.pt and no optimizer_0/; the probe needs Adam's state (a Trainer leaves it out with "
+            f"{path} has no optimizer's state (optimizer.pt, optimizer_0/, or the ranks' files); the probe needs Adam's state (a Trainer leaves it out with "
             "save_only_model=True)"
         )
     return stored
@@ -116,9 +117,9 @@ def trainer_state_of(path: str | Path) -> TrainerState:
 def folder_of(sources: Sources, model: Any) -> ModelFolder:
     """What the probe knows of a loaded model."""
     vocabulary, context_length = input_limits(model)
-    note = None
+    notes = [_forward_note(sources)]
     if sources.adapter is not None and sources.base is not None:
-        note = quantised_base_note(sources.path, sources.adapter.settings, sources.base)
+        notes.append(quantised_base_note(sources.path, sources.adapter.settings, sources.base))
     return ModelFolder(
         path=sources.path,
         kind="full" if sources.adapter is None else "lora",
@@ -127,7 +128,21 @@ def folder_of(sources: Sources, model: Any) -> ModelFolder:
         architecture=str(model.config.get_text_config().model_type),
         vocabulary=vocabulary,
         context_length=context_length,
-        notes=() if note is None else (note,),
+        notes=tuple(note for note in notes if note is not None),
+        configuration=sources.configuration if sources.configuration not in (sources.path, sources.base) else None,
+    )
+
+
+def _forward_note(sources: Sources) -> Evidence | None:
+    """The warning that the trainer computed with other weights than its optimizer's, which are those read here."""
+    stored = sources.weights if sources.adapter is None else sources.adapter
+    if stored.forward is None:
+        return None
+    name = str(stored.forward).removeprefix("torch.")
+    return Evidence(
+        "cast_forward",
+        f"the weights are the optimizer's master weights; the trainer's forward was {name} of them",
+        f"Set autocast to {name} over float32 to measure the policy nearly as the trainer's forward did",
     )
 
 
