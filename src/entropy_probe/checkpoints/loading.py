@@ -81,7 +81,7 @@ def load_matched(
     asked = freeze_matching(folder.model, freeze)
     adam, mapping = map_adam_state(optimizer, folder.model)
     freeze_names(folder.model, mapping.frozen)
-    return Matched(folder, adam, mapping.said_of(asked))
+    return Matched(folder.with_notes(optimizer.notes), adam, mapping.said_of(asked))
 
 
 def validated(matched: Matched, *, seed: int, zero_v: ZeroV, sharding: Sharding = WHOLE) -> Checkpoint:

@@ -72,7 +72,7 @@ def load_sharded_checkpoint(
     rows = {name: own_rows(p) for name, p in folder.model.named_parameters() if isinstance(p, DTensor)}
     adam, mapping = ranks.alike(partial(map_adam_state, parts.optimizer, folder.model, rows))
     freeze_names(folder.model, mapping.frozen)
-    matched = Matched(folder, adam, mapping.said_of(asked))
+    matched = Matched(folder.with_notes(parts.optimizer.notes), adam, mapping.said_of(asked))
     return validated(matched, seed=seed, zero_v=zero_v, sharding=sharding_of(folder.model, ranks))
 
 
