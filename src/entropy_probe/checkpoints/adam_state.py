@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def map_adam_state(
     path, state = stored.path, stored.state
     refuse_other_optimizers(state, stored.groups, path)
     if stored.exact_names:
+        stored = _by_first_names(stored, model)
         _refuse_strangers(stored, model)
     named, mapping = map_names(state, stored.groups, model, path)
     try:
@@ -94,6 +96,18 @@ def map_adam_state(
                     raise InputError(f"{path}: parameter {name}: {problem}")
             moments[name] = _read(entry, None if rows is None else rows[name])
     return AdamState(groups, moments), mapping
+
+
+def _by_first_names(stored: StoredOptimizer, model: nn.Module) -> StoredOptimizer:
+    """A tied parameter may be named as either of its holders; here it has the name of ``named_parameters``."""
+    listed = {name for group in stored.groups for name in group["param_names"]}
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    other = {name: every[name] for name in listed if every.get(name, name) not in listed}
+    if not other:
+        return stored
+    groups = [{**g, "param_names": [other.get(name, name) for name in g["param_names"]]} for g in stored.groups]
+    return replace(stored, groups=groups)
 
 
 def _refuse_strangers(stored: StoredOptimizer, model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """``torch.save`` of an optimizer's state_dict, such as the Trainer's ``optimizer.pt``.
 
-It holds ``{"state": {index: {...}}, "param_groups": [...]}``. It is read with ``weights_only=True``: nothing pickled is ever
+It holds ``{"state": {index: {...}}, "param_groups": [...]}``, or names in the place of indices. It is read with ``weights_only=True``: nothing pickled is ever
 executed. Moments that bitsandbytes or torchao stored in codes are dequantised as they are read.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from entropy_probe.checkpoints.files.other_optimizers import ADVICE, FOREIGN_COD
 from entropy_probe.checkpoints.files.stored import MappedTensor, StoredOptimizer
 from entropy_probe.checkpoints.files.torchao_state import CLASSES, Coded, adam_of_torchao, coded
 from entropy_probe.errors import InputError, one_line, out_of_memory
+
+INSIDE = re.compile(r"(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+"""What wrappers put inside of parameters' names."""
 
 NAMED_CODE = re.compile(r"GLOBAL ([\w.]+)")
 """In torch's refusal to unpickle with weights alone: what the file would import."""
@@ -35,7 +39,34 @@ def read_optimizer_file(path: Path) -> StoredOptimizer:
     saved = _read(path)
     state, groups = saved["state"], saved["param_groups"]
     _refuse_malformed(state, groups, path)
-    return stored_optimizer(path, groups, state)
+    if not any(isinstance(param, str) for group in groups for param in group["params"]):
+        return stored_optimizer(path, groups, state)
+    return by_names(path, groups, state)
+
+
+def by_names(
+    path: Path, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
+) -> StoredOptimizer:
+    """The same of groups and state by parameters' names, as FSDP gives them.
+
+    Raises:
+        InputError: as above, or a name that is listed twice.
+    """
+    names = [INSIDE.sub("", str(name)) for group in groups for name in group["params"]]
+    index = {name: number for number, name in enumerate(names)}
+    if len(index) < len(names):
+        twice = next(name for number, name in enumerate(names) if index[name] != number)
+        raise InputError(f"{path}: 'param_groups' list {twice} twice; the file is damaged")
+    indexed = []
+    for group in groups:
+        own = [INSIDE.sub("", str(name)) for name in group["params"]]
+        indexed.append({**group, "params": [index[name] for name in own], "param_names": own})
+    entries = {INSIDE.sub("", str(name)): entry for name, entry in state.items()}
+    strays = sorted(entries.keys() - index.keys())
+    if strays:
+        raise InputError(f"{path}: 'state' holds {strays[0]}, which no group lists; the file is damaged")
+    found = stored_optimizer(path, indexed, {index[name]: entry for name, entry in entries.items()})
+    return replace(found, exact_names=True)
 
 
 def stored_optimizer(

@@ -68,12 +68,6 @@ def _all_of(*patterns: str) -> Callable[[Path], list[str]]:
     return detects
 
 
-def _beside(patterns: tuple[str, ...], needed: tuple[str, ...]) -> Callable[[Path], list[str]]:
-    """Detect by all of ``needed`` and any of ``patterns``."""
-    every, some = _all_of(*needed), _files(*patterns)
-    return lambda path: [*every(path), *some(path)[:1]] if every(path) and some(path) else []
-
-
 DEEPSPEED = (
     "save with the Trainer's own optimizer (no deepspeed setting), or with FSDP and SHARDED_STATE_DICT; DeepSpeed's "
     f"zero_to_fp32.py keeps weights alone; or {CONVERT}"
@@ -116,6 +110,11 @@ LAYOUTS: tuple[Layout, ...] = (
         f"otherwise {CONVERT}",
     ),
     Layout(
+        "checkpoint of FSDP's LOCAL_STATE_DICT, a part of flat vectors a rank",
+        _files("pytorch_model_fsdp*_rank*.bin", "optimizer*_rank*.bin"),
+        "save with SHARDED_STATE_DICT or FULL_STATE_DICT",
+    ),
+    Layout(
         "PyTorch Lightning checkpoint",
         _files("*.ckpt"),
         f"its state_dict holds the weights and its optimizer_states Adam's state; {CONVERT}",
@@ -124,16 +123,6 @@ LAYOUTS: tuple[Layout, ...] = (
         "torchtune folder",
         _files("recipe_state.pt", "recipe_state/*"),
         f"its recipe_state.pt holds Adam's state, beside the weights or in a folder of its own; {CONVERT}",
-    ),
-    Layout(
-        "checkpoint of FSDP's FULL_STATE_DICT",
-        _beside(("pytorch_model_fsdp*.bin", "trainer_state.json"), ("optimizer*.bin",)),
-        "save with SHARDED_STATE_DICT",
-    ),
-    Layout(
-        "state that accelerate's save_state wrote",
-        _files("optimizer*.bin"),
-        f"save with the Trainer; or {CONVERT}",
     ),
 )
 
