@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,12 @@ from entropy_probe.losses.rows import LossRows
 LENGTHS, WIDTH = (7, 4, 9, 2, 6, 9), 9
 
 
-def padded(values: Tensor) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(torch.split(values, list(LENGTHS))), batch_first=True)
+def padded(values: Tensor, lengths: Sequence[int] = LENGTHS) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(torch.split(values, list(lengths))), batch_first=True)
 
 
-def flat(values: Tensor) -> Tensor:
-    return torch.cat([row[:length] for row, length in zip(values, LENGTHS, strict=True)])
+def flat(values: Tensor, lengths: Sequence[int] = LENGTHS) -> Tensor:
+    return torch.cat([row[:length] for row, length in zip(values, lengths, strict=True)])
 
 
 def rows_of(seed: int, *, spread: float = 0.6, masked: bool = True) -> LossRows:
@@ -37,5 +39,6 @@ def rows_of(seed: int, *, spread: float = 0.6, masked: bool = True) -> LossRows:
         old_log_probs=(old := log_probs + spread * normal()),
         sampler_log_probs=old + 0.2 * normal(),
         ref_log_probs=log_probs + 0.4 * normal(),
-        entropies=normal().abs(),
+        # TRL takes its quantile in float32.
+        entropies=normal().abs().float().double(),
     )

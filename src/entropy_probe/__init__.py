@@ -18,7 +18,7 @@ from entropy_probe.replay_check import ReplaySettings, replay
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator, SamplerWeights
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "Rollout",
     "RolloutBatch",
     "Rounding",
+    "SamplerWeights",
     "Settings",
     "ShardingChoice",
     "SweepRange",

@@ -29,7 +29,7 @@ from entropy_probe.sampling.settings import SamplingSettings
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator, SamplerWeights
 from spoiled import Place, assert_refused
 from support import random_batch, run_command, tiny_model, trained_optimizer
 
@@ -63,6 +63,7 @@ RUN = {
     "--estimator score": {"estimator": Estimator.SCORE},
     "--entropy per-token": {"entropy": EntropyUnit.PER_TOKEN},
     "--importance-weights per-prompt": {"weighting": Weighting.PER_PROMPT},
+    "--sampler-weights prefix": {"sampler_weights": SamplerWeights.PREFIX},
     "--zero-v guide": {"zero_v": ZeroV.GUIDE},
     "--target-se 0.01": {"target_se": 0.01},
     "--targets": {"targets": True},

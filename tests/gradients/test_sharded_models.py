@@ -6,7 +6,7 @@ Two ranks are started once and go through all cases; a test looks up what became
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -190,6 +190,60 @@ def assert_same_gradients(
     scale = max(float(y.abs().max()) for y in whole.ascent.values())
     for parameter, y in whole.ascent.items():
         close(sharded.ascent[parameter].flatten(), pair.own(parameter, y), scale)
+
+
+@dataclass(frozen=True)
+class Means:
+    """Dots of X_u with Ȳ and every Ȳᵏ, and with YS_u and every YᵏS_u."""
+
+    ascent: Mapping[str, Tensor]
+    terms: Sequence[Mapping[str, Tensor]]
+
+    @property
+    def count(self) -> int:
+        return 2 + 2 * len(self.terms)
+
+    def mean(self, ascent: Mapping[str, Tensor], name: str, part: slice) -> Tensor:
+        return ascent[name].flatten()[part]
+
+    def along(
+        self, name: str, part: slice, x: Tensor, y: Tensor, units: Sequence[int], terms: Sequence[Tensor] = ()
+    ) -> Tensor:
+        means = [x @ self.mean(ascent, name, part) for ascent in (self.ascent, *self.terms)]
+        return torch.stack([*means, *((x * own).sum(1) for own in (y, *terms))], dim=1)
+
+    def response(self, name: str, part: slice) -> Tensor:
+        return self.mean(self.ascent, name, part)
+
+    def term_responses(self, name: str, part: slice) -> Sequence[tuple[Tensor, Tensor]]:
+        return [(self.response(name, part), self.mean(term, name, part)) for term in self.terms]
+
+
+def same_terms_of_the_loss(target: EntropyTarget, storage: Storage, ranks: Ranks) -> None:
+    """Vectors of terms by themselves, their sums, and what is taken of both."""
+    batch, pair, update = batch_of(), pair_of("llama-tied", ranks), token_weights(batch_of())
+    assert update.entropies is not None
+    terms = {"a": TokenPair(0.3 * update.log_probs), "b": TokenPair(torch.zeros(batch.tokens), update.entropies)}
+    found = []
+    for policy in (pair.sharded, pair.whole):
+        like = {name: torch.ones_like(held) for name, held in policy.held().items()}
+        looked = unit_gradients(
+            policy,
+            batch,
+            exact_units(5),
+            Sides(target, update, ALSO_MOVED, terms),
+            Geometry.fixed(like),
+            wanted=Wanted(storage, look=Means),
+        ).looked
+        assert looked is not None
+        found.append(looked)
+    sharded, whole = found
+    for field in ("along", "kernel", "term_kernels"):
+        mine, theirs = getattr(sharded, field), getattr(whole, field)
+        assert (mine is None) == (theirs is None) == (field != "along" and storage is Storage.STREAMED)
+        if theirs is not None:
+            assert np.abs(theirs).min() > 0
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=RELATIVE * np.abs(theirs).max())
 
 
 def wrapped_layers(around: bool, ranks: Ranks) -> None:
@@ -566,6 +620,8 @@ CASES: Mapping[str, Callable[[Ranks], None]] = {
     "token-weights-beside-score": partial(same_token_weights, "gpt2", SCORE, Storage.STORED),
     "token-weights-beside-rao-blackwell": partial(same_token_weights, "qwen2", RAO_BLACKWELL, Storage.STORED),
     "token-weights-streamed": partial(same_token_weights, "llama-tied", SCORE, Storage.STREAMED),
+    "terms-of-the-loss": partial(same_terms_of_the_loss, SCORE, Storage.STORED),
+    "terms-of-the-loss-streamed": partial(same_terms_of_the_loss, RAO_BLACKWELL, Storage.STREAMED),
     "loss": partial(same_loss_gradient, "llama-tied", 5, False),
     "loss-idle": partial(same_loss_gradient, "llama-tied", 1, False),
     "loss-of-tokens": partial(same_loss_gradient, "llama-tied", 5, True),

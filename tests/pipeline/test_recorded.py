@@ -175,7 +175,9 @@ def test_the_recorded_learning_rate_is_the_first_groups_and_scales_all() -> None
 @pytest.mark.parametrize("name", ["max_grad_norm", "learning_rate"])
 def test_a_recorded_number_that_cannot_be_meant_is_refused_by_name(name: str) -> None:
     for value in (-1.0, float("nan"), float("inf"), 10**400, 10**5000, "1", True, {"a": 1}, []):
-        with pytest.raises(InputError, match=f"^the rows say {name} is .*; expected a finite number, 0 or above$"):
+        with pytest.raises(
+            InputError, match=f"^prompt_id 'p0': the rows say {name} is .*; expected a finite number, 0 or above$"
+        ):
             resolved(batch("dapo", **{name: value}))
         given = resolved(batch("dapo", **{name: value}), **{name: 0.5})
         assert (given.max_grad_norm, given.learning_rates) in ((0.5, ()), (None, (0.5,)))

@@ -14,6 +14,7 @@ from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.model.policy import Policy
 from entropy_probe.report.rollout_warnings import on_policy_warnings, pairing_warnings
+from entropy_probe.report.sections.off_policy import OffPolicySection, few_effective_warnings
 
 
 def with_rates(*rates: float) -> Any:
@@ -82,10 +83,24 @@ def test_long_responses_do_not_hide_another_policy() -> None:
     assert on_policy_warnings(*long_responses(0.001)) == []
 
 
-def test_rows_that_say_off_policy_are_believed() -> None:
-    rows = [dataclasses.replace(r, on_policy=False) for r in support.random_rollouts(3, 2)]
-    (warning,) = on_policy_warnings(group_rollouts(rows), torch.zeros(6))
+def test_rows_that_say_off_policy_are_told_of_where_they_count_as_the_policys_own() -> None:
+    batch = group_rollouts(dataclasses.replace(r, on_policy=False) for r in support.random_rollouts(3, 2))
+    off = OffPolicySection.unweighted("off", "sampler_weights is off")
+    (warning,) = on_policy_warnings(batch, torch.zeros(6), off)
     assert (warning.code, "6 rows" in warning.seen) == ("declared_off_policy", True)
+    weighed = OffPolicySection("response", 5.5, 0.92, 6, "asked for")
+    assert on_policy_warnings(batch, torch.zeros(6), weighed) == []
+
+
+def test_a_sampler_that_is_another_policy_is_told_of_with_what_its_rows_count() -> None:
+    batch, scores = long_responses(0.3)
+    (alone,) = on_policy_warnings(batch, scores, OffPolicySection.unweighted("off", "asked for"))
+    assert "count as its own" in alone.seen
+    (weighed,) = on_policy_warnings(batch, scores, OffPolicySection("prefix", 2.0, 0.17, 12, "asked for"))
+    assert "importance weights (prefix)" in weighed.seen
+    few = few_effective_warnings(OffPolicySection("prefix", 2.0, 0.17, 12, "asked for"))
+    assert [w.code for w in few] == ["few_effective_rows"]
+    assert few_effective_warnings(OffPolicySection("response", 7.0, 0.58, 12, "asked for")) == []
 
 
 def recorded(**columns: Any) -> Any:
@@ -103,9 +118,9 @@ def test_rollouts_of_another_step_or_another_loss_are_named() -> None:
     assert loss.code == "other_loss"
     assert "length weight to dr_grpo" in loss.advice
     assert pairing_warnings(recorded(), None, LengthWeight.GUIDE) == []
-    (one,) = pairing_warnings(recorded(), 20, LengthWeight.BNPO)
+    (one,) = pairing_warnings(recorded(), 20, LengthWeight.BNPO, None, ["bnpo"])
     assert one.code == "one_micro_batch"
-    assert pairing_warnings(recorded(micro_batch=0), 20, LengthWeight.BNPO) == []
+    assert pairing_warnings(recorded(micro_batch=0), 20, LengthWeight.BNPO, None, ["bnpo"]) == []
 
 
 def test_a_heavy_tail_is_said_where_it_matters_and_not_of_a_tiny_step() -> None:

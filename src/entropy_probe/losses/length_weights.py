@@ -17,12 +17,14 @@ from entropy_probe.errors import InputError
 class LengthWeight(StrEnum):
     """How the training loss weighs a response by its length: w_ng in Ȳ = (1/B) Σ_n Σ_g A_ng w_ng ∇S_ng.
 
-    T_ng is the number of response tokens, end token included, and G_n the prompt's number of responses.
+    T_ng is the number of response tokens in the loss, end token included, G_n the prompt's number of responses and N that of
+    all B prompts.
 
-    ``guide``: 1/(G_n L_n), L_n the prompt's longest response. ``dr_grpo``: 1/(G_n L_max), L_max the trainer's constant
-    (``max_completion_length``; arXiv 2503.20783). ``grpo``: 1/(G_n T_ng) (arXiv 2402.03300). ``dapo``: B/ΣT over the
+    ``guide``: 1/(G_n L_n), L_n the prompt's longest response. ``dr_grpo``: B/(N L_max), L_max the trainer's constant
+    (``max_completion_length``; arXiv 2503.20783). ``grpo``: B/(N T_ng) (arXiv 2402.03300). ``dapo``: B/ΣT over the
     accumulation window (arXiv 2503.14476). ``bnpo``: B/(K ΣT_k) over the response's micro-batch k of K, as TRL has it.
-    ``luspo``: B/N, the mean over responses of the sum over tokens. Source: docs/method.md, section 4.
+    ``luspo``: B/N, the mean over responses of the sum over tokens. B/N is 1/G where every prompt has G responses; where they
+    differ, as in one of several steps on a batch, a trainer's mean is over responses. Source: docs/method.md, section 4.
 
     Example:
         >>> from entropy_probe import LengthWeight, Settings
@@ -44,8 +46,9 @@ class LossAggregation(StrEnum):
 
     ``token-mean``: over all tokens. ``seq-mean-token-sum``: over responses, tokens summed. ``seq-mean-token-mean``: over
     responses, tokens averaged. ``seq-mean-token-sum-norm``: over responses, tokens summed and divided by the trainer's constant
-    (``max_completion_length``). Responses without a token in the loss do not count.
-    Source: verl, trainer/ppo/core_algos.py.
+    (``max_completion_length``). Responses without a token in the loss count as responses. This is verl from 0.8 on: its workers
+    hand ``agg_loss`` the tokens and the rows of the whole mini-batch (``global_batch_size``). Before, each micro-batch had its
+    own mean. Sources: verl, trainer/ppo/core_algos.py (``agg_loss``) and workers/utils/losses.py (``ppo_loss``).
 
     Example:
         >>> from entropy_probe import LossAggregation, Settings
@@ -75,10 +78,10 @@ def length_weights(
 ) -> Tensor:
     """w_ng with a_ng = A_ng w_ng and Ȳ = (1/B) Σ_n Σ_g a_ng ∇S_ng; float64 [N].
 
-    ``guide``: 1/(G_n L_n), L_n the prompt's longest response. ``dr_grpo``: 1/(G_n L_max). ``grpo``: 1/(G_n T_ng).
-    ``dapo``: B/ΣT over the accumulation window. ``bnpo``: B/(K ΣT_k) over the response's micro-batch k of K. With N' the
-    responses that have a token in the loss: ``token-mean`` as ``dapo``, ``seq-mean-token-sum`` B/N', ``seq-mean-token-mean``
-    B/(N' T_ng), ``seq-mean-token-sum-norm`` B/(N' L_max).
+    ``guide``: 1/(G_n L_n), L_n the prompt's longest response. Of the N responses of B prompts, ``dr_grpo`` and
+    ``seq-mean-token-sum-norm``: B/(N L_max). ``grpo`` and ``seq-mean-token-mean``: B/(N T_ng). ``luspo`` and
+    ``seq-mean-token-sum``: B/N. ``dapo`` and ``token-mean``: B/ΣT over the accumulation window. ``bnpo``: B/(K ΣT_k) over the
+    response's micro-batch k of K.
 
     Args:
         lengths: T_ng, response tokens in the loss; 0 counts as 1, as trainers have it.
@@ -89,29 +92,25 @@ def length_weights(
         micro_batches: the micro-batch of each response (``bnpo``); one for all if not given.
 
     Raises:
-        InputError: ``dr_grpo`` without L_max, an L_max shorter than a response, or a rule that is not known.
+        InputError: a rule of :data:`HAS_CONSTANT` without L_max, an L_max below a T_ng, or a rule that is not known.
     """
     counts = torch.tensor(lengths, dtype=torch.float64)
     tokens = counts.clamp(min=1.0)
-    sizes = repeat_by_group(group_sizes, group_sizes)
     prompts = len(group_sizes)
-    # Rows with no token in the loss count among TRL's, and not among verl's.
-    share = prompts / max(1.0, float((counts > 0).sum()))
+    # G, where prompts have as many responses each: a trainer's mean over responses times B.
+    responses = len(tokens) / prompts
     match rule if isinstance(rule, LossAggregation) else member("length_weight", rule, LengthWeight):
         case LengthWeight.GUIDE:
+            sizes = repeat_by_group(group_sizes, group_sizes)
             longest = [float(part.max()) for part in by_group(tokens, group_sizes)]
             return 1.0 / (sizes * repeat_by_group(longest, group_sizes))
-        case LengthWeight.GRPO:
-            return 1.0 / (sizes * tokens)
-        case LengthWeight.LUSPO:
-            return torch.full_like(tokens, prompts / len(tokens))
-        case LossAggregation.SEQ_MEAN_TOKEN_SUM:
-            return torch.full_like(tokens, share)
-        case LossAggregation.SEQ_MEAN_TOKEN_MEAN:
-            return share / tokens
-        case LossAggregation.SEQ_MEAN_TOKEN_SUM_NORM:
+        case LengthWeight.GRPO | LossAggregation.SEQ_MEAN_TOKEN_MEAN:
+            return 1.0 / (responses * tokens)
+        case LengthWeight.LUSPO | LossAggregation.SEQ_MEAN_TOKEN_SUM:
+            return torch.full_like(tokens, 1.0 / responses)
+        case LengthWeight.DR_GRPO | LossAggregation.SEQ_MEAN_TOKEN_SUM_NORM:
             constant = _trainers_constant(rule, max_completion_length, max(lengths))
-            return torch.full_like(tokens, share / constant)
+            return torch.full_like(tokens, 1.0 / (responses * constant))
         case LengthWeight.DAPO | LossAggregation.TOKEN_MEAN:
             window = window_tokens if window_tokens is not None else max(1.0, float(counts.sum()))
             return torch.full_like(tokens, prompts / window)
@@ -121,8 +120,6 @@ def length_weights(
             index = torch.unique(torch.tensor(list(micro_batches)), return_inverse=True)[1]
             sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, counts)
             return prompts / (len(sums) * sums.clamp(min=1.0)[index])
-        case LengthWeight.DR_GRPO:
-            return 1.0 / (sizes * _trainers_constant(rule, max_completion_length, max(lengths)))
         case unknown:
             assert_never(unknown)
 

@@ -83,6 +83,7 @@ class NamedLoss:
         clips: whether ε decides where the ratio is not 1.
         of_trl: whether TRL has it: its entropy bonus is then TRL's mean over a micro-batch's tokens.
         corrects_itself: whether a correction for the sampler is in the formula, and not beside it.
+        level: whose ratio it takes, where the name itself says so.
     """
 
     make: Callable[[LossConstants], TokenLoss]
@@ -90,16 +91,13 @@ class NamedLoss:
     clips: bool = True
     of_trl: bool = True
     corrects_itself: bool = False
+    level: RatioLevel | None = None
 
 
 def _clipped(constants: LossConstants) -> TokenLoss:
     return PPOClip(
         constants.epsilon_low, constants.epsilon_high, constants.delta, constants.dual_clip, level=constants.level
     )
-
-
-def _of_whole_responses(constants: LossConstants) -> TokenLoss:
-    return PPOClip(constants.epsilon_low, constants.epsilon_high, constants.delta, level=RatioLevel.SEQUENCE)
 
 
 def _vespo(constants: LossConstants) -> TokenLoss:
@@ -115,7 +113,7 @@ NAMED: Mapping[LossName, NamedLoss] = {
     LossName.SAPO: NamedLoss(lambda c: SAPO(*c.sapo_temperatures, level=c.level), LengthWeight.GRPO, clips=False),
     LossName.LUSPO: NamedLoss(_clipped, LengthWeight.LUSPO),
     LossName.VESPO: NamedLoss(_vespo, LengthWeight.DAPO, clips=False, corrects_itself=True),
-    LossName.GSPO: NamedLoss(_of_whole_responses, LengthWeight.GRPO),
+    LossName.GSPO: NamedLoss(_clipped, LengthWeight.GRPO, level=RatioLevel.SEQUENCE),
     LossName.GMPO: NamedLoss(
         lambda c: GMPO(c.epsilon_low, c.epsilon_high), LossAggregation.SEQ_MEAN_TOKEN_MEAN, of_trl=False
     ),

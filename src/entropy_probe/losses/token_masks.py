@@ -22,6 +22,7 @@ def high_entropy_mask(rows: LossRows, quantile: float) -> Tensor:
     for part in range(int(rows.micro_batch_of_token.max()) + 1):
         inside = (rows.micro_batch_of_token == part) & (rows.mask > 0)
         if bool(inside.any()):
+            # In the entropies' own precision: a token that is the quantile itself is kept, as where TRL's are float32.
             found[inside & (entropies >= torch.quantile(entropies[inside], 1.0 - quantile))] = 1.0
     return found
 

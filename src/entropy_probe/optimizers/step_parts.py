@@ -106,6 +106,7 @@ def predict_parts(
     sizes: Sequence[int],
     terms: Sequence[str] = (),
     term_kernels: FloatArray | None = None,
+    weights: FloatArray | None = None,
 ) -> StepPrediction:
     """From the dots of :class:`~entropy_probe.optimizers.steps_of_others.StepsOfOthers`; two units or more.
 
@@ -116,6 +117,7 @@ def predict_parts(
         sizes: s_u.
         terms: names of the terms of the loss beside the reward's.
         term_kernels: XS_u · (W YᵏS_w + ∂W/∂Ȳ Ȳᵏ YS_w) of each, [terms, U, U]; None where vectors were streamed.
+        weights: W_u / W̄, where X carry 1/W̄ (:mod:`~entropy_probe.statistics.tied_units`), [U]; None where they do not.
     """
     counts = np.asarray(sizes, dtype=np.float64)[:, None]
     pairs = counts * (counts.sum() - counts)
@@ -124,10 +126,11 @@ def predict_parts(
     updated, at_t = rows[:, :3], rows[:, 3:6]
     values = (shares * updated).sum(0)
     noise, why_not = _shared(kernel, counts)
+    # What a unit does to W̄, by which all rows are divided.
+    tied = np.zeros_like(counts) if weights is None else counts / counts.sum() * (weights[:, None] - 1.0)
     found: dict[str, TermShare] = {}
     if terms:
         of_terms, terms_at_t = np.split(rows[:, 6:], 2, axis=1)
-        weights = shares[:, 1]
         names = (REWARD, *terms)
         # The reward's is what is left of the gradient's part.
         left = (updated[:, 1] - of_terms.sum(1), at_t[:, 1] - terms_at_t.sum(1))
@@ -136,10 +139,12 @@ def predict_parts(
             matrices = [kernel - term_kernels.sum(0), *term_kernels]
         for k, (name, matrix) in enumerate(zip(names, matrices, strict=True)):
             own, own_at_t = left if k == 0 else (of_terms[:, k - 1], terms_at_t[:, k - 1])
-            value = float(weights @ own)
-            estimate = _estimate(value + 0.0, weights * (own - value), _shared(matrix, counts)[0], why_not)
-            found[name] = TermShare(estimate, float(weights @ own_at_t) + 0.0)
-    return StepPrediction(values, (shares * at_t).sum(0), shares * (updated - values), noise, why_not, found)
+            value = float(shares[:, 1] @ own)
+            deviations = shares[:, 1] * (own - value) - value * tied[:, 0]
+            estimate = _estimate(value + 0.0, deviations, _shared(matrix, counts)[0], why_not)
+            found[name] = TermShare(estimate, float(shares[:, 1] @ own_at_t) + 0.0)
+    deviations = shares * (updated - values) - values * tied
+    return StepPrediction(values, (shares * at_t).sum(0), deviations, noise, why_not, found)
 
 
 def _estimate(value: float, deviations: FloatArray, noise: float | None, why_not: str) -> Estimate:

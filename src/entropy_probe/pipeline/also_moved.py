@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import some_of
 from entropy_probe.gradients import Plan, Storage, UnitGradients
@@ -96,13 +97,22 @@ def without_dear_ones(
     return plan_for(2), also.withheld(f"{why}; set targets to true for these too")
 
 
-def target_sections(also: AlsoMoved, gradients: UnitGradients, interval: IntervalMethod | None) -> list[TargetSection]:
-    """The report's list of targets, in the order of :data:`~entropy_probe.targets.registry.ALSO_MOVED`."""
+def target_sections(
+    also: AlsoMoved, gradients: UnitGradients, interval: IntervalMethod | None, weights: FloatArray | None
+) -> list[TargetSection]:
+    """The report's list of targets, in the order of :data:`~entropy_probe.targets.registry.ALSO_MOVED`.
+
+    Args:
+        also: which were differentiated.
+        gradients: theirs.
+        interval: how intervals are made.
+        weights: of units, as :func:`~entropy_probe.statistics.u_statistics.cross_statistics` takes them.
+    """
     given = {target.name for target in also.given}
     return [
         TargetSection.of(
             target.name,
-            cross_statistics(gradients.step_weighted_of(target.name), interval)
+            cross_statistics(gradients.step_weighted_of(target.name), interval, weights)
             if target.name in given
             else also.reasons[target.name],
         )

@@ -23,6 +23,7 @@ from entropy_probe.report.sections import (
     checkpoint,
     engine,
     first_order,
+    off_policy,
     realized,
     sweep,
     two_batches,
@@ -120,16 +121,17 @@ def assemble_report(found: Found, timing: Mapping[str, float]) -> Report:
     )
     two = None
     if found.two_batches is not None and evaluation is not None:
-        two = two_batches.TwoBatchSection.of(found.two_batches, evaluation)
+        two = two_batches.TwoBatchSection.of(found.two_batches, evaluation, task.off_policy_evaluation)
     return Report(
         headline=whole_headline(own_step, changes, now, unit),
         first_order=first.told(now, unit, own_step.spread_factor),
         needed=NeededSection.of(step, len(batch.groups) / len(units.ranges), task.settings.target_se),
         noise=NoiseSection.of(found.noise, step, asked=task.settings.noise),
         two_batches=two,
-        folds=None if folds is None else FoldSection.of(folds, kernel, units.mode),
+        folds=None if folds is None else FoldSection.of(folds, kernel, units.mode, task.unit_weights),
         adamw=own_step,
-        targets=target_sections(task.also, found.gradients, task.settings.interval),
+        off_policy=task.off_policy,
+        targets=target_sections(task.also, found.gradients, task.settings.interval, task.unit_weights),
         what_if=WhatIfSection.of(found.what_ifs, found.fall),
         entropy=entropy,
         realized=[realized.RealizedRow.of(change, trainer.max_grad_norm) for change in changes],
@@ -156,7 +158,7 @@ def _ranks(found: Found) -> RanksSection:
 def _warnings(found: Found) -> list[Evidence]:
     """Those of every section and of the rollouts, in the order in which they are read."""
     task, subject, trainer = found.task, found.task.subject, found.task.subject.trainer
-    batch, rows = subject.batch, found.realizations.rows
+    batch, rows, rule = subject.batch, found.realizations.rows, task.rule
     stored = subject.facts.stored_learning_rates
     return [
         *subject.notes,
@@ -164,10 +166,15 @@ def _warnings(found: Found) -> list[Evidence]:
         *first_order.interval_warnings(found.statistics, found.step_statistics.negated.ci95),
         *two_batches.two_batch_warnings(found.two_batches),
         *adamw.own_step_warnings(found.step),
-        *rollout_warnings.advantage_warnings(task.rule.per_response_advantages, batch.group_sizes),
-        *rollout_warnings.on_policy_warnings(batch, found.gradients.scores),
-        *rollout_warnings.loss_warnings(trainer.length_weight, trainer.loss.source),
-        *rollout_warnings.pairing_warnings(batch, subject.facts.trainer_step, trainer.length_weight),
+        *rollout_warnings.advantage_warnings(rule.largest_advantages, rule.part.group_sizes, trainer.loss.other_terms),
+        *rollout_warnings.on_policy_warnings(batch, found.gradients.scores, task.off_policy),
+        *off_policy.few_effective_warnings(task.off_policy),
+        *rollout_warnings.loss_warnings(
+            trainer.length_weight, trainer.loss.source, clip_assumed=rule.takes_ratios and trainer.loss.name is None
+        ),
+        *rollout_warnings.pairing_warnings(
+            batch, subject.facts.trainer_step, trainer.length_weight, trainer.loss.name, trainer.loss.by_micro_batch
+        ),
         *rollout_warnings.recorder_warnings(batch),
         *rollout_warnings.padding_warnings(batch, subject.special),
         *checkpoint.parameter_warnings(found.gradients.untouched, found.trained, subject.rivals),

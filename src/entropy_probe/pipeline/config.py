@@ -14,6 +14,7 @@ from entropy_probe.report import ConfigSection
 def config_section(task: Task) -> ConfigSection:
     """The settings, with what the rollouts and the model decided of them."""
     subject, settings, trainer = task.subject, task.settings, task.subject.trainer
+    rule, correction = task.rule, trainer.loss.constants.correction
     loss, kl, bonus = trainer.loss, trainer.loss.objective.kl, trainer.loss.objective.bonus
     return ConfigSection(
         mode=settings.mode,
@@ -21,6 +22,7 @@ def config_section(task: Task) -> ConfigSection:
         estimator=settings.estimator,
         entropy=settings.entropy,
         importance_weights=settings.weighting,
+        sampler_weights=settings.sampler_weights,
         evaluation_rollouts=subject.evaluation_rollouts,
         noise=settings.noise,
         interval=settings.interval,
@@ -31,15 +33,24 @@ def config_section(task: Task) -> ConfigSection:
         resample_batch=settings.resample_batch,
         rollouts=subject.rollouts,
         freeze=list(subject.freeze),
-        advantage=task.rule.advantage_rule,
+        advantage=rule.advantage_rule,
         length_weight=trainer.length_weight,
         loss=loss.name,
         loss_agg=loss.average if isinstance(loss.average, LossAggregation) else None,
         beta=0.0 if kl is None else kl.beta,
         kl_estimator=None if kl is None else kl.estimator,
         entropy_coef=0.0 if bonus is None else bonus.coefficient,
-        epsilon_low=_or_none(loss.constants.epsilon_low),
-        epsilon_high=_or_none(loss.constants.epsilon_high),
+        epsilon_low=_or_none(loss.constants.epsilon_low) if loss.clips else None,
+        epsilon_high=_or_none(loss.constants.epsilon_high) if loss.clips else None,
+        importance_ratios=rule.takes_ratios,
+        importance_sampling_level=loss.constants.level,
+        importance_sampling_mode=None if correction is None else correction.mode,
+        top_entropy_quantile=loss.objective.top_entropy_quantile,
+        off_policy_mask_threshold=loss.objective.off_policy_threshold,
+        loss_scale=loss.scale,
+        mini_batch=rule.mini_batch,
+        update_responses=len(rule.part.responses),
+        responses=len(rule.batch.responses),
         max_completion_length=settings.max_completion_length,
         learning_rate=settings.learning_rate,
         temperature=subject.batch.temperature,

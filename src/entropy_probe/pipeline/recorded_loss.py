@@ -28,6 +28,14 @@ from entropy_probe.pipeline.settings import StepSettings
 
 TRLS_LARGEST_RATIO = 3.0
 """TRL's default of ``importance_sampling_clip_max``, taken where a correction is named without bounds."""
+OF_TOKENS = (CorrectionMode.TOKEN_TRUNCATE, CorrectionMode.TOKEN_MASK)
+OF_RESPONSES = (CorrectionMode.SEQUENCE_TRUNCATE, CorrectionMode.SEQUENCE_MASK)
+FITTING: Mapping[LossName, tuple[CorrectionMode, ...]] = {
+    LossName.VESPO: OF_TOKENS,
+    LossName.GMPO: OF_RESPONSES,
+    LossName.RLOO: OF_RESPONSES,
+}
+"""Corrections that a loss can take, where that is not all: VESPO multiplies tokens' ratios, others have one loss a response."""
 VERLS_DUAL_CLIP = 3.0
 """verl's default of ``clip_ratio_c``, which its PPO loss has where the rows say nothing."""
 
@@ -66,8 +74,28 @@ class TrainersObjective:
     @property
     def lacks_epsilon(self) -> bool:
         """Whether the clip's ε is not known, on which the update depends where the ratio is not 1."""
-        clips = self.name is None or NAMED[self.name].clips
-        return clips and math.isinf(self.constants.epsilon_high)
+        return self.clips and math.isinf(self.constants.epsilon_high)
+
+    @property
+    def clips(self) -> bool:
+        """Whether ε decides where the ratio is not 1."""
+        return self.name is None or NAMED[self.name].clips
+
+    @property
+    def by_micro_batch(self) -> tuple[str, ...]:
+        """What of it is a mean over micro-batches, in words."""
+        found = {
+            str(self.average): self.average is LengthWeight.BNPO,
+            "the entropy bonus": self.objective.bonus_of_micro_batches,
+            "the quantile of entropies": self.objective.needs_entropies,
+        }
+        return tuple(words for words, present in found.items() if present)
+
+    @property
+    def other_terms(self) -> tuple[str, ...]:
+        """The terms beside the reward's, in words."""
+        found = {"the KL term": self.objective.kl is not None, "the entropy bonus": self.objective.bonus is not None}
+        return tuple(words for words, present in found.items() if present)
 
 
 def trainers_objective(batch: RolloutBatch, asked: StepSettings, *, assumed: LengthWeight | None) -> TrainersObjective:
@@ -89,12 +117,7 @@ def trainers_objective(batch: RolloutBatch, asked: StepSettings, *, assumed: Len
         agg = _member(batch, "loss_agg", LossAggregation)
     average, source = _average(batch, asked, known, agg, assumed)
     constants = _constants(batch, asked, name)
-    beta = _number(batch, "beta", asked.beta) or 0.0
-    kl = None
-    if beta != 0.0:
-        corrected = recorded_value(batch, "use_bias_correction_kl", partial(truth, said("use_bias_correction_kl")))
-        estimator = asked.kl_estimator or recorded_value(batch, "kl_estimator", _estimator) or KLEstimator.K3
-        kl = KLTerm(beta, estimator, bias_correction=bool(corrected), level=constants.level)
+    kl = _kl(batch, asked, constants.level)
     coefficient = _number(batch, "entropy_coef", asked.entropy_coef) or 0.0
     bonus = None
     if coefficient != 0.0:
@@ -112,6 +135,21 @@ def trainers_objective(batch: RolloutBatch, asked: StepSettings, *, assumed: Len
         bonus=bonus,
     )
     return TrainersObjective(name, average, source, constants, objective, 1.0 if scale is None else scale)
+
+
+def _kl(batch: RolloutBatch, asked: StepSettings, level: RatioLevel) -> KLTerm | None:
+    """The KL term; what the rows say of it is looked at where its coefficient is 0, too."""
+    beta = _number(batch, "beta", asked.beta) or 0.0
+    corrected = recorded_value(batch, "use_bias_correction_kl", partial(truth, said("use_bias_correction_kl")))
+    estimator = asked.kl_estimator or recorded_value(batch, "kl_estimator", _estimator) or KLEstimator.K3
+    if beta == 0.0:
+        if asked.kl_estimator is not None:
+            raise InputError(
+                f"kl_estimator is {estimator}, and the loss has no KL term; give its coefficient, beta, or leave the "
+                "estimator out"
+            )
+        return None
+    return KLTerm(beta, estimator, bias_correction=bool(corrected), level=level)
 
 
 def _name(batch: RolloutBatch, averaged: bool) -> LossName | None:
@@ -169,16 +207,33 @@ def _constants(batch: RolloutBatch, asked: StepSettings, name: LossName | None) 
         epsilon_high=math.inf if high is None else high,
         delta=_number(batch, "delta"),
         dual_clip=dual_clip,
-        level=_member(batch, "importance_sampling_level", RatioLevel) or RatioLevel.TOKEN,
-        correction=_correction(batch),
+        level=_level(batch, name),
+        correction=_correction(batch, name),
         sapo_temperatures=pair(("sapo_temperature_pos", "sapo_temperature_neg"), defaults.sapo_temperatures),
         vespo_positive=pair(("vespo_k_pos", "vespo_lambda_pos"), defaults.vespo_positive),
         vespo_negative=pair(("vespo_k_neg", "vespo_lambda_neg"), defaults.vespo_negative),
     )
 
 
-def _correction(batch: RolloutBatch) -> Correction | None:
+def _level(batch: RolloutBatch, name: LossName | None) -> RatioLevel:
+    recorded, own = _member(batch, "importance_sampling_level", RatioLevel), None
+    if name is not None:
+        own = NAMED[name].level
+    if recorded is not None and own is not None and recorded is not own:
+        raise InputError(
+            f"{said('importance_sampling_level')} is {recorded}, and the loss {name} takes the ratio of the {own}; drop the "
+            "column, or name the trainer's loss"
+        )
+    return recorded or own or RatioLevel.TOKEN
+
+
+def _correction(batch: RolloutBatch, name: LossName | None) -> Correction | None:
     mode = _member(batch, "importance_sampling_mode", CorrectionMode)
+    if mode is not None and name is not None and mode not in FITTING.get(name, (mode,)):
+        raise InputError(
+            f"{said('importance_sampling_mode')} is {mode}, which {name} has no place for; expected "
+            f"{' or '.join(FITTING[name])}"
+        )
     bounds = [_number(batch, f"importance_sampling_clip_{end}") for end in ("min", "max")]
     if mode is None:
         given = [end for end, value in zip(("min", "max"), bounds, strict=True) if value is not None]

@@ -16,15 +16,22 @@ def recorded_value(batch: RolloutBatch, name: str, parse: Callable[[object], T])
     """What every row says under a name; None where none has it.
 
     Raises:
-        InputError: the rows disagree, or ``parse`` refuses the value.
+        InputError: the rows disagree, or ``parse`` refuses the value; the prompt of the row is named.
     """
     first = batch.responses[0].extra.get(name)
-    found = None if first is None else parse(first)
-    for row in batch.responses:
+    found: T | None = None
+    for place, row in enumerate(batch.responses):
         value = row.extra.get(name)
-        if (None if value is None else parse(value)) != found:
+        try:
+            parsed = None if value is None else parse(value)
+        except InputError as error:
+            raise InputError(f"prompt_id {row.prompt_id!r}: {error}") from error
+        if place == 0:
+            found = parsed
+        elif parsed != found:
             raise InputError(
-                f"the rows disagree about {name} ({shown(first)} and {shown(value)}); give the rows of one step"
+                f"prompt_id {row.prompt_id!r}: the rows disagree about {name} ({shown(first)} and {shown(value)}); give the "
+                "rows of one step"
             )
     return found
 

@@ -347,13 +347,14 @@ def _probe_as_marked(
     if subject.evaluation is not None:
         refuse_unsampled(subject.evaluation, subject.special, "the evaluation rollouts")
     task, preparation = make_task(subject, settings, earlier, clock, progress)
+    subject = task.subject
     evaluation, optimizer, policy = subject.evaluation, subject.optimizer, task.policy
     trainer = subject.trainer
 
     with clock.stage("gradients"):
         gradients = gradients_of_units(task, preparation.rules)
     rules = gradients.rules or preparation.rules
-    statistics = cross_statistics(gradients.total, settings.interval)
+    statistics = cross_statistics(gradients.total, settings.interval, task.unit_weights)
     two_batches = None
     if evaluation is not None:
         with clock.stage("evaluation"):
@@ -362,18 +363,25 @@ def _probe_as_marked(
         realized = realize_steps(task, gradients, rules)
 
     # Only now: an absurd learning rate, which would overflow here, has been refused by its step.
-    step_statistics = cross_statistics(gradients.step_weighted, settings.interval)
+    step_statistics = cross_statistics(gradients.step_weighted, settings.interval, task.unit_weights)
     noise = None
     if gradients.third_directions is not None and step_statistics.parts is not None:
         with clock.stage("noise"):
             noise = noise_by_responses(task, gradients, gradients.third_directions, step_statistics, rules)
     norm = gradient_norm(gradients.ascent, policy.sharding)
     weights = gradient_weights(optimizer, gradients.ascent, clip_factor(norm, trainer.max_grad_norm))
-    gradient_statistics = None if weights is None else cross_statistics(gradients.weighted(weights))
+    gradient_statistics = (
+        None if weights is None else cross_statistics(gradients.weighted(weights), weights=task.unit_weights)
+    )
     assert gradients.looked is not None
     looked = gradients.looked
     step = predict_parts(
-        looked.along, looked.kernel, task.plan.units.sizes, tuple(task.update.terms), looked.term_kernels
+        looked.along,
+        looked.kernel,
+        task.plan.units.sizes,
+        tuple(task.update.terms),
+        looked.term_kernels,
+        task.unit_weights,
     )
     positive = None
     if settings.what_if_no_negatives:

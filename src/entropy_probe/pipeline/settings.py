@@ -28,7 +28,7 @@ from entropy_probe.pipeline.torch_types import Autocast, autocast_setting, dtype
 from entropy_probe.statistics.importance_sampling import Weighting
 from entropy_probe.statistics.intervals import IntervalMethod
 from entropy_probe.statistics.linearity import SweepRange
-from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator, SamplerWeights
 
 
 class ShardingChoice(StrEnum):
@@ -245,11 +245,26 @@ class Target(Part):
         partial(member, kind=Weighting),
         "Over which responses the realised change normalises its importance weights.",
     )
+    sampler_weights: SamplerWeights = setting(
+        SamplerWeights.AUTO,
+        partial(member, kind=SamplerWeights),
+        "How rows of another policy count: by the ratio of whole responses, of the tokens before each position, or once (off); "
+        "auto: by their effective sample size.",
+    )
     zero_v: ZeroV = setting(
         ZeroV.LEAVE_OUT,
         partial(member, kind=ZeroV),
         "Elements with v = 0: left out of P, δH₁ and its step, or with P = 1/ε (guide).",
     )
+
+    def __post_init__(self) -> None:
+        """Refuse weights by token where the estimator weighs whole responses."""
+        super().__post_init__()
+        if self.sampler_weights is SamplerWeights.PREFIX and self.estimator is Estimator.SCORE:
+            raise InputError(
+                "sampler_weights is prefix, but the score estimator weighs whole responses alone; set sampler_weights to "
+                "response or auto, or estimator to rao-blackwell"
+            )
 
 
 @described

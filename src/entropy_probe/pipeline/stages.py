@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.common.progress import Clock, Progress
 from entropy_probe.data.rollouts import RolloutBatch, SpecialIds
@@ -57,6 +59,7 @@ from entropy_probe.pipeline.inputs import (
     units_on_a_rank,
 )
 from entropy_probe.pipeline.recorded import TrainersStep
+from entropy_probe.pipeline.sampler_weights import may_need_weights, reweighted
 from entropy_probe.pipeline.settings import Analyses, Settings
 from entropy_probe.pipeline.torch_types import dtype_name
 from entropy_probe.pipeline.update import Update, UpdateRule
@@ -68,6 +71,8 @@ from entropy_probe.realized.rows import Realizer
 from entropy_probe.realized.steps import HELD_OUT, SAME
 from entropy_probe.realized.sweep import SweepCurve, sweep
 from entropy_probe.report import CheckpointSection, rollout_warnings
+from entropy_probe.report.sections.off_policy import OffPolicySection, few_effective_warnings
+from entropy_probe.statistics.importance_sampling import base_weights
 from entropy_probe.statistics.noise import LEAST_UNITS, NoiseParts, noise_of
 from entropy_probe.statistics.two_batches import TwoBatchStatistics, folds_of, two_batch_statistics
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
@@ -103,14 +108,16 @@ class Task:
     """What follows from a subject and the settings before any gradient is taken.
 
     Attributes:
-        subject: what is probed.
+        subject: what is probed; its rollouts with what each response counts.
         settings: as asked for.
         policy: the model at θ, as it was prepared.
         target: what X estimates.
         also: what else is differentiated.
         rule: the trainer's loss over the rows that the step consumes.
         update: Y's coefficients by it.
-        measured: log-probs of every response token at θ, where the coefficients depend on them; else None.
+        measured: log-probs of every response token at θ, where coefficients or weights depend on them; else None.
+        off_policy: what responses of another policy count in X and in the entropy, and why.
+        off_policy_evaluation: the same of the evaluation rollouts.
         geometry: P and η by name, and the type of unit vectors.
         plan: units, and whether their vectors are stored.
         memory_bytes: that may be used, of one rank.
@@ -126,6 +133,8 @@ class Task:
     rule: UpdateRule
     update: Update
     measured: Measured | None
+    off_policy: OffPolicySection
+    off_policy_evaluation: OffPolicySection
     geometry: Geometry
     plan: Plan
     memory_bytes: float
@@ -136,6 +145,15 @@ class Task:
     def vector_dtype(self) -> torch.dtype:
         """Of unit vectors."""
         return self.geometry.vector_dtype(self.policy.dtype)
+
+    @property
+    def unit_weights(self) -> FloatArray | None:
+        """W_u / W̄ of every unit, [U], where responses of another policy are weighed."""
+        batch = self.subject.batch
+        if batch.importance is None:
+            return None
+        of_prompts = batch.importance.of_prompts(batch.group_sizes).numpy()
+        return np.array([of_prompts[prompts.start : prompts.stop].mean() for prompts in self.plan.units.ranges])
 
 
 def make_task(
@@ -166,6 +184,8 @@ def make_task(
     rule = UpdateRule.of(batch, subject.trainer, settings.advantage)
     # What needs no model is refused before anything is computed.
     update = None if rule.needs_forward else rule.update(None)
+    weighs = may_need_weights(batch, settings)
+    weighs_evaluation = evaluation is not None and may_need_weights(evaluation, settings)
     ranks = subject.sharding.ranks
     memory = settings.memory_bytes if settings.memory_bytes is not None else free_memory(policy.device, ranks)
     geometry = Geometry.of(subject.optimizer, settings.vector_dtype)
@@ -195,10 +215,19 @@ def make_task(
         )
         policy = preparation.applied(policy)
     measured = None
-    if update is None:
-        with clock.stage("update"):
+    if update is None or weighs:
+        with clock.stage("log_probs"):
             measured = measured_at_theta(policy, batch, progress, entropies=rule.loss.objective.needs_entropies)
-            update = rule.update(measured)
+    update = rule.update(measured) if update is None else update
+    batch, off_policy = reweighted(batch, measured if weighs else None, settings)
+    off_policy_evaluation = off_policy
+    if evaluation is not None:
+        found = None
+        if weighs_evaluation:
+            with clock.stage("evaluation_log_probs"):
+                found = measured_at_theta(policy, evaluation, progress, entropies=False)
+        evaluation, off_policy_evaluation = reweighted(evaluation, found, settings)
+    subject = replace(subject, batch=batch, evaluation=evaluation)
     target = EntropyTarget(settings.estimator, settings.entropy)
     if not settings.targets:
         backward = Sides(target, update.whole).backward_for_targets(batch)
@@ -221,6 +250,8 @@ def make_task(
         rule=rule,
         update=update,
         measured=measured,
+        off_policy=off_policy,
+        off_policy_evaluation=off_policy_evaluation,
         geometry=geometry,
         plan=plan,
         memory_bytes=memory,
@@ -290,7 +321,9 @@ def against_evaluation(task: Task, evaluation: RolloutBatch, rules: Rules | None
         rules=rules,
         progress=task.progress,
     )
-    return two_batch_statistics(kernel.numpy())
+    importance = evaluation.importance
+    weights = None if importance is None else importance.of_prompts(evaluation.group_sizes).numpy()
+    return two_batch_statistics(kernel.numpy(), weights)
 
 
 @dataclass(frozen=True)
@@ -329,7 +362,11 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
             max_grad_norm=task.subject.trainer.max_grad_norm,
             rounding=RoundingRule(settings.weight_rounding, settings.seed),
         )
-        before = Measured(gradients.scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
+        if same_arithmetic:
+            log_probs = None if task.measured is None else task.measured.log_probs
+            before = Measured(gradients.scores, gradients.token_entropies, log_probs)
+        else:
+            before = realizer.measured(batch)
         steps = realizer.steps(gradients.ascent)
         rows = realizer.realized(batch, before, steps, SAME)
         factors = () if settings.sweep is None else settings.sweep.factors
@@ -349,9 +386,13 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
             if factors:
                 curves += sweep(realizer.policy, evaluation, evaluated, steps, held_out, factors, progress)
             of_evaluation = [
-                *rollout_warnings.on_policy_warnings(evaluation, evaluated.scores),
+                *rollout_warnings.on_policy_warnings(evaluation, evaluated.scores, task.off_policy_evaluation),
+                *few_effective_warnings(task.off_policy_evaluation),
                 *rollout_warnings.pairing_warnings(
-                    evaluation, task.subject.facts.trainer_step, task.subject.trainer.length_weight
+                    evaluation,
+                    task.subject.facts.trainer_step,
+                    task.subject.trainer.length_weight,
+                    task.subject.trainer.loss.name,
                 ),
                 *rollout_warnings.padding_warnings(evaluation, task.subject.special),
             ]
@@ -377,7 +418,12 @@ def noise_by_responses(
         rules=rules,
         progress=task.progress,
     )
-    return noise_of(statistics, of_x.numpy(), of_y.numpy(), batch.group_sizes, task.plan.units.of_prompts)
+    x = of_x.numpy()
+    if batch.importance is not None:
+        # W̄ ties all responses: each also moves it, and with it X̄ of every third.
+        shares = batch.importance.weights.numpy() * base_weights(batch.group_sizes)
+        x = x - len(batch.groups) * shares[:, None] * (x.sum(axis=0) / len(batch.groups))[None, :]
+    return noise_of(statistics, x, of_y.numpy(), batch.group_sizes, task.plan.units.of_prompts)
 
 
 def without_negatives(task: Task, rules: Rules | None) -> CrossStatistics:
@@ -392,7 +438,7 @@ def without_negatives(task: Task, rules: Rules | None) -> CrossStatistics:
         rules=rules,
         progress=task.progress,
     )
-    return cross_statistics(gradients.step_weighted)
+    return cross_statistics(gradients.step_weighted, weights=task.unit_weights)
 
 
 def asked_what_ifs(

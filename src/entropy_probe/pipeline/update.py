@@ -8,9 +8,9 @@ no backward of its own. Source: docs/method.md, section 4.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from entropy_probe.losses.objective import TokenWeights
 from entropy_probe.losses.rows import LossRows
 from entropy_probe.model.measured import Measured
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.pipeline.recorded import TrainersStep
+from entropy_probe.pipeline.recorded import TrainersStep, recorded_count
 from entropy_probe.pipeline.recorded_loss import TrainersObjective
 from entropy_probe.targets.base import TokenPair, at_tokens, of_rows
 
@@ -79,6 +79,11 @@ class UpdateRule:
                 "and no old_logprobs; give the trainer's log-probs of its tokens before the first step on them"
             )
         found = UpdateRule(batch, _consumed(batch), trainer.loss, advantages, rule, trainer.max_completion_length)
+        if found.loss.objective.needs_entropies and (recorded_count(batch, "num_processes") or 1) > 1:
+            raise InputError(
+                "the loss keeps tokens by a quantile of entropies (top_entropy_quantile), which TRL takes over all its "
+                "processes, and that is not computed for rows of several; train on one, or without the quantile"
+            )
         for column, why in found.needed_columns():
             lacking = next((row for row in batch.responses if getattr(row, column) is None), None)
             if lacking is not None:
@@ -93,7 +98,7 @@ class UpdateRule:
         """Whether coefficients depend on log-probs or entropies at θ."""
         objective = self.loss.objective
         return (
-            self.batch.responses[0].old_logprobs is not None
+            self.takes_ratios
             or objective.kl is not None
             or objective.needs_entropies
             or objective.off_policy_threshold is not None
@@ -102,12 +107,37 @@ class UpdateRule:
         )
 
     @property
-    def per_response_advantages(self) -> Tensor:
-        """A of every response, [N]; the mean over its tokens where it has one a token."""
-        if len(self.advantages) == len(self.batch.responses):
-            return self.advantages
-        parts = torch.split(self.advantages, list(self.batch.lengths))
-        return torch.stack([part.mean() for part in parts])
+    def takes_ratios(self) -> bool:
+        """Whether the rows hold the log-probs to which the trainer takes its importance ratio."""
+        return self.batch.responses[0].old_logprobs is not None
+
+    @property
+    def mini_batch(self) -> int | None:
+        """The mini-batch that the step consumes; None where the rows say none, and all are consumed."""
+        return _first_mini_batch(self.batch)
+
+    @cached_property
+    def part(self) -> RolloutBatch:
+        """The rows that the step consumes."""
+        if all(self.consumed):
+            return self.batch
+        taken = iter(self.consumed)
+        groups = (
+            replace(group, responses=tuple(row for row in group.responses if next(taken)))
+            for group in self.batch.groups
+        )
+        return RolloutBatch(tuple(group for group in groups if group.responses), self.batch.temperature)
+
+    @property
+    def largest_advantages(self) -> Tensor:
+        """Of the rows that the step consumes the largest |A| among their tokens in the loss, one a response of :attr:`part`."""
+        part = self.part
+        values = at_tokens(of_rows(self.advantages, self._kept, self.batch), part.lengths).abs()
+        return torch.stack([v.max() for v in torch.split(values * _or_ones(part, "loss_mask"), list(part.lengths))])
+
+    @property
+    def _kept(self) -> list[int]:
+        return [row for row, taken in enumerate(self.consumed) if taken]
 
     def without_negatives(self) -> UpdateRule:
         """The same with no advantage below zero."""
@@ -122,9 +152,8 @@ class UpdateRule:
         Raises:
             InputError: the ratio is not 1 and the clip is not known.
         """
-        kept = [row for row, taken in enumerate(self.consumed) if taken]
-        part = self._part()
-        rows = self._rows(part, kept, measured)
+        kept, part = self._kept, self.part
+        rows = self._rows(measured)
         self._check_clip(rows)
         average = at_tokens(
             resolve_length_weights(part, self.loss.average, self.max_completion_length, rows.tokens_in_loss),
@@ -145,27 +174,17 @@ class UpdateRule:
         needed = [("ref_logprobs", "the KL term")] if objective.kl is not None else []
         if self.loss.constants.correction is not None:
             needed.append(("logprobs", "the correction for the sampler"))
+        # Without any of the sampler's, the drift is that from the trainer's old ones.
+        if objective.off_policy_threshold is not None and any(row.logprobs for row in self.batch.responses):
+            needed.append(("logprobs", "the off-policy mask"))
         return needed
 
-    def _part(self) -> RolloutBatch:
-        """The rows that the step consumes."""
-        if all(self.consumed):
-            return self.batch
-        taken = iter(self.consumed)
-        groups = (
-            replace(group, responses=tuple(row for row in group.responses if next(taken)))
-            for group in self.batch.groups
-        )
-        return replace(self.batch, groups=tuple(group for group in groups if group.responses))
+    def _rows(self, measured: Measured | None) -> LossRows:
+        kept, part = self._kept, self.part
 
-    def _rows(self, part: RolloutBatch, kept: Sequence[int], measured: Measured | None) -> LossRows:
         def column(name: str) -> Tensor | None:
             values = part.of_tokens(name)
             return None if values is None else torch.tensor(values, dtype=torch.float64)
-
-        def or_ones(name: str) -> Tensor:
-            parts = (row.at_sampled(getattr(row, name) or (1,) * len(row.response_ids)) for row in part.responses)
-            return torch.tensor(list(itertools.chain.from_iterable(parts)), dtype=torch.float64)
 
         log_probs = entropies = None
         if self.needs_forward:
@@ -179,8 +198,8 @@ class UpdateRule:
             # At ratio 1 no loss depends on them.
             torch.zeros(part.tokens, dtype=torch.float64) if log_probs is None else log_probs,
             at_tokens(of_rows(self.advantages, kept, self.batch), part.lengths),
-            or_ones("loss_mask"),
-            token_weights=or_ones("token_weight"),
+            _or_ones(part, "loss_mask"),
+            token_weights=_or_ones(part, "token_weight"),
             old_log_probs=column("old_logprobs"),
             sampler_log_probs=column("logprobs"),
             ref_log_probs=column("ref_logprobs"),
@@ -192,11 +211,13 @@ class UpdateRule:
         """Refuse a ratio that is not 1 under a clip that nobody gives."""
         if rows.old_log_probs is None or not self.loss.lacks_epsilon:
             return
-        gap = float(((rows.log_probs - rows.old_log_probs) * rows.mask).abs().max())
-        if gap > SAME_POLICY:
+        gaps = ((rows.log_probs - rows.old_log_probs) * rows.mask).abs()
+        if float(gaps.max()) > SAME_POLICY:
+            farthest = self.part.responses[int(rows.row_of_token[gaps.argmax()])]
             raise InputError(
-                f"old_logprobs differ from this checkpoint's by up to {gap:.3g} nats a token, so that the loss clips its "
-                "importance ratio, and neither rows nor settings say where; give epsilon_low and epsilon_high"
+                f"old_logprobs differ from this checkpoint's by up to {float(gaps.max()):.3g} nats a token (prompt_id "
+                f"{farthest.prompt_id!r}), so that the loss clips its importance ratio, and neither rows nor settings say "
+                "where; give epsilon_low and epsilon_high"
             )
 
     def _laid_out(self, weights: TokenWeights, kept: Sequence[int]) -> Update:
@@ -226,7 +247,16 @@ def _one_a_response(pair: TokenPair, batch: RolloutBatch) -> Tensor | TokenPair:
     return pair
 
 
+def _or_ones(batch: RolloutBatch, column: str) -> Tensor:
+    """A column's values at the tokens that the policy drew, [tokens]; ones in rows that lack it."""
+    return torch.tensor(batch.of_tokens(column, 1.0), dtype=torch.float64)
+
+
+def _first_mini_batch(batch: RolloutBatch) -> int | None:
+    return min((row.mini_batch for row in batch.responses if row.mini_batch is not None), default=None)
+
+
 def _consumed(batch: RolloutBatch) -> tuple[bool, ...]:
     """Of rows that say which mini-batch they are in, those of the first: the step that comes next."""
-    first = min((row.mini_batch for row in batch.responses if row.mini_batch is not None), default=None)
+    first = _first_mini_batch(batch)
     return tuple(row.mini_batch == first for row in batch.responses)

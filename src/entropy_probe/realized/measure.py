@@ -19,7 +19,7 @@ from entropy_probe.statistics.importance_sampling import (
     linear_term,
     resampled_change,
 )
-from entropy_probe.targets.base import Sample
+from entropy_probe.targets.base import Sample, TokenPair
 from entropy_probe.targets.entropy import EntropyTarget
 
 
@@ -42,18 +42,31 @@ class EntropyMeasure:
             entropies=self._entropies(batch, before) if self.target.needs_token_entropies else None,
             lengths=self._lengths(batch),
             weighting=self.weighting,
+            log_weights=None if batch.importance is None else batch.importance.log_weights.numpy(),
         )
+
+    def derivative(self, batch: RolloutBatch, before: Measured) -> TokenPair | None:
+        """That derivative as what multiplies ∇log π and ∇H_t at every token, where weights are by prefix; else None."""
+        if not self.target.weighs_by_prefix(batch.importance):
+            return None
+        return self.target.derivative(Sample.of(batch, before))
 
     def resampled(self, batch: RolloutBatch, before: Measured, fresh: RolloutBatch, after: Measured) -> EntropyChange:
         """ΔH with ``fresh`` responses to the same prompts that were drawn and scored after the step."""
+        entropies, lengths = self._counted(batch, before)
+        entropies_after, lengths_after = self._counted(fresh, after)
         return resampled_change(
-            self._entropies(batch, before),
-            self._entropies(fresh, after),
+            entropies,
+            entropies_after,
             batch.group_sizes,
             fresh.group_sizes,
-            lengths=self._lengths(batch),
-            lengths_after=self._lengths(fresh),
+            lengths=lengths,
+            lengths_after=lengths_after,
         )
+
+    def _counted(self, batch: RolloutBatch, measured: Measured) -> tuple[FloatArray, FloatArray | None]:
+        entropies, lengths = self.target.counted(Sample.of(batch, measured))
+        return entropies.numpy(), None if lengths is None else lengths.numpy()
 
     def _entropies(self, batch: RolloutBatch, measured: Measured) -> FloatArray:
         found: FloatArray = self.target.values(Sample.of(batch, measured)).numpy()

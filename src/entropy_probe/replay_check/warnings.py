@@ -32,7 +32,9 @@ def replay_warnings(
         *learning_rate_warnings(case.adam.group_rates, case.trainer.learning_rate_source, loaded.adam.learning_rates),
         *clipping_warnings(batch, case.step.gradient_norm, case.max_grad_norm),
         *on_policy_warnings(batch, measured.scores),
-        *pairing_warnings(batch, loaded.trainer_step, case.length_weight),
+        *pairing_warnings(
+            batch, loaded.trainer_step, case.length_weight, case.trainer.loss.name, case.trainer.loss.by_micro_batch
+        ),
         *recorder_warnings(batch),
     ]
     fact = incomplete(batch, case.num_generations)

@@ -24,6 +24,7 @@ from entropy_probe.report.sections.first_order import FirstOrder
 from entropy_probe.report.sections.folds import FoldSection
 from entropy_probe.report.sections.needed import NeededSection
 from entropy_probe.report.sections.noise import NoiseSection
+from entropy_probe.report.sections.off_policy import OffPolicySection
 from entropy_probe.report.sections.ranks import RanksSection
 from entropy_probe.report.sections.realized import RealizedRow
 from entropy_probe.report.sections.sweep import SweepSection
@@ -46,6 +47,7 @@ class Report:
     two_batches: TwoBatchSection | None
     folds: FoldSection | None
     adamw: AdamWSection
+    off_policy: OffPolicySection
     targets: list[TargetSection]
     what_if: WhatIfSection
     entropy: EntropySection

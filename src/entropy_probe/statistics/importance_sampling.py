@@ -7,6 +7,8 @@ its prompt's entropy (−S_i, or Σ_t H_t by Rao-Blackwell), and τ_i its exposu
     ĥ(θ) = Σ b_i v_i / Σ b_i τ_i       ĥ(θ⁺) = Σ ŵ_i v⁺_i / Σ ŵ_i τ_i       ΔH = ĥ(θ⁺) − ĥ(θ)     nats per response or token
     ESS = 1 / Σ ŵ²                     SE² = B/(B−1) Σ_n ( Σ_{i∈n} [ŵ_i (v⁺_i − ĥ⁺ τ_i) / τ̄⁺ − b_i (v_i − ĥ τ_i) / τ̄] )²
 
+Responses that another policy drew have b_i w_i / Σ b w in the place of b_i, w_i = exp(S_i − S_i^sampler).
+
 The standard error is clustered by prompt (delta method). Weights may be normalised prompt by prompt instead, Σ_{i∈n} ŵ_i = 1/B.
 With dS_i = g_i · Δθ the linear term of this very estimator is Σ b_i [dv_i + (e_i − ē) dS_i] / τ̄ with e_i = v_i − ĥ τ_i and ē
 its mean (zero; of the prompt's own where weights are), and dv_i = −dS_i for the score. Sources: docs/method.md, section
@@ -107,7 +109,7 @@ def importance_weights(
     response_weights: FloatArray,
     group_sizes: Sequence[int] | None = None,
 ) -> ImportanceWeights:
-    """ŵ, ESS and Pareto diagnostics from S and S⁺ (nats, [N]) and the b_i that sum to 1.
+    """ŵ, ESS and Pareto diagnostics from S (of the policy that drew) and S⁺ (nats, [N]) and the b_i that sum to 1.
 
     With ``group_sizes`` the weights are normalised prompt by prompt, each prompt's to the sum of its b_i.
     """
@@ -177,6 +179,7 @@ def entropy_change(
     entropies: tuple[FloatArray, FloatArray] | None = None,
     lengths: FloatArray | None = None,
     weighting: Weighting = Weighting.GLOBAL,
+    log_weights: FloatArray | None = None,
 ) -> EntropyChange:
     """ΔH with its clustered standard error.
 
@@ -187,6 +190,7 @@ def entropy_change(
         entropies: v and v⁺, [N] each; None takes −S and −S⁺.
         lengths: T_i for the entropy per token, [N]; None for the entropy per response.
         weighting: how importance weights are normalised.
+        log_weights: log w_i of responses that another policy drew, up to a common constant, [N]; None for ones.
 
     Raises:
         ValueError: a score is not finite.
@@ -197,12 +201,15 @@ def entropy_change(
     v, v_after = (-scores, -scores_after) if entropies is None else entropies
     exposure = np.ones(len(scores)) if lengths is None else lengths
     prompt_by_prompt = _prompt_by_prompt(weighting)
-    found = importance_weights(scores, scores_after, base, group_sizes if prompt_by_prompt else None)
+    assert log_weights is None or not prompt_by_prompt, "the caller refuses another policy's rows normalised by prompt"
+    drawn_at = scores if log_weights is None else scores - log_weights
+    found = importance_weights(drawn_at, scores_after, base, group_sizes if prompt_by_prompt else None)
+    base = _at_theta(base, log_weights)
     mean, mean_after = float(base @ exposure), float(found.weights @ exposure)
     before = float(base @ v) / mean
     after = float(found.weights @ v_after) / mean_after
     influence = found.weights * (v_after - after * exposure) / mean_after - base * (v - before * exposure) / mean
-    se = _clustered_error(np.add.reduceat(influence, group_starts(group_sizes)))
+    se = clustered_error(np.add.reduceat(influence, group_starts(group_sizes)))
     smoothed = None
     if found.smoothed is not None and not prompt_by_prompt:
         smoothed = float(found.smoothed @ v_after) / float(found.smoothed @ exposure) - before
@@ -224,9 +231,10 @@ def linear_term(
     entropies: FloatArray | None = None,
     lengths: FloatArray | None = None,
     weighting: Weighting = Weighting.GLOBAL,
+    log_weights: FloatArray | None = None,
 ) -> LinearTerm:
     """The derivative of :func:`entropy_change`'s ΔH at θ⁺ = θ; arguments as there, v at θ alone."""
-    base = base_weights(group_sizes)
+    base = _at_theta(base_weights(group_sizes), log_weights)
     v = -scores if entropies is None else entropies
     exposure = np.ones(len(scores)) if lengths is None else lengths
     mean = float(base @ exposure)
@@ -238,6 +246,25 @@ def linear_term(
     if entropies is None:
         return LinearTerm(on_scores - base / mean, None)
     return LinearTerm(on_scores, base / mean)
+
+
+def _at_theta(base: FloatArray, log_weights: FloatArray | None) -> FloatArray:
+    """b w / Σ b w; b itself where no other policy drew."""
+    if log_weights is None:
+        return base
+    logs = np.log(base) + log_weights
+    weighted: FloatArray = np.exp(logs - logsumexp(logs))
+    return weighted
+
+
+def effective_sample_size(log_weights: FloatArray, group_sizes: Sequence[int]) -> tuple[float, float]:
+    """(Σ b w)² / Σ (b w)², and its share of what equal weights give, Σ b² times that: 1 where all w are equal.
+
+    Source: Kong (1992). For groups of one size the share is ESS / N.
+    """
+    base = base_weights(group_sizes)
+    ess = 1.0 / float((_at_theta(base, log_weights) ** 2).sum())
+    return ess, ess * float((base**2).sum())
 
 
 def base_weights(group_sizes: Sequence[int]) -> FloatArray:
@@ -261,8 +288,8 @@ def entropy_estimate(
         group_sizes: G_n.
         lengths: T for the entropy per token; None for the entropy per response.
     """
-    estimate, by_prompt = _ratio_by_prompt(entropies, group_sizes, lengths)
-    return estimate, _clustered_error(by_prompt)
+    estimate, by_prompt = ratio_by_prompt(entropies, group_sizes, lengths)
+    return estimate, clustered_error(by_prompt)
 
 
 def resampled_change(
@@ -287,8 +314,8 @@ def resampled_change(
         lengths: T of the first for the entropy per token; None for the entropy per response.
         lengths_after: of the second.
     """
-    before, influence = _ratio_by_prompt(entropies, group_sizes, lengths)
-    after, influence_after = _ratio_by_prompt(entropies_after, group_sizes_after, lengths_after)
+    before, influence = ratio_by_prompt(entropies, group_sizes, lengths)
+    after, influence_after = ratio_by_prompt(entropies_after, group_sizes_after, lengths_after)
     base = base_weights(group_sizes_after)
     weights = ImportanceWeights(
         weights=base,
@@ -299,10 +326,10 @@ def resampled_change(
         pareto_reason="fresh responses of θ⁺ carry no importance weights",
         pareto_k_limit=pareto_k_limit(len(base)),
     )
-    return EntropyChange(before, after, after - before, _clustered_error(influence_after - influence), None, weights)
+    return EntropyChange(before, after, after - before, clustered_error(influence_after - influence), None, weights)
 
 
-def _ratio_by_prompt(
+def ratio_by_prompt(
     entropies: FloatArray, group_sizes: Sequence[int], lengths: FloatArray | None
 ) -> tuple[float, FloatArray]:
     """ĥ = Σ b v / Σ b τ, and each prompt's influence on it: Σ_{i∈n} b_i (v_i − ĥ τ_i) / τ̄, [B]."""
@@ -314,7 +341,7 @@ def _ratio_by_prompt(
     return estimate, influence
 
 
-def _clustered_error(by_prompt: FloatArray) -> float:
+def clustered_error(by_prompt: FloatArray) -> float:
     """√(B/(B−1) Σ_n influence²)."""
     prompts = len(by_prompt)
     return math.sqrt(prompts / (prompts - 1) * float((by_prompt**2).sum()))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class TwoBatchStatistics:
         return Estimate(self.mean, self.se, self.ci95).scaled(-1.0)
 
 
-def two_batch_statistics(kernel: FloatArray) -> TwoBatchStatistics:
+def two_batch_statistics(kernel: FloatArray, weights: FloatArray | None = None) -> TwoBatchStatistics:
     """From K [B_E, B_U], two prompts or more on either side.
 
     The variance V is at least the product's, which it holds in truth: where the first two terms cancel, V would be 0 otherwise.
@@ -66,10 +66,15 @@ def two_batch_statistics(kernel: FloatArray) -> TwoBatchStatistics:
 
     t has ν's degrees with κ = 0; those of the smaller batch where the product is all of V. γ counts the linear parts' third
     cumulant twice, for the same reason as there.
+
+    With ``weights`` W_n / W̄ of the evaluation batch's prompts, whose X carry 1/W̄, row n loses mean · (W_n/W̄ − 1) of every entry
+    (:mod:`~entropy_probe.statistics.tied_units`), which leaves the mean as it is.
     """
     rows, columns = kernel.shape
     assert min(rows, columns) >= 2, "the caller refuses fewer than two prompts in a batch"
     mean = float(kernel.mean())
+    if weights is not None:
+        kernel = kernel - mean * (weights[:, None] - 1.0)
     x, y = kernel.mean(axis=1), kernel.mean(axis=0)
     centred = kernel - x[:, None] - y[None, :] + mean
     evaluation = float(((x - mean) ** 2).sum()) / (rows * (rows - 1))
@@ -127,7 +132,7 @@ def folds_of(prompts: int, folds: int) -> list[int]:
     return [n % folds for n in range(prompts)]
 
 
-def fold_statistics(kernel: FloatArray, folds: Sequence[int]) -> FoldStatistics:
+def fold_statistics(kernel: FloatArray, folds: Sequence[int], weights: FloatArray | None = None) -> FoldStatistics:
     """Cross-fitting: X̄ of one fold · P Ȳ of the others, averaged over folds.
 
     With n_f prompts in fold f, S_f = Σ K over n in f and m outside, R_df = Σ_{m∈f} K_dm and C_fd = Σ_{n∈f} K_nd, a fold's
@@ -138,11 +143,17 @@ def fold_statistics(kernel: FloatArray, folds: Sequence[int]) -> FoldStatistics:
     Args:
         kernel: K_nm over the prompts of one batch, [B, B].
         folds: of every prompt, [B]; two folds or more.
+        weights: W_n / W̄ of every prompt, where X carry 1/W̄, [B]; the error then counts what that ties
+            (:mod:`~entropy_probe.statistics.tied_units`).
 
     Returns:
         Folds in ascending order. The error is the delete-one jackknife over prompts (it counts the degenerate part twice, so it
         is conservative); None where a fold would be left empty.
     """
+    if weights is not None:
+        found = fold_statistics(kernel, folds)
+        tied = fold_statistics(kernel - found.estimate.value * (weights[:, None] - 1.0), folds)
+        return replace(found, estimate=replace(found.estimate, se=tied.estimate.se))
     _, fold_of, sizes = np.unique(np.asarray(folds), return_inverse=True, return_counts=True)
     prompts, everyone = len(fold_of), np.arange(len(fold_of))
     order, starts = np.argsort(fold_of, kind="stable"), np.concatenate([[0], np.cumsum(sizes)[:-1]])

@@ -7,6 +7,9 @@ D = B² − Σ s_u² and ω_u = s_u (B − s_u) / D:
     x_u = XS_u · (ΣYS − YS_u) / (s_u (B − s_u))      y_u = YS_u · (ΣXS − XS_u) / (s_u (B − s_u))
     SE² = 4 U/(U−1) Σ_u ω_u² (r_u − U_cross)²        ζ̂₁ = U SE² / 4                              (plug-in)
 
+Where X carry the weights of responses of another policy, x_u, and with it r_u and K, loses what their common mean ties
+(:mod:`~entropy_probe.statistics.tied_units`), which leaves U_cross as it is.
+
 Leaving out u = w makes U_cross unbiased: E[X̃_n · Ỹ_m] = E[X̃] · E[Ỹ] for independent prompts n ≠ m. Everything is
 float64; units of measure are nats per unit of learning rate. The other errors have files of their own: ``jackknife``,
 ``this_step``, ``variance`` and ``intervals``. Sources: docs/method.md, sections 3, 5 and 9; Hoeffding (1948) for ζ₁.
@@ -26,6 +29,7 @@ from entropy_probe.statistics.intervals import DEFAULT_METHOD, WITHOUT_MATRIX, I
 from entropy_probe.statistics.jackknife import jackknife_variance
 from entropy_probe.statistics.shortfall import known_shortfall
 from entropy_probe.statistics.this_step import this_step_variance
+from entropy_probe.statistics.tied_units import tied_by_weights, tied_kernel
 from entropy_probe.statistics.unit_dots import UnitDots
 from entropy_probe.statistics.variance import decompose, variance_at
 
@@ -74,7 +78,9 @@ class CrossStatistics:
         return Estimate(self.u_cross, self.se, self.ci95, self.null_reasons.get("ci95", "")).scaled(-1.0)
 
 
-def cross_statistics(dots: UnitDots, interval: Interval | None = None) -> CrossStatistics:
+def cross_statistics(
+    dots: UnitDots, interval: Interval | None = None, weights: FloatArray | None = None
+) -> CrossStatistics:
     """U_cross, row means, standard errors and interval from unit dots; at least two units.
 
     At U = 2 both r are equal and every standard error is null; below U = 4 the interval is.
@@ -83,6 +89,7 @@ def cross_statistics(dots: UnitDots, interval: Interval | None = None) -> CrossS
         dots: of the units.
         interval: how ``ci95`` is made, such as a member of :class:`~entropy_probe.statistics.intervals.IntervalMethod`; None
             takes the default. One that needs the matrix of equal units must have it.
+        weights: W_u / W̄, mean weight of a unit's prompts over that of all, [U], where X carry 1/W̄; None where they do not.
     """
     sizes = dots.sizes.astype(np.float64)
     units = len(sizes)
@@ -95,6 +102,10 @@ def cross_statistics(dots: UnitDots, interval: Interval | None = None) -> CrossS
     row_means = 0.5 * (row_x + row_y)
     omega = partners / pairs
     u_cross = float((omega * row_means).sum())
+    ties = None if weights is None else tied_by_weights(u_cross, weights, sizes)
+    if ties is not None:
+        row_x = row_x - ties
+        row_means = 0.5 * (row_x + row_y)
     equal = bool((sizes == sizes[0]).all())
 
     reasons: dict[str, str] = {}
@@ -113,6 +124,8 @@ def cross_statistics(dots: UnitDots, interval: Interval | None = None) -> CrossS
         zeta1_jackknife = units * variance_jackknife / 4.0
 
     normalised = None if dots.kernel is None or not equal else dots.kernel / sizes[0] ** 2
+    if normalised is not None and ties is not None and units > 2:
+        normalised = tied_kernel(normalised, ties)
     se_this_step = None
     if units == 2:
         pass  # null, with the reason above

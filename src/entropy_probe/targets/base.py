@@ -5,9 +5,10 @@ what multiplies ∇log π(y_t) and ∇H_t at every response token,
 
     X_n = Σ_g Σ_t (l_ngt ∇log π(y_ngt) + e_ngt ∇H_ngt)          E[X_n] = sign · ∇f_n
 
-with (l, e) a :class:`TokenPair` of constants: were they not detached, their own gradients would add further terms. A step
-Δθ = η P Ȳ then changes f to first order by sign · η E[X̄ · P Ȳ]. Entropies have the sign −1, as the U-statistic U_cross has it
-(δH₁ = −η U_cross), all others +1. Source: docs/method.md, sections 1 to 3.
+with (l, e) a :class:`TokenPair` of constants: were they not detached, their own gradients would add further terms. Where
+responses come from another policy, each term carries an importance weight over W̄ (:mod:`~entropy_probe.data.importance`).
+A step Δθ = η P Ȳ then changes f to first order by sign · η E[X̄ · P Ȳ]. Entropies have the sign −1, as the U-statistic
+U_cross has it (δH₁ = −η U_cross), all others +1. Source: docs/method.md, sections 1 to 3.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from entropy_probe.data.importance import Importance
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.model.measured import Measured
 from entropy_probe.statistics.importance_sampling import EntropyChange, Weighting, entropy_change
@@ -83,6 +85,11 @@ def at_tokens(values: Tensor, lengths: Sequence[int]) -> Tensor:
     return values.double()
 
 
+def sum_by_response(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sums over the tokens of every response, [N], of values a token, [tokens]."""
+    return torch.stack([part.sum() for part in torch.split(values, list(lengths))])
+
+
 @dataclass(frozen=True)
 class Sample:
     """All responses to some prompts as a target sees them, flat, prompt by prompt.
@@ -93,6 +100,8 @@ class Sample:
         scores: S, nats, [N]; None where no forward has been.
         token_entropies: H_t of the response tokens, nats, [tokens]; None where not asked for.
         rewards: R, [N]; None where there are none.
+        importance: what the responses count; None where each counts once.
+        log_probs: log π of the response tokens, nats, [tokens]; None where not asked for.
     """
 
     group_sizes: Sequence[int]
@@ -100,16 +109,20 @@ class Sample:
     scores: Tensor | None = None
     token_entropies: Tensor | None = None
     rewards: Tensor | None = None
+    importance: Importance | None = None
+    log_probs: Tensor | None = None
 
     @staticmethod
     def of(batch: RolloutBatch, measured: Measured | None = None) -> Sample:
-        """A whole batch, with what a forward has found of it."""
+        """A whole batch with what its responses count, and what a forward has found of it."""
         return Sample(
             batch.group_sizes,
             batch.lengths,
             None if measured is None else measured.scores,
             None if measured is None else measured.entropies,
             rewards_of(batch),
+            batch.importance,
+            None if measured is None else measured.log_probs,
         )
 
     @property
@@ -184,6 +197,17 @@ class Target(ABC):
         """τ_i, what the mean of v is divided by the mean of, [N]; None for ones."""
         return None
 
+    def counted(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
+        """v and τ of every response times what the response counts, [N] each: f is the ratio of their means.
+
+        The second is None where it is all ones.
+        """
+        values, exposure = self.values(sample), self.exposure(sample)
+        if sample.importance is None:
+            return values, exposure
+        weights = sample.importance.weights
+        return weights * values, weights if exposure is None else weights * exposure
+
     def change(self, before: Sample, after: Sample, weighting: Weighting = Weighting.GLOBAL) -> EntropyChange:
         """f(θ⁺) − f(θ) on the same responses by importance weights: two samples that differ in what forwards found.
 
@@ -200,4 +224,5 @@ class Target(ABC):
             entropies=(self.values(before).numpy(), self.values(after).numpy()),
             lengths=None if exposure is None else exposure.numpy(),
             weighting=weighting,
+            log_weights=None if before.importance is None else before.importance.log_weights.numpy(),
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from entropy_probe.data.groups import repeat_by_group
+from entropy_probe.data.groups import less_weighted_others, repeat_by_group
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards
 from entropy_probe.targets.base import Ratio, Sample, Target, TokenPair
 
@@ -32,9 +32,13 @@ class TargetOfResponses(Target):
     """Whether every row must have a reward."""
 
     def coefficients(self, sample: Sample, ratio: Ratio | None = None) -> TokenPair:
-        """(v_ng − v̄_n,−g) / G_n, [N]; exactly 0 where all of a prompt's v are equal."""
-        # The leave-one-out advantage of v in the place of the reward.
-        centred = advantages_from_rewards(self.values(sample), sample.group_sizes, AdvantageRule.RLOO)
+        """(v_ng − v̄_n,−g) / G_n, [N], exactly 0 where all of a prompt's v are equal; times w_g / W̄ off-policy."""
+        values, importance = self.values(sample), sample.importance
+        if importance is None:
+            # The leave-one-out advantage of v in the place of the reward.
+            centred = advantages_from_rewards(values, sample.group_sizes, AdvantageRule.RLOO)
+        else:
+            centred = less_weighted_others(values, importance.log_weights, sample.group_sizes) * importance.weights
         return TokenPair(centred / repeat_by_group(sample.group_sizes, sample.group_sizes))
 
     def weights(self, sample: Sample) -> Tensor:

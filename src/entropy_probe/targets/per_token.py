@@ -18,9 +18,9 @@ from entropy_probe.data.groups import by_group
 from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, TokenPair
 
 
-def entropy_ratio(entropies: Tensor, lengths: Sequence[int], group_sizes: Sequence[int]) -> Ratio:
-    """h and T̄ from one estimate of H a response, [N]."""
-    tokens = torch.tensor(lengths, dtype=torch.float64)
+def entropy_ratio(entropies: Tensor, lengths: Sequence[int] | Tensor, group_sizes: Sequence[int]) -> Ratio:
+    """h and T̄ from one estimate of H and one of T a response, [N] each; of rows of another policy both times their weights."""
+    tokens = torch.as_tensor(lengths, dtype=torch.float64)
     entropy, mean_length = (
         float(torch.stack([part.mean() for part in by_group(values, group_sizes)]).mean())
         for values in (entropies, tokens)

@@ -96,6 +96,9 @@ def _refuse_mixed(rows: Sequence[Rollout]) -> None:
             shown = ", ".join(sorted(map(str, found)))
             raise InputError(f"the rows disagree about {name} ({shown}); one probe takes one batch with one value")
     for name in ("advantage", "micro_batch", "mini_batch", "old_logprobs", "ref_logprobs"):
-        missing = sum(getattr(row, name) is None for row in rows)
-        if 0 < missing < len(rows):
-            raise InputError(f"{missing} of {len(rows)} rows have no {name}; give it in every row or in none")
+        lacking = [row for row in rows if getattr(row, name) is None]
+        if 0 < len(lacking) < len(rows):
+            raise InputError(
+                f"{len(lacking)} of {len(rows)} rows have no {name} (the first has prompt_id {lacking[0].prompt_id!r}); give "
+                "it in every row or in none"
+            )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.model.measured import Measured
 from entropy_probe.report.numbers import quantity
@@ -31,12 +29,20 @@ class EntropySection(Section):
     @classmethod
     def of(cls, batch: RolloutBatch, measured: Measured, target: EntropyTarget) -> EntropySection:
         """The section, from the responses' scores and token entropies."""
-        entropies = target.values(Sample.of(batch, measured)).numpy()
-        lengths = np.array(batch.lengths, dtype=np.float64)
+        sample = Sample.of(batch, measured)
+        (entropies, counts), (_, lengths) = (
+            EntropyTarget(target.estimator, unit).counted(sample)
+            for unit in (EntropyUnit.PER_RESPONSE, EntropyUnit.PER_TOKEN)
+        )
+        assert lengths is not None
+        of_responses = None if counts is None else counts.numpy()
+        mean_length = batch.mean_length
+        if batch.importance is not None:
+            mean_length, _ = entropy_estimate(lengths.numpy(), batch.group_sizes, of_responses)
         return cls(
-            *entropy_estimate(entropies, batch.group_sizes),
-            *entropy_estimate(entropies, batch.group_sizes, lengths),
-            batch.mean_length,
+            *entropy_estimate(entropies.numpy(), batch.group_sizes, of_responses),
+            *entropy_estimate(entropies.numpy(), batch.group_sizes, lengths.numpy()),
+            mean_length,
         )
 
     def now(self, unit: EntropyUnit) -> tuple[float, str]:

@@ -24,19 +24,22 @@ class FoldSection(Section):
     null_reasons: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folds: Sequence[int], kernel: FloatArray | None, mode: Mode) -> FoldSection:
+    def of(
+        cls, folds: Sequence[int], kernel: FloatArray | None, mode: Mode, weights: FloatArray | None = None
+    ) -> FoldSection:
         """The section.
 
         Args:
             folds: of every prompt.
             kernel: the η-weighted dots of units, [U, U]; None where vectors were streamed.
             mode: how prompts became units.
+            weights: W_n / W̄ of every prompt, where X carry 1/W̄.
         """
         count = len(set(folds))
         if kernel is None or mode is not Mode.EXACT:
             why = "needs the matrix of prompts' dots: mode exact, with vectors stored"
             return cls(count, None, None, [], {"delta_h1": why, "delta_h1_se": why})
-        found = fold_statistics(kernel, folds)
+        found = fold_statistics(kernel, folds, weights)
         delta_h1 = found.estimate.scaled(-1.0)
         reasons = delta_h1.null_reasons(se="delta_h1_se")
         return cls(count, delta_h1.value, delta_h1.se, [-value + 0.0 for value in found.by_fold], reasons)

@@ -10,6 +10,7 @@ from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.report.numbers import interval, signed
 from entropy_probe.report.rows import PRECONDITIONED, Block, Row, Rows
 from entropy_probe.report.sections.base import Context, Section
+from entropy_probe.report.sections.off_policy import OffPolicySection
 from entropy_probe.statistics.two_batches import TwoBatchStatistics
 
 
@@ -18,7 +19,7 @@ class TwoBatchSection(Section):
     """δH₁ with X from the evaluation rollouts and Y from the update's, nats; ``variance_*`` are its terms, nats².
 
     ``delta_h1_se`` squared is ``variance_evaluation`` + ``variance_update`` − ``variance_product``, and at least
-    the last.
+    the last. ``off_policy`` is of the evaluation rollouts.
     """
 
     delta_h1: float
@@ -29,9 +30,10 @@ class TwoBatchSection(Section):
     variance_product: float
     evaluation_prompts: int
     evaluation_responses: int
+    off_policy: OffPolicySection
 
     @classmethod
-    def of(cls, found: TwoBatchStatistics, evaluation: RolloutBatch) -> TwoBatchSection:
+    def of(cls, found: TwoBatchStatistics, evaluation: RolloutBatch, off_policy: OffPolicySection) -> TwoBatchSection:
         """The section, from the η-weighted statistics of X of ``evaluation`` against the update's Y."""
         delta_h1 = found.negated
         assert delta_h1.ci95 is not None
@@ -44,6 +46,7 @@ class TwoBatchSection(Section):
             variance_product=found.product,
             evaluation_prompts=len(evaluation.groups),
             evaluation_responses=len(evaluation.responses),
+            off_policy=off_policy,
         )
 
     def shown(self, context: Context) -> Sequence[Block]:
@@ -52,7 +55,8 @@ class TwoBatchSection(Section):
             f"95 % interval {interval(self.delta_h1_ci95)}, X from {self.evaluation_responses} responses to "
             f"{self.evaluation_prompts} other prompts"
         )
-        return (Rows(PRECONDITIONED, (Row("δH₁, two batches", signed(self.delta_h1, self.delta_h1_se), said),)),)
+        row = Row("δH₁, two batches", signed(self.delta_h1, self.delta_h1_se), said)
+        return (Rows(PRECONDITIONED, (row,)), *self.off_policy.shown(context))
 
 
 def two_batch_warnings(found: TwoBatchStatistics | None) -> list[Evidence]:
