@@ -39,5 +39,6 @@ def rows_of(seed: int, *, spread: float = 0.6, masked: bool = True) -> LossRows:
         old_log_probs=(old := log_probs + spread * normal()),
         sampler_log_probs=old + 0.2 * normal(),
         ref_log_probs=log_probs + 0.4 * normal(),
-        entropies=normal().abs(),
+        # TRL takes its quantile in float32.
+        entropies=normal().abs().float().double(),
     )

@@ -62,7 +62,7 @@ def measured_of(batch: RolloutBatch, seed: int = 1, *, spread: float = 0.5) -> M
     noise = spread * torch.randn(batch.tokens, generator=generator, dtype=torch.float64)
     old = batch.of_tokens("old_logprobs")
     log_probs = (torch.zeros(batch.tokens) if old is None else torch.tensor(old, dtype=torch.float64)) + noise
-    entropies = torch.rand(batch.tokens, generator=generator, dtype=torch.float64) * 2
+    entropies = (2 * torch.rand(batch.tokens, generator=generator)).double()  # TRL takes its quantile in float32
     scores = torch.stack([part.sum() for part in torch.split(log_probs, list(batch.lengths))])
     return Measured(scores, entropies, log_probs)
 

@@ -116,5 +116,5 @@ def test_adams_state_of_a_full_state_dict_is_named_as_what_is_not_read(tmp_path:
     with pytest.raises(InputError, match=r"accelerate's save_state wrote \(optimizer\.bin\).*save with the Trainer"):
         load_checkpoint(path)
     (path / "optimizer.bin").unlink()
-    with pytest.raises(InputError, match=r"no optimizer\.pt and no optimizer_0/"):
+    with pytest.raises(InputError, match=r"no optimizer\.pt, no optimizer_0/"):
         load_checkpoint(path)

@@ -94,12 +94,25 @@ ROWS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "bias-correction-as-number": (every(**LOSS, use_bias_correction_kl=1), ("use_bias_correction_kl is 1",)),
     "quantile-of-none": (every(**LOSS, top_entropy_quantile=0), ("top_entropy_quantile is 0", "1 at most")),
     "quantile-above-1": (every(**LOSS, top_entropy_quantile=1.5), ("top_entropy_quantile is 1.5",)),
+    "quantile-of-processes": (
+        every(**LOSS, top_entropy_quantile=0.5, num_processes=2),
+        ("top_entropy_quantile", "all its processes"),
+    ),
     "constant-missing": (every(loss_agg="seq-mean-token-sum-norm"), ("max_completion_length",)),
     "mini-batch-of-some-rows": (last(mini_batch=1), ("7 of 8 rows have no mini_batch",)),
     "mini-batch-as-text": (last(mini_batch="first"), ("mini_batch is 'first'", "expected an integer")),
 }
-OF_ALL_ROWS = {"loss", "constant-missing", "bound-without-mode", "quantile-of-none",
-               "quantile-above-1", "gspo-of-tokens", "vespo-by-responses", "gmpo-by-tokens"}  # fmt: skip
+OF_ALL_ROWS = {
+    *(
+        "loss",
+        "constant-missing",
+        "bound-without-mode",
+        "quantile-of-none",
+        "quantile-above-1",
+        "quantile-of-processes",
+    ),
+    *("gspo-of-tokens", "vespo-by-responses", "gmpo-by-tokens"),
+}
 """Faults of what all rows say alike, of which none is the culprit."""
 
 

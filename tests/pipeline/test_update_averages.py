@@ -170,6 +170,19 @@ def test_rewards_may_be_missing_where_rows_have_advantages() -> None:
     assert torch.equal(found[0], expected[0])
 
 
+def test_without_negative_advantages_the_other_terms_stay() -> None:
+    batch = said(rows_of_a_step(2), COLUMNS, loss_type="dapo")
+    measured = measured_of(batch)
+    rule = rule_of(batch)
+    found, before = rule.without_negatives().update(measured), rule.update(measured)
+    for name, pair in before.terms.items():
+        assert torch.equal(pair.log_probs, found.terms[name].log_probs)
+    reward, kl = TokenPair.of(found.whole).log_probs, before.terms["kl"].log_probs
+    negative = torch.repeat_interleave(rule.advantages, torch.tensor(batch.lengths)) < 0
+    assert torch.equal(reward[negative], kl[negative])
+    assert torch.equal(reward[~negative], TokenPair.of(before.whole).log_probs[~negative])
+
+
 def plain(loss: str, **columns: Any) -> RolloutBatch:
     """Rows that hold nothing but tokens, advantages, and what windows divide by."""
     names = ("old_logprobs", "logprobs", "ref_logprobs", "loss_mask")

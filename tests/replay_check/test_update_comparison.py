@@ -156,3 +156,5 @@ def test_the_logged_entropy_is_a_mean_of_micro_batch_means() -> None:
     entropies = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0])
     # Micro-batch 0 holds the tokens of the first and third response, 4 has the second's alone.
     assert micro_batch_entropy(entropies, [2, 1, 2], [0, 4, 0]) == pytest.approx(((1 + 2 + 10 + 20) / 4 + 3) / 2)
+    masked = torch.tensor([1, 0, 0, 1, 1])
+    assert micro_batch_entropy(entropies, [2, 1, 2], [0, 4, 0], masked) == pytest.approx((1 + 10 + 20) / 3 / 2)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import oracle
 from entropy_probe.statistics.importance_sampling import (
     Weighting,
+    effective_sample_size,
     entropy_change,
     entropy_estimate,
     importance_weights,
@@ -151,25 +152,41 @@ def test_unequal_groups_weigh_prompts_equally() -> None:
     assert entropy_change(scores, scores, [4, 1]).delta_h == pytest.approx(0.0, abs=1e-15)
 
 
-@pytest.mark.parametrize("weighting", list(Weighting))
+@pytest.mark.parametrize(
+    ("weighting", "other_sampler"), [*((weighting, False) for weighting in Weighting), (Weighting.GLOBAL, True)]
+)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("by_tokens", [False, True])
 def test_the_linear_term_is_the_derivative_of_every_measure(
-    weighting: Weighting, per_token: bool, by_tokens: bool
+    weighting: Weighting, per_token: bool, by_tokens: bool, other_sampler: bool
 ) -> None:
     rng = np.random.default_rng(3)
     sizes = [3, 2, 4]
     scores, v, d_scores, d_v = -rng.gamma(2.0, 1.0, size=9), rng.gamma(2.0, 1.0, size=9), *rng.normal(size=(2, 9))
     lengths = rng.integers(1, 6, size=9).astype(float) if per_token else None
+    log_weights = rng.normal(size=9) if other_sampler else None
 
     def change(eps: float) -> float:
         entropies = (v, v + eps * d_v) if by_tokens else None
         found = entropy_change(
-            scores, scores + eps * d_scores, sizes, entropies=entropies, lengths=lengths, weighting=weighting
+            scores,
+            scores + eps * d_scores,
+            sizes,
+            entropies=entropies,
+            lengths=lengths,
+            weighting=weighting,
+            log_weights=log_weights,
         )
         return found.delta_h
 
-    term = linear_term(scores, sizes, entropies=v if by_tokens else None, lengths=lengths, weighting=weighting)
+    term = linear_term(
+        scores,
+        sizes,
+        entropies=v if by_tokens else None,
+        lengths=lengths,
+        weighting=weighting,
+        log_weights=log_weights,
+    )
     linear = float(term.on_scores @ d_scores)
     if term.on_entropies is not None:
         linear += float(term.on_entropies @ d_v)
@@ -185,3 +202,35 @@ def test_weights_of_each_prompt_sum_to_its_share_and_are_not_smoothed() -> None:
     assert found.weights.weights.reshape(3, 20).sum(axis=1) == pytest.approx([1 / 3] * 3)
     assert found.delta_h_smoothed is None
     assert entropy_change(scores, after, [20] * 3).delta_h_smoothed is not None
+
+
+def test_rows_of_another_sampler_give_the_entropies_of_both_policies() -> None:
+    """All outcomes once, as a uniform sampler has them on average: SNIS with their weights is then exact."""
+    rng = np.random.default_rng(9)
+    scores, after = (np.log(p / p.sum()) for p in rng.random(size=(2, 12)))
+    log_weights = scores + 3.0  # log π − log uniform, up to a constant
+    found = entropy_change(scores, after, [3, 3, 3, 3], log_weights=log_weights)
+    assert found.entropy_before == pytest.approx(-float(np.exp(scores) @ scores), rel=1e-12)
+    assert found.entropy_after == pytest.approx(-float(np.exp(after) @ after), rel=1e-12)
+    # Planted: the sampler taken for θ.
+    assert abs(entropy_change(scores, after, [3, 3, 3, 3]).delta_h - found.delta_h) > 0.01
+    ess, fraction = effective_sample_size(log_weights, [3, 3, 3, 3])
+    assert ess == pytest.approx(np.exp(scores).sum() ** 2 / (np.exp(scores) ** 2).sum(), rel=1e-12)
+    assert fraction == pytest.approx(ess / 12, rel=1e-12)
+    assert effective_sample_size(np.zeros(5), [4, 1])[1] == pytest.approx(1.0)
+
+
+def test_the_error_of_another_samplers_rows_is_their_spread() -> None:
+    rng = np.random.default_rng(10)
+    prompts, responses = 60, 4
+    deltas, errors = [], []
+    for _ in range(800):
+        level = rng.normal(size=(prompts, 1))
+        log_weights = 0.5 * rng.normal(size=(prompts, responses))
+        scores = -3.0 + level + 0.3 * log_weights
+        after = scores + 0.3 * level + 0.1 * rng.normal(size=(prompts, responses))
+        sizes = [responses] * prompts
+        found = entropy_change(scores.ravel(), after.ravel(), sizes, log_weights=log_weights.ravel())
+        deltas.append(found.delta_h)
+        errors.append(found.se)
+    assert np.mean(errors) == pytest.approx(np.std(deltas), rel=0.08)

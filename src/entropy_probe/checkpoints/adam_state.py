@@ -51,6 +51,15 @@ def adam_state_in(path: str | Path, model: nn.Module) -> AdamState | None:
     return None if stored is None else map_adam_state(stored, model)[0]
 
 
+def refuse_other_optimizer(stored: StoredOptimizer) -> None:
+    """Refuse the state of what is not Adam, by its name.
+
+    Raises:
+        InputError: it is another optimizer's, or there is none.
+    """
+    _refuse_foreign(stored.state, stored.groups, stored.path)
+
+
 def map_adam_state(
     stored: StoredOptimizer, model: nn.Module, rows: Mapping[str, slice] | None = None
 ) -> tuple[AdamState, OptimizerMapping]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from entropy_probe.checkpoints.adam_state import refuse_other_optimizer
 from entropy_probe.checkpoints.files.stored import StoredOptimizer, StoredTensor
 from entropy_probe.checkpoints.formats.base import FoundFile
 from entropy_probe.checkpoints.formats.foreign import refuse_foreign
@@ -119,11 +120,13 @@ def list_stored(path: Path, base: Path | None = None) -> Listing | None:
     elif base is not None:
         return None
     elif adapter is None and weights is not None and known.configuration(path) is None:
-        reason = "no config.json is here; give as base the folder of the model that training started from, to match and to probe"
+        reason = "no config.json is here; give as base the folder of the model that training started from, to match and probe"
     elif adapter is not None and weights is None and not adapter.settings.get("base_model_name_or_path"):
-        reason = "the base that the adapter was trained over is not here, nor named; give its folder as base, to match and to probe"
+        reason = "the base under the adapter is neither here nor named; give its folder as base, to match and probe"
     else:
         return None
+    if optimizer is not None:
+        refuse_other_optimizer(optimizer)
     tensors = {**(weights.tensors if weights is not None else {}), **(adapter.tensors if adapter is not None else {})}
     named = {} if optimizer is None else _by_name(optimizer)
     found = [

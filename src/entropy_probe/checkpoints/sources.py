@@ -98,8 +98,8 @@ def open_optimizer(path: Path) -> StoredOptimizer:
     if stored is None:
         refuse_misplaced(path)
         raise InputError(
-            f"{path} has no optimizer's state (optimizer.pt, optimizer_0/, or the ranks' files); the probe needs Adam's state (a Trainer leaves it out with "
-            "save_only_model=True)"
+            f"{path} has no optimizer.pt, no optimizer_0/ and no ranks' files of an optimizer; the probe needs Adam's state (a "
+            "Trainer leaves it out with save_only_model=True)"
         )
     return stored
 

@@ -11,6 +11,7 @@ docs/method.md, section 2; Precup, Sutton and Singh (2000) for weights by decisi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,9 +42,9 @@ class Importance:
     def of(log_ratios: Sequence[Tensor], group_sizes: Sequence[int], *, by_prefix: bool = False) -> Importance:
         """Of a whole batch, whose prompts have so many responses each."""
         whole = Importance(tuple(log_ratios), 0.0, by_prefix)
-        means = [part.logsumexp(0) - torch.tensor(float(len(part))).log() for part in whole.log_by_group(group_sizes)]
-        mean = torch.stack(means).logsumexp(0) - torch.tensor(float(len(means)), dtype=torch.float64).log()
-        return Importance(whole.log_ratios, float(mean), by_prefix)
+        means = [part.logsumexp(0) - math.log(len(part)) for part in by_group(whole.log_weights, group_sizes)]
+        log_mean = float(torch.stack(means).logsumexp(0)) - math.log(len(means))
+        return Importance(whole.log_ratios, log_mean, by_prefix)
 
     @cached_property
     def log_weights(self) -> Tensor:
@@ -66,13 +67,15 @@ class Importance:
         """w_{<s} / W̄ at every response token, flat [tokens]."""
         return torch.cat(self.log_before).exp()
 
-    def log_by_group(self, group_sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        """:attr:`log_weights` prompt by prompt."""
-        return by_group(self.log_weights, group_sizes)
-
     def of_prompts(self, group_sizes: Sequence[int]) -> Tensor:
         """W_n / W̄ of every prompt, [B]: their mean over the whole batch is 1."""
         return torch.stack([part.exp().mean() for part in by_group(self.log_weights, group_sizes)])
+
+    def moved(self, log_changes: Tensor) -> Importance:
+        """The weights under a policy whose log-probs of these tokens are higher by ``log_changes``, flat [tokens]."""
+        parts = torch.split(log_changes, [len(ratios) for ratios in self.log_ratios])
+        together = tuple(ratios + change for ratios, change in zip(self.log_ratios, parts, strict=True))
+        return Importance(together, self.log_mean, self.by_prefix)
 
     def of_rows(self, rows: Sequence[int]) -> Importance:
         """Of these rows alone, W̄ unchanged."""

@@ -1,6 +1,7 @@
-"""What the trainer's loss makes of a response: its advantage and its weight.
+"""What the trainer's loss makes of every response token: ω on ∇log π and β on ∇H, from what the rows carry.
 
-A probe uses :mod:`~entropy_probe.losses.advantages` and :mod:`~entropy_probe.losses.length_weights`: one weight a response.
-:mod:`~entropy_probe.losses.objective` and the published losses beside it give weights a token, with ratios, masks, KL and
-bonus. They are held to the trainers' own code by tests, and no probe uses them yet.
+:mod:`~entropy_probe.losses.named` has the published losses by name, each a file beside it;
+:mod:`~entropy_probe.losses.objective` adds masks, corrections, the KL term and the bonus,
+:mod:`~entropy_probe.losses.length_weights` how a trainer averages and :mod:`~entropy_probe.losses.advantages` its advantages.
+All are held to the trainers' own code by tests. Source: docs/method.md, section 4.
 """

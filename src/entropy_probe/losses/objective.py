@@ -6,7 +6,7 @@ A loss's gradient is a sum over response tokens, so with w_t the weight of token
     ω_t = −∂/∂ log π(y_t) Σ_s w_s [ m_s ρ_s ℓ_s + KL_s ]          β_t = λ (weight of token t in the trainer's mean entropy)
 
 ℓ the token loss, m what masks leave, ρ the correction for the sampler. TRL adds the KL term after both: neither weights it.
-Source: docs/method.md, section 3.
+Source: docs/method.md, section 4.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def high_entropy_mask(rows: LossRows, quantile: float) -> Tensor:
     for part in range(int(rows.micro_batch_of_token.max()) + 1):
         inside = (rows.micro_batch_of_token == part) & (rows.mask > 0)
         if bool(inside.any()):
-            # TRL's arithmetic: where a token's entropy is the quantile itself, its rounding decides.
-            found[inside & (entropies >= torch.quantile(entropies[inside].float(), 1.0 - quantile))] = 1.0
+            # In the entropies' own precision: a token that is the quantile itself is kept, as where TRL's are float32.
+            found[inside & (entropies >= torch.quantile(entropies[inside], 1.0 - quantile))] = 1.0
     return found
 
 

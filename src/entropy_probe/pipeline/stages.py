@@ -362,7 +362,11 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
             max_grad_norm=task.subject.trainer.max_grad_norm,
             rounding=RoundingRule(settings.weight_rounding, settings.seed),
         )
-        before = Measured(gradients.scores, gradients.token_entropies) if same_arithmetic else realizer.measured(batch)
+        if same_arithmetic:
+            log_probs = None if task.measured is None else task.measured.log_probs
+            before = Measured(gradients.scores, gradients.token_entropies, log_probs)
+        else:
+            before = realizer.measured(batch)
         steps = realizer.steps(gradients.ascent)
         rows = realizer.realized(batch, before, steps, SAME)
         factors = () if settings.sweep is None else settings.sweep.factors

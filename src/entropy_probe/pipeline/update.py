@@ -8,7 +8,6 @@ no backward of its own. Source: docs/method.md, section 4.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from entropy_probe.losses.objective import TokenWeights
 from entropy_probe.losses.rows import LossRows
 from entropy_probe.model.measured import Measured
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
-from entropy_probe.pipeline.recorded import TrainersStep
+from entropy_probe.pipeline.recorded import TrainersStep, recorded_count
 from entropy_probe.pipeline.recorded_loss import TrainersObjective
 from entropy_probe.targets.base import TokenPair, at_tokens, of_rows
 
@@ -80,6 +79,11 @@ class UpdateRule:
                 "and no old_logprobs; give the trainer's log-probs of its tokens before the first step on them"
             )
         found = UpdateRule(batch, _consumed(batch), trainer.loss, advantages, rule, trainer.max_completion_length)
+        if found.loss.objective.needs_entropies and (recorded_count(batch, "num_processes") or 1) > 1:
+            raise InputError(
+                "the loss keeps tokens by a quantile of entropies (top_entropy_quantile), which TRL takes over all its "
+                "processes, and that is not computed for rows of several; train on one, or without the quantile"
+            )
         for column, why in found.needed_columns():
             lacking = next((row for row in batch.responses if getattr(row, column) is None), None)
             if lacking is not None:
@@ -245,8 +249,7 @@ def _one_a_response(pair: TokenPair, batch: RolloutBatch) -> Tensor | TokenPair:
 
 def _or_ones(batch: RolloutBatch, column: str) -> Tensor:
     """A column's values at the tokens that the policy drew, [tokens]; ones in rows that lack it."""
-    parts = (row.at_sampled(getattr(row, column) or (1,) * len(row.response_ids)) for row in batch.responses)
-    return torch.tensor(list(itertools.chain.from_iterable(parts)), dtype=torch.float64)
+    return torch.tensor(batch.of_tokens(column, 1.0), dtype=torch.float64)
 
 
 def _first_mini_batch(batch: RolloutBatch) -> int | None:

@@ -19,7 +19,7 @@ from entropy_probe.statistics.importance_sampling import (
     linear_term,
     resampled_change,
 )
-from entropy_probe.targets.base import Sample
+from entropy_probe.targets.base import Sample, TokenPair
 from entropy_probe.targets.entropy import EntropyTarget
 
 
@@ -44,6 +44,12 @@ class EntropyMeasure:
             weighting=self.weighting,
             log_weights=None if batch.importance is None else batch.importance.log_weights.numpy(),
         )
+
+    def derivative(self, batch: RolloutBatch, before: Measured) -> TokenPair | None:
+        """That derivative as what multiplies ∇log π and ∇H_t at every token, where weights are by prefix; else None."""
+        if not self.target.weighs_by_prefix(batch.importance):
+            return None
+        return self.target.derivative(Sample.of(batch, before))
 
     def resampled(self, batch: RolloutBatch, before: Measured, fresh: RolloutBatch, after: Measured) -> EntropyChange:
         """ΔH with ``fresh`` responses to the same prompts that were drawn and scored after the step."""

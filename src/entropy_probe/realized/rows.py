@@ -60,7 +60,9 @@ class Realizer:
         Raises:
             InputError: a response without a finite score; its prompt is named.
         """
-        found = self.policy.measure(batch.responses, self.progress, entropies=self._needs_entropies)
+        found = self.policy.measure(
+            batch.responses, self.progress, entropies=self._needs_entropies, log_probs=batch.weighed_by_prefix
+        )
         check_finite(found.scores, batch.responses)
         return found
 
@@ -82,12 +84,13 @@ class Realizer:
             steps.append(Step("adamw", "virtual", rounded.deltas, rounded.kept))
         return steps
 
-    def changes(self, batch: RolloutBatch, steps: Sequence[Step]) -> FloatArray:
-        """dS, then d Σ_t H_t where a measure needs it, of every response along every step: [N, M, steps]."""
+    def changes(self, batch: RolloutBatch, steps: Sequence[Step], more: Sequence[TokenPair] = ()) -> FloatArray:
+        """dS, then d Σ_t H_t where a measure needs it, then of ``more``, of every response along every step: [N, M, steps]."""
         ones = torch.ones(len(batch.responses), dtype=torch.float64)
         combinations = [TokenPair(ones)]
         if self._needs_entropies:
             combinations.append(TokenPair(torch.zeros_like(ones), ones))
+        combinations += more
         found: FloatArray = response_dots(
             self.policy,
             batch,
@@ -109,15 +112,20 @@ class Realizer:
             steps: from the same responses or from others, as ``batch_name`` says.
             batch_name: ``SAME`` or ``HELD_OUT``.
         """
-        changes = self.changes(batch, steps)
+        by_token = [measure.derivative(batch, before) for measure in self.measures]
+        changes = self.changes(batch, steps, [pair for pair in by_token if pair is not None])
         terms = [measure.linear_term(batch, before) for measure in self.measures]
         by_step = []
         for k, step in enumerate(steps):
             predictions = []
-            for measure, term in zip(self.measures, terms, strict=True):
-                linear = float(term.on_scores @ changes[:, 0, k])
-                if term.on_entropies is not None:
-                    linear += float(term.on_entropies @ changes[:, 1, k])
+            places = iter(range(2 if self._needs_entropies else 1, changes.shape[1]))
+            for measure, term, pair in zip(self.measures, terms, by_token, strict=True):
+                if pair is not None:
+                    linear = float(changes[:, next(places), k].sum())
+                else:
+                    linear = float(term.on_scores @ changes[:, 0, k])
+                    if term.on_entropies is not None:
+                        linear += float(term.on_entropies @ changes[:, 1, k])
                 predictions.append(Predicted(measure, linear))
             by_step.append(
                 realize(self.policy, batch, before, step, predictions, batch_name=batch_name, progress=self.progress)

@@ -36,12 +36,17 @@ def incomplete(batch: RolloutBatch, num_generations: int | None) -> str | None:
         names = ", ".join(str(group.prompt_id) for group in short[:3]) + ("" if len(short) <= 3 else " and others")
         facts.append(f"{len(short)} of {len(batch.groups)} prompts have fewer than {most} responses ({names})")
     declared = batch.responses[0].window_tokens
-    if declared is not None and declared > batch.tokens:
-        facts.append(f"the rows hold {batch.tokens} response tokens, the trainer's window had {declared:g}")
+    held = _tokens_in_loss(batch)
+    if declared is not None and declared > held:
+        facts.append(f"the rows hold {held} response tokens, the trainer's window had {declared:g}")
     sizes = _micro_batch_sizes(batch)
     if surplus(batch, num_generations) is None and len(set(sizes.values())) > 1:
         facts.append(f"micro-batches hold {min(sizes.values())} to {max(sizes.values())} rows")
     return "; ".join(facts) or None
+
+
+def _tokens_in_loss(batch: RolloutBatch) -> int:
+    return sum(row.tokens_in_loss for row in batch.responses)
 
 
 def surplus(batch: RolloutBatch, num_generations: int | None) -> str | None:
@@ -53,8 +58,9 @@ def surplus(batch: RolloutBatch, num_generations: int | None) -> str | None:
     if long:
         facts.append(f"{len(long)} of {len(batch.groups)} prompts have more than {num_generations} responses")
     declared = batch.responses[0].window_tokens
-    if declared is not None and declared < batch.tokens:
-        facts.append(f"the rows hold {batch.tokens} response tokens, the trainer's window had {declared:g}")
+    held = _tokens_in_loss(batch)
+    if declared is not None and declared < held:
+        facts.append(f"the rows hold {held} response tokens, the trainer's window had {declared:g}")
     return "; ".join(facts) or None
 
 

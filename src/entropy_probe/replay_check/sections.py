@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.model.measured import Measured
 from entropy_probe.optimizers.clipping import gradient_norm
@@ -118,7 +120,12 @@ def logged_section(case: Replayed, measured: Measured) -> LoggedSection:
     rates = case.adam.learning_rates
     assert measured.entropies is not None
     return LoggedSection(
-        entropy=micro_batch_entropy(measured.entropies, case.batch.lengths, forwards(case.batch)),
+        entropy=micro_batch_entropy(
+            measured.entropies,
+            case.batch.lengths,
+            forwards(case.batch),
+            torch.tensor(case.batch.of_tokens("loss_mask", 1.0)),
+        ),
         entropy_logged=logged("entropy", averaged=True),
         grad_norm=case.step.gradient_norm,
         grad_norm_logged=logged("grad_norm", averaged=False),

@@ -169,22 +169,27 @@ def fitted_factor(computed: Mapping[str, Tensor], real: Mapping[str, Tensor]) ->
     )
 
 
-def micro_batch_entropy(entropies: Tensor, lengths: Sequence[int], micro_batches: Sequence[int]) -> float:
-    """What TRL logs as ``entropy``: the mean over micro-batches of Σ_t H_t / Σ T, nats per token.
+def micro_batch_entropy(
+    entropies: Tensor, lengths: Sequence[int], micro_batches: Sequence[int], mask: Tensor | None = None
+) -> float:
+    """What TRL logs as ``entropy``: the mean over micro-batches of Σ_t m_t H_t / Σ_t m_t, nats per token.
 
     Args:
         entropies: H_t of every response token, flat [tokens].
         lengths: T of every response.
         micro_batches: its micro-batch.
+        mask: m, 0 at tokens that are not in the loss, [tokens]; None for ones.
     """
+    kept = torch.ones(len(entropies), dtype=torch.float64) if mask is None else mask.double()
     index = torch.unique(torch.tensor(list(micro_batches)), return_inverse=True)[1]
-    sums = torch.stack([part.double().sum() for part in torch.split(entropies, list(lengths))])
+    sums, counts = (
+        torch.stack([part.sum() for part in torch.split(values, list(lengths))])
+        for values in (entropies.double() * kept, kept)
+    )
     count = int(index.max()) + 1
     nats = torch.zeros(count, dtype=torch.float64).index_add_(0, index, sums)
-    tokens = torch.zeros(count, dtype=torch.float64).index_add_(
-        0, index, torch.tensor(list(lengths), dtype=torch.float64)
-    )
-    return float((nats / tokens).mean())
+    tokens = torch.zeros(count, dtype=torch.float64).index_add_(0, index, counts)
+    return float((nats / tokens.clamp(min=1.0)).mean())
 
 
 def _squared(values: Tensor) -> float:

@@ -201,6 +201,7 @@ def entropy_change(
     v, v_after = (-scores, -scores_after) if entropies is None else entropies
     exposure = np.ones(len(scores)) if lengths is None else lengths
     prompt_by_prompt = _prompt_by_prompt(weighting)
+    assert log_weights is None or not prompt_by_prompt, "the caller refuses another policy's rows normalised by prompt"
     drawn_at = scores if log_weights is None else scores - log_weights
     found = importance_weights(drawn_at, scores_after, base, group_sizes if prompt_by_prompt else None)
     base = _at_theta(base, log_weights)
@@ -208,7 +209,7 @@ def entropy_change(
     before = float(base @ v) / mean
     after = float(found.weights @ v_after) / mean_after
     influence = found.weights * (v_after - after * exposure) / mean_after - base * (v - before * exposure) / mean
-    se = _clustered_error(np.add.reduceat(influence, group_starts(group_sizes)))
+    se = clustered_error(np.add.reduceat(influence, group_starts(group_sizes)))
     smoothed = None
     if found.smoothed is not None and not prompt_by_prompt:
         smoothed = float(found.smoothed @ v_after) / float(found.smoothed @ exposure) - before
@@ -287,8 +288,8 @@ def entropy_estimate(
         group_sizes: G_n.
         lengths: T for the entropy per token; None for the entropy per response.
     """
-    estimate, by_prompt = _ratio_by_prompt(entropies, group_sizes, lengths)
-    return estimate, _clustered_error(by_prompt)
+    estimate, by_prompt = ratio_by_prompt(entropies, group_sizes, lengths)
+    return estimate, clustered_error(by_prompt)
 
 
 def resampled_change(
@@ -313,8 +314,8 @@ def resampled_change(
         lengths: T of the first for the entropy per token; None for the entropy per response.
         lengths_after: of the second.
     """
-    before, influence = _ratio_by_prompt(entropies, group_sizes, lengths)
-    after, influence_after = _ratio_by_prompt(entropies_after, group_sizes_after, lengths_after)
+    before, influence = ratio_by_prompt(entropies, group_sizes, lengths)
+    after, influence_after = ratio_by_prompt(entropies_after, group_sizes_after, lengths_after)
     base = base_weights(group_sizes_after)
     weights = ImportanceWeights(
         weights=base,
@@ -325,10 +326,10 @@ def resampled_change(
         pareto_reason="fresh responses of θ⁺ carry no importance weights",
         pareto_k_limit=pareto_k_limit(len(base)),
     )
-    return EntropyChange(before, after, after - before, _clustered_error(influence_after - influence), None, weights)
+    return EntropyChange(before, after, after - before, clustered_error(influence_after - influence), None, weights)
 
 
-def _ratio_by_prompt(
+def ratio_by_prompt(
     entropies: FloatArray, group_sizes: Sequence[int], lengths: FloatArray | None
 ) -> tuple[float, FloatArray]:
     """ĥ = Σ b v / Σ b τ, and each prompt's influence on it: Σ_{i∈n} b_i (v_i − ĥ τ_i) / τ̄, [B]."""
@@ -340,7 +341,7 @@ def _ratio_by_prompt(
     return estimate, influence
 
 
-def _clustered_error(by_prompt: FloatArray) -> float:
+def clustered_error(by_prompt: FloatArray) -> float:
     """√(B/(B−1) Σ_n influence²)."""
     prompts = len(by_prompt)
     return math.sqrt(prompts / (prompts - 1) * float((by_prompt**2).sum()))

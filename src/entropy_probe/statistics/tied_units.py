@@ -31,7 +31,7 @@ def tied_by_weights(u_cross: float, weights: FloatArray, sizes: FloatArray) -> F
 def tied_kernel(kernel: FloatArray, ties: FloatArray) -> FloatArray:
     """A matrix whose off-diagonal row means are x_u − d_u and whose column means are y_u as they were, [U, U]; U ≥ 3.
 
-    K_uw − α (d_u − d_w / (U−1)) with α = 1 / (1 − 1/(U−1)²): the second term takes out again what the first puts into columns,
+    K_uw − α (d_u + d_w / (U−1)) with α = 1 / (1 − 1/(U−1)²): the second term takes out again what the first puts into columns,
     since Σ d = 0.
 
     Args:
@@ -39,5 +39,5 @@ def tied_kernel(kernel: FloatArray, ties: FloatArray) -> FloatArray:
         ties: d of :func:`tied_by_weights`.
     """
     others = len(ties) - 1
-    found: FloatArray = kernel - (ties[:, None] - ties[None, :] / others) / (1.0 - 1.0 / others**2)
+    found: FloatArray = kernel - (ties[:, None] + ties[None, :] / others) / (1.0 - 1.0 / others**2)
     return found

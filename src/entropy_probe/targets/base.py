@@ -101,6 +101,7 @@ class Sample:
         token_entropies: H_t of the response tokens, nats, [tokens]; None where not asked for.
         rewards: R, [N]; None where there are none.
         importance: what the responses count; None where each counts once.
+        log_probs: log π of the response tokens, nats, [tokens]; None where not asked for.
     """
 
     group_sizes: Sequence[int]
@@ -109,6 +110,7 @@ class Sample:
     token_entropies: Tensor | None = None
     rewards: Tensor | None = None
     importance: Importance | None = None
+    log_probs: Tensor | None = None
 
     @staticmethod
     def of(batch: RolloutBatch, measured: Measured | None = None) -> Sample:
@@ -120,6 +122,7 @@ class Sample:
             None if measured is None else measured.entropies,
             rewards_of(batch),
             batch.importance,
+            None if measured is None else measured.log_probs,
         )
 
     @property

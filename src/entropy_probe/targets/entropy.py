@@ -6,15 +6,20 @@ H = E[−S] is nats per response; H/T̄ nats per token. The estimators are :mod:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from entropy_probe.common.choices import member
-from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, Target, TokenPair, sum_by_response
+from entropy_probe.data.importance import Importance
+from entropy_probe.statistics.importance_sampling import EntropyChange, Weighting, base_weights
+from entropy_probe.statistics.ratio_change import ratio_change
+from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, Target, TokenPair, at_tokens, sum_by_response
 from entropy_probe.targets.choices import EntropyUnit, Estimator
 from entropy_probe.targets.per_token import entropy_ratio, per_token
+from entropy_probe.targets.rao_blackwell import entropy_to_come
 from entropy_probe.targets.registry import ESTIMATORS
 
 
@@ -65,12 +70,55 @@ class EntropyTarget(Target):
     def counted(self, sample: Sample) -> tuple[Tensor, Tensor | None]:
         """As of every target; by Rao-Blackwell with weights by prefix, Σ_s w_{<s} H_s and, per token, Σ_s w_{<s}, over W̄."""
         importance = sample.importance
-        if importance is None or not importance.by_prefix or not self.needs_token_entropies:
+        if importance is None or not self.weighs_by_prefix(importance):
             return super().counted(sample)
         assert sample.token_entropies is not None
         before = importance.before
         entropies = sum_by_response(before * sample.token_entropies, sample.lengths)
         return entropies, sum_by_response(before, sample.lengths) if self.of_whole_batch else importance.weights
+
+    def weighs_by_prefix(self, importance: Importance | None) -> bool:
+        """Whether these weights are taken token by token: by Rao-Blackwell alone."""
+        return importance is not None and importance.by_prefix and self.needs_token_entropies
+
+    def change(self, before: Sample, after: Sample, weighting: Weighting = Weighting.GLOBAL) -> EntropyChange:
+        """As of every target; with weights by prefix :func:`~entropy_probe.statistics.ratio_change.ratio_change`.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
+        found = super().change(before, after, weighting)
+        if before.importance is None or not self.weighs_by_prefix(before.importance):
+            return found
+        moved = replace(after, importance=before.importance.moved(_known(after.log_probs) - _known(before.log_probs)))
+        (entropies, counts), (entropies_after, counts_after) = (
+            tuple(_known(values).numpy() for values in self.counted(sample)) for sample in (before, moved)
+        )
+        return ratio_change(
+            (entropies, counts),
+            (entropies_after, counts_after),
+            before.group_sizes,
+            replace(found.weights, smoothed=None),
+        )
+
+    def derivative(self, sample: Sample) -> TokenPair:
+        """What multiplies ∇log π and ∇H_t in the derivative of that change, weights being by prefix: [tokens] each.
+
+        dn = Σ_t [ (Σ_{s>t} w_{<s} H_s) dlog π_t + w_{<t} dH_t ]; dd = w Σ_t dlog π_t, per token Σ_t (Σ_{s>t} w_{<s}) dlog π_t.
+        """
+        importance = sample.importance
+        assert importance is not None
+        assert self.weighs_by_prefix(importance)
+        entropies, counts = (_known(values) for values in self.counted(sample))
+        base = torch.from_numpy(base_weights(sample.group_sizes))
+        mean = float(base @ counts)
+        rate = float(base @ entropies) / mean
+        before, shares = importance.before, at_tokens(base / mean, sample.lengths)
+        per_token = rate if self.of_whole_batch else 0.0
+        to_come = entropy_to_come(before * (_known(sample.token_entropies) - per_token), sample.lengths)
+        if not self.of_whole_batch:
+            to_come = to_come - rate * at_tokens(importance.weights, sample.lengths)
+        return TokenPair(shares * to_come, shares * before)
 
     def coefficients(self, sample: Sample, ratio: Ratio | None = None) -> TokenPair:
         """The estimator's, [N] each or [tokens] each; for the entropy per token with its length term and over T̄."""
@@ -78,3 +126,8 @@ class EntropyTarget(Target):
             return self._estimator.coefficients(sample)
         assert ratio is not None, "the entropy per token needs the batch's ratio"
         return per_token(self._estimator, sample, ratio)
+
+
+def _known(values: Tensor | None) -> Tensor:
+    assert values is not None, "weights by prefix need log-probs and entropies of every token"
+    return values

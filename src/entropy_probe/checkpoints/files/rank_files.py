@@ -58,7 +58,9 @@ class RankFiles:
         count = world_size(folder, kind)
         if count is None:
             return None
-        return RankFiles([read_saved(folder / f"{kind}_world_size_{count}_rank_{rank}.pt", EXPECTED[kind]) for rank in range(count)])
+        return RankFiles(
+            [read_saved(folder / f"{kind}_world_size_{count}_rank_{rank}.pt", EXPECTED[kind]) for rank in range(count)]
+        )
 
     @property
     def mapped(self) -> bool:
@@ -176,5 +178,7 @@ def world_size(folder: Path, kind: str) -> int | None:
     ((count, ranks),) = found.items()
     missing = [f"{kind}_world_size_{count}_rank_{rank}.pt" for rank in range(count) if rank not in ranks]
     if missing:
-        raise InputError(f"{folder} has no {some_of(missing)}; every rank's file is needed, copy them from the ranks' disks")
+        raise InputError(
+            f"{folder} has no {some_of(missing)}; every rank's file is needed, copy them from the ranks' disks"
+        )
     return count

@@ -1,4 +1,4 @@
-"""The optimizer in FSDP ranks' files: FSDP2's by parameter, FSDP1's by flat unit, with names from the model's files beside it."""
+"""The optimizer in FSDP ranks' files: FSDP2's by parameter, FSDP1's by flat unit; names are from the model's files."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ class RankOptimizer:
     """The ranks' optimizer files beside the model's."""
 
     def __init__(self, folder: Path, files: RankFiles) -> None:
+        """Look at the groups and at whose state there is.
+
+        Raises:
+            InputError: the files hold no optimizer's state_dict.
+        """
         self.folder, self.files = folder, files
         self.states: list[Mapping[Any, Any]] = files.dictionaries("state", of=OF_OPTIMIZER)
         self.groups = files.files[0].content.get("param_groups")
@@ -124,16 +129,19 @@ class RankOptimizer:
 
     def _of_units(self) -> StoredOptimizer:
         if len(self.groups) != 1:
-            raise InputError(f"{self.folder}: FSDP1's flat optimizer has {len(self.groups)} groups; expected one, as verl's")
+            raise InputError(
+                f"{self.folder}: FSDP1's flat optimizer has {len(self.groups)} groups; expected one, as verl's"
+            )
         held = {index: [_held(state.get(index, {})) for state in self._in_order()] for index in self.present}
         for names, shapes in self._candidates():
             units = units_that_fit(names, shapes, len(self.indices), held)
             if units is not None:
                 return self._split(units, shapes, held)
+        first = sum(next(iter(held.values())))
         raise InputError(
-            f"{self.folder}: FSDP1's optimizer has {len(self.indices)} flat units, the first of {sum(next(iter(held.values())))} "
-            f"elements, and no known way to wrap the model of {self.folder.name}/model_world_size_*.pt gives these (decoder "
-            "layers; these and LoRA's modules; the whole model); save with FSDP2 (strategy: fsdp2)"
+            f"{self.folder}: FSDP1's optimizer has {len(self.indices)} flat units, of which the first with state has {first} "
+            "elements, and no known way to wrap the model of model_world_size_*.pt gives these (decoder layers; these and "
+            "LoRA's modules; the whole model); save with FSDP2 (strategy: fsdp2)"
         )
 
     def _in_order(self) -> list[Mapping[Any, Any]]:
@@ -174,7 +182,9 @@ class RankOptimizer:
         group = {**self.groups[0], "params": list(range(len(names))), "param_names": names}
         return StoredOptimizer(self.folder, [group], state, exact_names=True)
 
-    def _slice(self, entries: Sequence[Mapping[str, Any]], key: str, value: object, at: int, shape: Sequence[int]) -> object:
+    def _slice(
+        self, entries: Sequence[Mapping[str, Any]], key: str, value: object, at: int, shape: Sequence[int]
+    ) -> object:
         if not isinstance(value, Tensor):
             return value
         flat = [entry[key] for entry in entries if isinstance(entry.get(key), Tensor)]
@@ -182,7 +192,9 @@ class RankOptimizer:
             run = run_of(flat, at, torch.Size(shape).numel())
             return FlatTensor.of(shape, run, mapped=self.files.mapped)
         except ValueError as error:
-            raise InputError(f"{self.folder}: optim_world_size_*.pt: {key} at {at}: {error}; the files are damaged") from error
+            raise InputError(
+                f"{self.folder}: optim_world_size_*.pt: {key} at {at}: {error}; the files are damaged"
+            ) from error
 
 
 def _number(step: object) -> float | object:

@@ -1,7 +1,7 @@
 """``torch.save`` files that hold tensors and plain records: mapped, and nothing pickled in them is ever executed.
 
-Training libraries put a few objects of their own beside the tensors: a loss scaler, the place of a parameter in a flat vector, a
-random state. Each name of the closed list :data:`PLAIN` is read as a :class:`Record`, which holds what the file says and does
+Training libraries put a few objects of their own beside the tensors: a loss scaler, the place of a parameter in a flat vector,
+a random state. Each name of the closed list :data:`PLAIN` is read as a :class:`Record`, which holds what the file says and does
 nothing; the library need not be installed. Any other name is refused by torch's ``weights_only=True``.
 """
 
@@ -31,10 +31,12 @@ class Record:
     """An object of a library that is read as what it holds: ``arguments`` it was made with, and ``state`` put into it."""
 
     def __init__(self, *arguments: object) -> None:
+        """Keep what the object was made with."""
         self.arguments = arguments
         self.state: Mapping[str, Any] = {}
 
     def __setstate__(self, state: object) -> None:
+        """Keep what was put into the object."""
         self.arguments = getattr(self, "arguments", ())
         self.state = state if isinstance(state, dict) else {}
 
@@ -110,14 +112,15 @@ def dictionary(saved: Saved, *keys: str, of: str) -> Mapping[str, Any]:
         if not isinstance(found, Mapping):
             where = f" under {'.'.join(keys[:number])}" if number else ""
             raise InputError(f"{saved.path} holds a {type(found).__name__}{where}; expected {of}")
-    return found
+    mapping: Mapping[str, Any] = found
+    return mapping
 
 
 def forget(tensor: Tensor) -> None:
     """Take a mapped file's pages out of this process's memory; they are read again where they are looked at again.
 
-    Whoever reads the files of many ranks would hold all of them else. Only for tensors of a :class:`Saved` that is mapped, which
-    nobody has written to.
+    Whoever reads the files of many ranks would hold all of them else. Only for contiguous tensors of a :class:`Saved` that is
+    mapped, which nobody has written to: memory of another kind would be lost.
     """
     start, length = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,8 +1,8 @@
 """DeepSpeed's files of one step: what each rank wrote, opened and held to each other.
 
-``mp_rank_00_model_states.pt`` (ZeRO 3: ``zero_pp_rank_R_mp_rank_00_model_states.pt``) has the module, the names and shapes of every
-optimizer group (``param_shapes``) and what was frozen; ``[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt`` a rank's part of the
-flat master weights and moments.
+``mp_rank_00_model_states.pt`` (ZeRO 3: ``zero_pp_rank_R_mp_rank_00_model_states.pt``) has the module, the names and shapes of
+every optimizer group (``param_shapes``) and what was frozen; ``[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt`` a rank's part
+of the flat master weights and moments.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class ModelStates:
         steps = [_whole(state.get("global_steps")) for state in states]
         for file, step in zip(files, steps, strict=True):
             if step != steps[0]:
-                raise InputError(f"{file.path} is of step {step}, {files[0].path.name} of {steps[0]}: copy one step's files")
+                raise InputError(
+                    f"{file.path} is of step {step}, {files[0].path.name} of {steps[0]}: copy one step's files"
+                )
         first, path = states[0], files[0].path
         module = dictionary(files[0], "module", of=OF_MODEL)
         groups = first.get("param_shapes")
@@ -142,8 +144,8 @@ class OptimizerStates:
         missing = [OPTIM_RANK.sub(f"zero_pp_rank_{rank}_", example, 1) for rank in range(count) if rank not in found]
         if missing:
             raise InputError(
-                f"{folder} has no {some_of(missing)}; {count} ranks wrote the checkpoint, and every rank's file is needed: copy "
-                "them from the ranks' disks"
+                f"{folder} has no {some_of(missing)}; {count} ranks wrote the checkpoint, and every rank's file is needed: "
+                "copy them from the ranks' disks"
             )
         if len(found) > count:
             raise InputError(
@@ -156,7 +158,9 @@ class OptimizerStates:
             said = state.get("partition_count")
             counts = [_whole(value) for value in (said if isinstance(said, list) else [said])]
             if any(value not in (None, count) for value in counts):
-                raise InputError(f"{file.path} is one of {counts[0]} ranks' files, and {count} are there; copy one checkpoint's")
+                raise InputError(
+                    f"{file.path} is of {counts[0]} ranks, and {count} ranks' files are there; copy one checkpoint's"
+                )
         return OptimizerStates(files, states)
 
     @property
@@ -199,8 +203,8 @@ def _by_rank(folder: Path, pattern: str, named: re.Pattern[str]) -> dict[int, Pa
         strange = sorted(file.name for file in folder.glob(unread))
         if strange:
             raise InputError(
-                f"{folder} holds {some_of(strange)}: experts or layers in files of their own (expert or pipeline parallel), which "
-                "are not read"
+                f"{folder} holds {some_of(strange)}: experts or layers in files of their own (expert or pipeline parallel), "
+                "which are not read"
             )
     found: dict[int, Path] = {}
     for file in folder.glob(pattern):

@@ -55,7 +55,9 @@ class FlatOptimizer:
             InputError: not DeepSpeed's, of a layout that is not read, or files that do not belong together.
         """
         if model.groups is None:
-            raise InputError(f"{model.path} has no param_shapes, the names in the optimizer's flat vectors; it is damaged")
+            raise InputError(
+                f"{model.path} has no param_shapes, the names in the optimizer's flat vectors; it is damaged"
+            )
         first = files.states[0]
         if "fp32_flat_groups" in first:
             masters, inner, places = "fp32_flat_groups", "optimizer_state_dict", _pieces_of_each
@@ -72,7 +74,9 @@ class FlatOptimizer:
             master = [_vector(files, rank, masters, number, len(model.groups)) for rank in range(files.count)]
             owner = next((at for at, group in enumerate(groups) if number in group["params"]), None)
             if owner is None:
-                raise InputError(f"{files.path}: no group of the optimizer lists its flat vector {number}; the file is damaged")
+                raise InputError(
+                    f"{files.path}: no group of the optimizer lists its flat vector {number}; the file is damaged"
+                )
             vectors.append(
                 FlatGroup(
                     master=master,
@@ -195,14 +199,14 @@ def _vector(files: OptimizerStates, rank: int, key: str, number: int, expected: 
     found, path = files.states[rank].get(key), files.files[rank].path
     if not isinstance(found, Sequence) or len(found) != expected or not isinstance(found[number], Tensor):
         held = len(found) if isinstance(found, Sequence) else type(found).__name__
-        raise InputError(f"{path} has {held} under {key}, the model states name {expected} groups; copy one step's files")
+        raise InputError(
+            f"{path} has {held} under {key}, the model states name {expected} groups; copy one step's files"
+        )
     vector: Tensor = found[number]
     return vector.reshape(-1)
 
 
-def _pieces_of_each(
-    files: OptimizerStates, number: int, shapes: Shapes, master: Sequence[Tensor]
-) -> dict[str, Place]:
+def _pieces_of_each(files: OptimizerStates, number: int, shapes: Shapes, master: Sequence[Tensor]) -> dict[str, Place]:
     """Stage 3."""
     found: dict[str, Place] = {}
     at = 0
@@ -234,7 +238,9 @@ def _runs(files: OptimizerStates, number: int, shapes: Shapes, master: Sequence[
         for key, value in mapping[number].items():
             where, name = fragment(value), live_name(str(key))
             if where is None or name not in found:
-                raise InputError(f"{path} has {name} in group {number}, where the model states do not; copy one step's files")
+                raise InputError(
+                    f"{path} has {name} in group {number}, where the model states do not; copy one step's files"
+                )
             found[name].append((rank, *where))
     return dict(found)
 

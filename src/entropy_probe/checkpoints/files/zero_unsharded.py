@@ -1,8 +1,8 @@
 """DeepSpeed without ZeRO: ``torch.optim``'s own state_dict, by index, and in float16 runs the master weights beside it.
 
 In float32 the module has the weights. The float16 optimizers keep float32 masters without names: a list a group
-(``fp32_groups``), or one flat vector a group (``fp32_groups_flat``). Each is found among the module's tensors by its values, which
-are the master's own, cast: groups are filled in the order of ``named_parameters``.
+(``fp32_groups``), or one flat vector a group (``fp32_groups_flat``). Each is found among the module's tensors by its values,
+which are the master's own, cast: groups are filled in the order of ``named_parameters``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Unsharded:
         for group, named in zip(self.groups, self.named, strict=True):
             flat = len(group["params"]) == 1 and len(named) > 1
             at, first = 0, number
-            for place, (name, master) in enumerate(named):
+            for place, (_, master) in enumerate(named):
                 entry = dict(self.state.get(group["params"][0 if flat else place], {}))
                 if flat:
                     cut = {key: value for key, value in entry.items() if isinstance(value, Tensor) and value.dim() == 1}
@@ -129,7 +129,7 @@ def _named(model: ModelStates, masters: Sequence[object], path: Path) -> list[tu
                     break
             else:
                 raise InputError(
-                    f"{path}: the master weights after {found[-1][0] if found else 'the first'} are none of the module's, in the "
-                    "order of its names; are the files of one step?"
+                    f"{path}: the master weights after {found[-1][0] if found else 'the first'} are none of the module's, in "
+                    "the order of its names; are the files of one step?"
                 )
     return found

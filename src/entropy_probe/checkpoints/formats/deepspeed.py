@@ -1,9 +1,9 @@
 """DeepSpeed's folders: ZeRO 0, 1, 2 and 3 and the universal layout, by themselves or in the folder of the Hugging Face Trainer,
 of OpenRLHF (``_actor/``) and of open-instruct.
 
-The file ``latest`` (universal: ``latest_universal``) names the step's folder, any tag; that folder may be given too. Weights are the
-optimizer's master weights: what stands under ``module`` is what the forward was computed with, in bfloat16 or float16 where the
-run was. Adam's groups have names except under stage 0, which saves ``torch.optim``'s own state_dict.
+The file ``latest`` (universal: ``latest_universal``) names the step's folder, any tag; that folder may be given too. Weights
+are the optimizer's master weights: what stands under ``module`` is what the forward was computed with, in bfloat16 or float16
+where the run was. Adam's groups have names except under stage 0, which saves ``torch.optim``'s own state_dict.
 """
 
 from __future__ import annotations
@@ -234,7 +234,9 @@ def _refuse_other_step(model: ModelStates, masters: Mapping[str, StoredTensor], 
             continue
         kept = FlatTensor.of(tuple(value.shape), [value], mapped=model.mapped)
         if master.shape != kept.shape:
-            raise InputError(f"{model.path}: {name} is {kept.shape}, in the optimizer's files {master.shape}; copy one step's")
+            raise InputError(
+                f"{model.path}: {name} is {kept.shape}, in the optimizer's files {master.shape}; copy one step's"
+            )
         for one, other in zip(master.sample(), kept.sample(), strict=True):
             if not torch.equal(one.to(other.dtype).nan_to_num(), other.nan_to_num()):
                 raise InputError(

@@ -69,29 +69,13 @@ def _all_of(*patterns: str) -> Callable[[Path], list[str]]:
 
 
 DEEPSPEED = (
-    "save with the Trainer's own optimizer (no deepspeed setting), or with FSDP and SHARDED_STATE_DICT; DeepSpeed's "
-    f"zero_to_fp32.py keeps weights alone; or {CONVERT}"
+    "copy the files of all ranks, *_optim_states.pt and *_model_states.pt, from their disks into the folder that the file "
+    "latest names"
 )
 
 LAYOUTS: tuple[Layout, ...] = (
-    Layout("DeepSpeed ZeRO checkpoint", _files("*_optim_states.pt", "global_step*/*_optim_states.pt"), DEEPSPEED),
-    Layout(
-        "DeepSpeed universal checkpoint",
-        _files("zero/*/exp_avg_sq.pt", "global_step*/zero/*/exp_avg_sq.pt", "latest_universal"),
-        DEEPSPEED,
-    ),
-    Layout(
-        "DeepSpeed checkpoint",
-        _files("*mp_rank_*_model_states.pt", "global_step*/*mp_rank_*_model_states.pt"),
-        DEEPSPEED,
-    ),
     # Its ranks' files are on other machines' disks, or lost.
     Layout("DeepSpeed checkpoint without its ranks' files", _all_of("latest", "global_step[0-9]*"), DEEPSPEED),
-    Layout(
-        "checkpoint of verl's FSDP ranks, or of SkyRL or AReaL, which write the same files",
-        _files("optim_world_size_*_rank_*.pt", "model_world_size_*_rank_*.pt"),
-        f"verl.model_merger keeps weights alone; {CONVERT}",
-    ),
     Layout(
         "Megatron checkpoint",
         _files(

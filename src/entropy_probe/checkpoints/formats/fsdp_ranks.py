@@ -64,7 +64,9 @@ class FsdpRanks:
         folder = _inner(path)
         sizes = [world_size(folder, kind) for kind in ("model", "optim")]
         if None not in sizes and sizes[0] != sizes[1]:
-            raise InputError(f"{folder} holds the model of {sizes[0]} ranks and the optimizer of {sizes[1]}; leave one step's")
+            raise InputError(
+                f"{folder} holds the model of {sizes[0]} ranks and the optimizer of {sizes[1]}; leave one step's"
+            )
         return sizes[0] or sizes[1]
 
     def configuration(self, path: Path) -> Path | None:
@@ -76,7 +78,9 @@ class FsdpRanks:
         """The whole model's; of LoRA's the base's, None where the adapter alone was saved."""
         model = _model(path)
         if model is None:
-            places = (place for place in (_inner(path), _inner(path) / "huggingface") if any(place.glob("*.safetensors")))
+            places = (
+                place for place in (_inner(path), _inner(path) / "huggingface") if any(place.glob("*.safetensors"))
+            )
             return next((TRAINER.weights(place) for place in places), None)
         if not _is_adapted(model):
             return StoredWeights(model)

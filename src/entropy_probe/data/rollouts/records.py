@@ -194,6 +194,11 @@ class Rollout:
         """T, the response tokens that the policy drew."""
         return len(self.sampled_places)
 
+    @property
+    def tokens_in_loss(self) -> int:
+        """How many of them are in the trainer's loss."""
+        return self.tokens if self.loss_mask is None else sum(self.at_sampled(self.loss_mask))
+
     def at_sampled(self, values: Sequence[T]) -> tuple[T, ...]:
         """Of values a response token those at tokens that the policy drew: T of them."""
         return tuple(values) if self.sampled is None else tuple(values[place] for place in self.sampled_places)
@@ -262,12 +267,18 @@ class RolloutBatch:
         """The prompt of every response, by its place: [N]."""
         return tuple(n for n, size in enumerate(self.group_sizes) for _ in range(size))
 
-    def of_tokens(self, column: str) -> tuple[float, ...] | None:
-        """A column's values at the tokens that the policy drew, end to end, [tokens]; None where a row lacks it."""
+    def of_tokens(self, column: str, default: float | None = None) -> tuple[float, ...] | None:
+        """A column's values at the tokens that the policy drew, end to end, [tokens].
+
+        A row that lacks it has ``default`` at each token; without a default all is None.
+        """
         columns = [getattr(row, column) for row in self.responses]
-        if any(values is None for values in columns):
+        if default is None and any(values is None for values in columns):
             return None
-        parts = (row.at_sampled(values) for row, values in zip(self.responses, columns, strict=True))
+        parts = (
+            (default,) * row.tokens if values is None else row.at_sampled(values)
+            for row, values in zip(self.responses, columns, strict=True)
+        )
         return tuple(itertools.chain.from_iterable(parts))
 
     def of_prompts(self, prompts: Sequence[int]) -> RolloutBatch:
@@ -284,6 +295,11 @@ class RolloutBatch:
         parts = itertools.pairwise(self.first_row)
         means = [sum(self.lengths[start:stop]) / (stop - start) for start, stop in parts]
         return sum(means) / len(means)
+
+    @property
+    def weighed_by_prefix(self) -> bool:
+        """Whether responses count token by token."""
+        return self.importance is not None and self.importance.by_prefix
 
     @cached_property
     def tokens(self) -> int:

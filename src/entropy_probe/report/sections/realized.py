@@ -77,7 +77,7 @@ class RealizedRow(Entry):
             reasons["pareto_k"] = reasons["delta_h_psis"] = weights.pareto_reason
         elif change.delta_h_smoothed is None:
             reasons["delta_h_psis"] = (
-                "smoothing is of weights that are normalised over one batch, not prompt by prompt or by folds"
+                "smoothing is of weights that are normalised over one batch, not prompt by prompt, by folds or token by token"
             )
         return cls(
             step=realized.step,
