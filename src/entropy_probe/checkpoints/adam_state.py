@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.checkpoints.files.optimizer_pt import read_optimizer_file
-from entropy_probe.checkpoints.files.other_optimizers import refuse_other_optimizers
+from entropy_probe.checkpoints.files.other_optimizers import refuse_other_optimizer
 from entropy_probe.checkpoints.files.stored import StoredOptimizer, StoredTensor
 from entropy_probe.checkpoints.formats.registry import format_of
 from entropy_probe.checkpoints.index_names import OptimizerMapping, map_names
@@ -51,15 +51,6 @@ def adam_state_in(path: str | Path, model: nn.Module) -> AdamState | None:
     return None if stored is None else map_adam_state(stored, model)[0]
 
 
-def refuse_other_optimizer(stored: StoredOptimizer) -> None:
-    """Refuse the state of what is not Adam, by its name.
-
-    Raises:
-        InputError: it is another optimizer's, or there is none.
-    """
-    _refuse_foreign(stored.state, stored.groups, stored.path)
-
-
 def map_adam_state(
     stored: StoredOptimizer, model: nn.Module, rows: Mapping[str, slice] | None = None
 ) -> tuple[AdamState, OptimizerMapping]:
@@ -74,7 +65,7 @@ def map_adam_state(
         InputError: another optimizer's state, or no rule fits.
     """
     path, state = stored.path, stored.state
-    refuse_other_optimizers(state, stored.groups, path)
+    refuse_other_optimizer(stored)
     if stored.exact_names:
         stored = _by_first_names(stored, model)
         _refuse_strangers(stored, model)

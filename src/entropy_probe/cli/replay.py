@@ -18,7 +18,10 @@ from entropy_probe.cli.options import (
     ExactDType,
     FreezeOption,
     JsonOption,
+    NamesOption,
+    QuantizationOption,
     TemperatureOption,
+    beside,
 )
 from entropy_probe.cli.output import check_outputs, make_console
 from entropy_probe.replay_check import ReplaySettings
@@ -39,6 +42,8 @@ def replay(
     ],
     temperature: TemperatureOption = None,
     base: BaseOption = None,
+    names: NamesOption = None,
+    base_quantization: QuantizationOption = None,
     freeze: FreezeOption = None,
     settings: ReplaySettings,
     device: DeviceOption = Device.AUTO,
@@ -51,7 +56,7 @@ def replay(
         after,
         rollouts,
         settings,
-        base=base,
+        base=beside(base, names, base_quantization),
         freeze=tuple(freeze or ()),
         temperature=temperature,
         device=device.torch_device,

@@ -17,9 +17,12 @@ from entropy_probe.cli.options import (
     DeviceOption,
     FreezeOption,
     JsonOption,
+    NamesOption,
     OutOption,
+    QuantizationOption,
     ShardingOption,
     TemperatureOption,
+    beside,
 )
 from entropy_probe.cli.output import check_outputs, make_console, show
 from entropy_probe.common.progress import Progress, Silent
@@ -47,6 +50,8 @@ def run(
     ] = None,
     temperature: TemperatureOption = None,
     base: BaseOption = None,
+    names: NamesOption = None,
+    base_quantization: QuantizationOption = None,
     freeze: FreezeOption = None,
     settings: Settings,
     device: DeviceOption = Device.AUTO,
@@ -70,7 +75,7 @@ def run(
             rollouts,
             settings,
             evaluation_rollouts=evaluation_rollouts,
-            base=base,
+            base=beside(base, names, base_quantization),
             freeze=tuple(freeze or ()),
             temperature=temperature,
             device=own_device,

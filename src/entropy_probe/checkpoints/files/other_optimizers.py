@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from entropy_probe.checkpoints.files.stored import StoredOptimizer
 from entropy_probe.errors import InputError
 
 ADVICE = (
@@ -55,12 +56,13 @@ ADAM_ENTRY = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
 """What torch's Adam and AdamW keep for a parameter."""
 
 
-def refuse_other_optimizers(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], path: Path) -> None:
+def refuse_other_optimizer(stored: StoredOptimizer) -> None:
     """Refuse a state that is not Adam's, by the name of its optimizer where that is known.
 
     Raises:
         InputError: it is another optimizer's, or holds nothing yet.
     """
+    state, groups, path = stored.state, stored.groups, stored.path
     # Optimizers may keep Adam's state for some parameters and their own for the others.
     keys = sorted({str(key) for entry in state.values() if "exp_avg_sq" not in entry for key in entry})
     named = _without_second_moment(keys, groups)

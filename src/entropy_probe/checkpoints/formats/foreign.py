@@ -88,10 +88,9 @@ LAYOUTS: tuple[Layout, ...] = (
         f"Megatron's exporters keep weights alone; {CONVERT}",
     ),
     Layout(
-        "torch.distributed.checkpoint (DCP) folder, as torchtitan, prime-rl, AReaL and NeMo-RL write it",
+        "torch.distributed.checkpoint (DCP) folder that is a part of a checkpoint, as accelerate's optimizer_0 is",
         _all_of(".metadata", "*.distcp"),
-        f"an optimizer_0 or pytorch_model_fsdp_0 of accelerate is read as part of the checkpoint folder around it: give that; "
-        f"otherwise {CONVERT}",
+        "it is read as part of the checkpoint folder around it: give that",
     ),
     Layout(
         "checkpoint of FSDP's LOCAL_STATE_DICT, a part of flat vectors a rank",
