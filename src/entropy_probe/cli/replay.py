@@ -18,7 +18,10 @@ from entropy_probe.cli.options import (
     ExactDType,
     FreezeOption,
     JsonOption,
+    NamesOption,
+    QuantizationOption,
     TemperatureOption,
+    beside,
     one_or_all,
 )
 from entropy_probe.cli.output import check_outputs, make_console
@@ -43,6 +46,8 @@ def replay(
     ],
     temperature: TemperatureOption = None,
     base: BaseOption = None,
+    names: NamesOption = None,
+    base_quantization: QuantizationOption = None,
     freeze: FreezeOption = None,
     settings: ReplaySettings,
     device: DeviceOption = Device.AUTO,
@@ -55,7 +60,7 @@ def replay(
         after,
         one_or_all(rollouts),
         settings,
-        base=base,
+        base=beside(base, names, base_quantization),
         freeze=tuple(freeze or ()),
         temperature=temperature,
         device=device.torch_device,

@@ -16,7 +16,14 @@ from typing import Any, assert_never
 import torch
 from torch import nn
 
-from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, patterns_of, sharding_of, tokenizer_ids
+from entropy_probe.checkpoints import (
+    Beside,
+    load_checkpoint,
+    load_sharded_checkpoint,
+    patterns_of,
+    sharding_of,
+    tokenizer_ids,
+)
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.choices import member, path_of, settings_of
 from entropy_probe.common.devices import AUTO, check_device, choose_device
@@ -94,7 +101,7 @@ def probe_checkpoint(
     settings: Settings | None = DEFAULTS,
     *,
     evaluation_rollouts: str | Path | Sequence[str | Path] | None = None,
-    base: str | Path | None = None,
+    base: str | Path | Beside | None = None,
     freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = AUTO,
@@ -113,7 +120,8 @@ def probe_checkpoint(
             ids; or several files (a list, or a pattern of their names), which are one batch.
         settings: see :class:`Settings`; None takes the defaults.
         evaluation_rollouts: other rollouts of the same checkpoint, from which X is taken against this batch's update.
-        base: folder of the base model, for an adapter.
+        base: folder of the base model, for an adapter, or of the configuration where the checkpoint has none; more that the
+            checkpoint lacks goes into a :class:`Beside`.
         freeze: regular expressions; parameters in whose names one of them is found were not trained.
         temperature: sampling temperature of rows that declare none; 1 if neither says.
         device: ``auto`` takes a GPU where there is one; of several ranks, the device that their process group has for them.
@@ -135,7 +143,6 @@ def probe_checkpoint(
         the next step changes entropy by -0.02 nats per response; it falls: True
     """
     checkpoint = path_of("checkpoint", checkpoint)
-    base = None if base is None else path_of("base", base)
     settings = settings_of(settings, DEFAULTS)
     clock = Clock()
     sent_before = len(ranks.sent)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.checkpoints import (
+    Beside,
     freeze_matching,
     freeze_names,
     load_checkpoint,
@@ -60,7 +61,7 @@ def replay(
     rollouts: str | Path | Sequence[str | Path],
     settings: ReplaySettings | None = DEFAULTS,
     *,
-    base: str | Path | None = None,
+    base: str | Path | Beside | None = None,
     freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = AUTO,
@@ -77,7 +78,8 @@ def replay(
         rollouts: the batch that step N + 1 consumed, as the recorder wrote it (``step-00021.jsonl`` for checkpoint 20), or a
             trainer's dump with exact token ids; of several processes a list of their files, or a pattern of the names.
         settings: see :class:`ReplaySettings`; None takes the defaults.
-        base: folder of the base model, for an adapter.
+        base: folder of the base model, for an adapter, or of the configuration where the checkpoint has none; more that the
+            checkpoint lacks goes into a :class:`Beside`.
         freeze: regular expressions; parameters in whose names one of them is found were not trained.
         temperature: sampling temperature of rows that declare none; 1 if neither says.
         device: ``auto`` takes a GPU where there is one.
@@ -95,7 +97,6 @@ def replay(
         True
     """
     before, after = path_of("before", before), path_of("after", after)
-    base = None if base is None else path_of("base", base)
     settings = settings_of(settings, DEFAULTS)
     clock, progress, device = Clock(), progress or Silent(), choose_device(device)
     with clock.stage("load"):

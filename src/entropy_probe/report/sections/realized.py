@@ -219,7 +219,7 @@ def rounding_warnings(rows: Sequence[RealizedChange], how: Rounding) -> list[Evi
     plain, row, kept = pairs[0]
     unit = row.measure.target.unit.replace("-", " ")
     seen = (
-        f"Adam's moments are stored in {kept.types} and the weights hold no more, so no float32 copy is kept: {kept.said}. "
+        f"the optimizer holds the weights in {kept.types} and keeps no float32 copy of them: {kept.said}. "
         f"Rounded {kept.how.adverb}, as it is stored, the adamw step changes entropy by {row.change.delta_h:+.3g} nats {unit}, "
         f"unrounded by {plain.change.delta_h:+.3g}; δH₁ and the optimizer's own step to first order are of the unrounded one"
     )
