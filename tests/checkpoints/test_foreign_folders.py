@@ -24,28 +24,13 @@ from support import (
 )
 
 FOLDERS: dict[str, tuple[Sequence[str], str, str]] = {
-    "zero": (["latest", "global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "", "DeepSpeed ZeRO"),
-    "zero-inner": (["zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"], "", "DeepSpeed ZeRO"),
-    "openrlhf": (["_actor/global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"], "_actor", "DeepSpeed ZeRO"),
-    "universal": (["global_step3_universal/zero/lm_head.weight/exp_avg_sq.pt"], "", "DeepSpeed universal"),
-    "stage-0": (["global_step4/mp_rank_00_model_states.pt"], "", "a DeepSpeed checkpoint"),
     "zero-elsewhere": (["latest", "global_step4/readme"], "", "DeepSpeed checkpoint without its ranks' files"),
-    "verl": (["model_world_size_2_rank_0.pt", "optim_world_size_2_rank_0.pt", "huggingface/config.json"], "", "verl"),
-    "verl-step": (["actor/optim_world_size_2_rank_0.pt"], "actor", "verl"),
-    "verl-run": (["latest_checkpointed_iteration.txt", "global_step_4/actor/optim_world_size_1_rank_0.pt"],
-                 "global_step_4/actor", "verl"),
-    "dcp": ([".metadata", "__0_0.distcp"], "", "torch.distributed.checkpoint (DCP)"),
-    "prime-rl": (["checkpoints/step_2/trainer/.metadata", "checkpoints/step_2/trainer/__0_0.distcp"],
-                 "checkpoints/step_2/trainer", "(DCP)"),
     "megatron": (["iter_0000002/common.pt", "iter_0000002/.metadata", "iter_0000002/__0_0.distcp"], "", "Megatron"),
     "megatron-old": (["mp_rank_00/model_optim_rng.pt"], "", "Megatron"),
     "lightning": (["hparams.yaml", "checkpoints/epoch=1-step=2.ckpt"], "checkpoints", "PyTorch Lightning"),
-    "lightning-zero": (["step=2.ckpt/checkpoint/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
-                       "step=2.ckpt/checkpoint", "DeepSpeed ZeRO"),
     "torchtune": (["recipe_state/recipe_state.pt", "epoch_0/config.json"], "", "torchtune"),
     "torchtune-old": (["recipe_state.pt", "hf_model_0001_0.pt"], "", "torchtune"),
-    "full": (["optimizer.bin", "pytorch_model_fsdp.bin"], "", "FULL_STATE_DICT"),
-    "save-state": (["optimizer.bin", "model.safetensors", "random_states_0.pkl"], "", "accelerate's save_state"),
+    "local": (["pytorch_model_fsdp_rank0.bin", "optimizer_rank0.bin"], "", "FSDP's LOCAL_STATE_DICT"),
 }  # fmt: skip
 
 
@@ -64,7 +49,7 @@ def test_every_command_names_the_framework_and_where_it_is(kind: str, tmp_path: 
         ["run", folder, "--rollouts", rollouts],
         ["inspect", folder],
         ["replay", folder, after, "--rollouts", rollouts, "--length-weight", "grpo"],
-        *([["sample", folder, *sampling]] if kind != "save-state" else []),
+        ["sample", folder, *sampling],
     ):
         outcome = run_command(*command)
         assert outcome.code == 2
@@ -73,17 +58,6 @@ def test_every_command_names_the_framework_and_where_it_is(kind: str, tmp_path: 
         assert "which is not read yet; " in outcome.err
         assert f"{folder} {f'holds in {where} a' if where else 'is a'}" in outcome.err
         assert "save_only_model" not in outcome.err
-
-
-def test_another_framework_beside_plain_weights_is_named_and_nothing_else_is_printed(tmp_path: Path) -> None:
-    """As DeepSpeed under the Trainer leaves a folder: it must not be called the Trainer's first."""
-    tiny_model().save_pretrained(tmp_path)
-    (tmp_path / "global_step4").mkdir()
-    (tmp_path / "global_step4" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
-    (tmp_path / "latest").write_text("global_step4")
-    outcome = run_command("inspect", tmp_path)
-    assert (outcome.code, outcome.out, len(outcome.lines)) == (2, "", 1)
-    assert "DeepSpeed ZeRO" in outcome.err
 
 
 def test_a_runs_folder_points_at_its_checkpoints(tmp_path: Path) -> None:
@@ -110,10 +84,13 @@ def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path) -> None:
 def test_weights_without_an_optimizer_are_no_foreign_folder(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     assert recognise(tmp_path) == ()
-    assert "save_only_model=True" in run_command("inspect", tmp_path).err
+    outcome = run_command("inspect", tmp_path)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "save_only_model=True" in outcome.out
+    assert "model.embed_tokens.weight" in outcome.out
 
 
-def test_an_adapter_with_a_name_is_told_where_it_is_and_then_read(tmp_path: Path) -> None:
+def test_an_adapter_with_a_name_is_read_where_it_is(tmp_path: Path) -> None:
     base = tiny_model()
     base.save_pretrained(tmp_path / "base")
     model = lora_model(base)
@@ -121,8 +98,7 @@ def test_an_adapter_with_a_name_is_told_where_it_is_and_then_read(tmp_path: Path
     (path / "policy").mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (path / file).rename(path / "policy" / file)
-    outcome = run_command("inspect", path, "--base", tmp_path / "base")
-    assert "keeps its adapter in policy/" in outcome.err
+    assert run_command("inspect", path, "--base", tmp_path / "base").code == 0
     assert "holds checkpoint-3; give that" in run_command("inspect", tmp_path).err
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (path / "policy" / file).rename(path / file)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from entropy_probe.checkpoints.beside import Beside
+from entropy_probe.checkpoints.files.other_optimizers import refuse_other_optimizer
+from entropy_probe.checkpoints.files.stored import StoredOptimizer, StoredTensor
 from entropy_probe.checkpoints.formats.base import FoundFile
 from entropy_probe.checkpoints.formats.foreign import refuse_foreign
-from entropy_probe.checkpoints.formats.registry import format_of
+from entropy_probe.checkpoints.formats.registry import format_of, refuse_misplaced
 from entropy_probe.checkpoints.index_names import OptimizerMapping
 from entropy_probe.checkpoints.loading import load_matched
 from entropy_probe.checkpoints.records import ModelFolder
 from entropy_probe.optimizers.preconditioner import ZeroV, preconditioner
-from entropy_probe.optimizers.state import moments_problem
+from entropy_probe.optimizers.state import MOMENTS, moments_problem
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,27 @@ class MatchedParameter:
 
 
 @dataclass(frozen=True)
+class StoredParameter:
+    """A stored tensor, and Adam's state of the same name; ``moments`` are those that are there, ``step`` None without."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    moments: tuple[str, ...]
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder stores where nothing can be matched; ``reason`` says what is missing, ``unnamed`` counts states without a
+    name."""
+
+    reason: str
+    parameters: tuple[StoredParameter, ...]
+    unnamed: int
+
+
+@dataclass(frozen=True)
 class Inspection:
     """A checkpoint's model, how optimizer indices became names, and every trainable parameter."""
 
@@ -63,7 +88,7 @@ class Inspection:
         return sum(parameter.problem is not None for parameter in self.parameters)
 
 
-def look_into(path: Path, base: Path | None = None) -> FolderFacts:
+def look_into(path: Path, base: Path | Beside | None = None) -> FolderFacts:
     """A folder's format and files; whoever gives a base needs no config.json there.
 
     Raises:
@@ -71,7 +96,7 @@ def look_into(path: Path, base: Path | None = None) -> FolderFacts:
     """
     known = format_of(path)
     files = tuple(
-        replace(file, required=False) if base is not None and file.pattern == "config.json" else file
+        replace(file, required=False) if Beside.of(base).given and file.pattern == "config.json" else file
         for file in known.files(path)
     )
     if any(file.required and not file.names for file in files):
@@ -79,7 +104,55 @@ def look_into(path: Path, base: Path | None = None) -> FolderFacts:
     return FolderFacts(known.name, known.trainer_state(path).global_step, known.world_size(path), files)
 
 
-def inspect_checkpoint(path: Path, base: Path | None = None, freeze: Sequence[str] = ()) -> Inspection:
+def list_stored(path: Path, base: Path | Beside | None = None) -> Listing | None:
+    """Names, shapes and steps, where a folder lacks the optimizer or what describes the model; None where it has both.
+
+    Raises:
+        InputError: no folder of a format that is read, or damaged, or an optimizer that is not read.
+    """
+    known = format_of(path)
+    optimizer, adapter, weights = known.optimizer(path), known.adapter(path), known.weights(path)
+    if optimizer is None:
+        refuse_misplaced(path)
+        reason = (
+            "no Adam state is here, and a probe needs it; the checkpoint was saved without the optimizer (a Trainer leaves it "
+            "out with save_only_model=True)"
+        )
+    elif Beside.of(base).given:
+        return None
+    elif adapter is None and weights is not None and known.configuration(path) is None:
+        reason = "no config.json is here; give as base the folder of the model that training started from, to match and probe"
+    elif adapter is not None and weights is None and not adapter.settings.get("base_model_name_or_path"):
+        reason = "the base under the adapter is neither here nor named; give its folder as base, to match and probe"
+    else:
+        return None
+    if optimizer is not None:
+        refuse_other_optimizer(optimizer)
+    tensors = {**(weights.tensors if weights is not None else {}), **(adapter.tensors if adapter is not None else {})}
+    named = {} if optimizer is None else _by_name(optimizer)
+    found = [
+        StoredParameter(name, stored.shape, str(stored.dtype).removeprefix("torch."), *_told(named.get(name, {})))
+        for name, stored in tensors.items()
+    ]
+    count = 0 if optimizer is None else len(optimizer.state)
+    return Listing(reason, tuple(found), count - sum(bool(parameter.moments) for parameter in found))
+
+
+def _by_name(optimizer: StoredOptimizer) -> dict[str, Mapping[str, Any]]:
+    return {
+        str(name): optimizer.state.get(index, {})
+        for group in optimizer.groups
+        for index, name in zip(group["params"], group.get("param_names", ()), strict=False)
+    }
+
+
+def _told(entry: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
+    step = entry.get("step")
+    step = step.read() if isinstance(step, StoredTensor) else step
+    return tuple(key for key in MOMENTS if key in entry), None if step is None else int(step)
+
+
+def inspect_checkpoint(path: Path, base: Path | Beside | None = None, freeze: Sequence[str] = ()) -> Inspection:
     """Load a checkpoint and match its state parameter by parameter, without refusing what a probe would refuse.
 
     ``freeze`` are regular expressions: parameters in whose names one of them is found were not trained.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -19,7 +19,8 @@ class ModelFolder:
 
     ``kind`` is "full" or "lora" (any PEFT adapter); ``base`` is the base model's folder for an adapter, and for full weights
     without a configuration of their own the folder that has it, else None. ``context_length`` is None where the architecture
-    sets no limit. ``notes`` is what loading gave cause to warn of.
+    sets no limit. ``notes`` is what loading gave cause to warn of. ``configuration`` is where config.json is, if it is neither
+    in ``path`` nor in ``base``.
     """
 
     path: Path
@@ -30,11 +31,16 @@ class ModelFolder:
     vocabulary: int | None
     context_length: int | None
     notes: tuple[Evidence, ...] = ()
+    configuration: Path | None = None
 
     @property
     def tokenizer_folders(self) -> tuple[Path, ...]:
         """Where a tokenizer may be, first choice first."""
-        return (self.path,) if self.base is None else (self.path, self.base)
+        return tuple(folder for folder in (self.path, self.configuration, self.base) if folder is not None)
+
+    def with_notes(self, notes: tuple[Evidence, ...]) -> ModelFolder:
+        """The same with more to warn of."""
+        return replace(self, notes=(*self.notes, *notes))
 
 
 @dataclass(frozen=True)

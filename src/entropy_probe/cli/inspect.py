@@ -8,26 +8,42 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from entropy_probe.checkpoints import Beside
 from entropy_probe.checkpoints.inspection import (
     FolderFacts,
     Inspection,
+    Listing,
     MatchedParameter,
     inspect_checkpoint,
+    list_stored,
     look_into,
 )
-from entropy_probe.cli.options import BaseOption, CheckpointArgument, FreezeOption
+from entropy_probe.cli.options import (
+    BaseOption,
+    CheckpointArgument,
+    FreezeOption,
+    NamesOption,
+    QuantizationOption,
+    beside,
+)
 from entropy_probe.cli.output import make_console
 from entropy_probe.errors import InputError
 
 
-def inspect(checkpoint: CheckpointArgument, base: BaseOption = None, freeze: FreezeOption = None) -> None:
+def inspect(
+    checkpoint: CheckpointArgument,
+    base: BaseOption = None,
+    names: NamesOption = None,
+    base_quantization: QuantizationOption = None,
+    freeze: FreezeOption = None,
+) -> None:
     """Say what a checkpoint holds and lacks, and map Adam's state parameter by parameter."""
-    if not print_inspection(checkpoint, base, tuple(freeze or ()), make_console()):
+    if not print_inspection(checkpoint, beside(base, names, base_quantization), tuple(freeze or ()), make_console()):
         raise InputError(f"{checkpoint} cannot be probed as it is; the table above says what is missing")
 
 
-def print_inspection(path: Path, base: Path | None, freeze: Sequence[str], console: Console) -> bool:
-    """Print both tables; whether the checkpoint can be probed.
+def print_inspection(path: Path, base: Path | Beside | None, freeze: Sequence[str], console: Console) -> bool:
+    """Print both tables; whether the checkpoint can be probed, or could be with what is said to be missing.
 
     Raises:
         InputError: see :func:`entropy_probe.checkpoints.inspection.look_into` and ``inspect_checkpoint``.
@@ -35,6 +51,12 @@ def print_inspection(path: Path, base: Path | None, freeze: Sequence[str], conso
     facts = look_into(path, base)
     console.print(_described(facts))
     console.print(_files(facts))
+    listing = list_stored(path, base)
+    if listing is not None:
+        console.print(_stored(listing))
+        unnamed = f", {listing.unnamed} Adam states without a name" if listing.unnamed else ""
+        console.print(f"{len(listing.parameters)} stored tensors{unnamed}; {listing.reason}")
+        return True
     inspection = inspect_checkpoint(path, base, freeze)
     folder, mapping = inspection.folder, inspection.mapping
     console.print(
@@ -80,6 +102,17 @@ def _parameters(inspection: Inspection) -> Table:
         table.add_column(column, overflow="fold")
     for parameter in inspection.parameters:
         table.add_row(*_cells(parameter))
+    return table
+
+
+def _stored(listing: Listing) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("parameter", "shape", "type", "Adam state", "step"):
+        table.add_column(column, overflow="fold")
+    for parameter in listing.parameters:
+        step = "" if parameter.step is None else str(parameter.step)
+        shape = "×".join(map(str, parameter.shape))
+        table.add_row(parameter.name, shape, parameter.dtype, ", ".join(parameter.moments), step)
     return table
 
 

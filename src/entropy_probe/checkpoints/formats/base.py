@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from entropy_probe.checkpoints.files.stored import StoredOptimizer, StoredTensor
 from entropy_probe.checkpoints.files.trainer_state import TrainerState
 
@@ -20,10 +22,13 @@ class StoredWeights:
             head, and every tied tensor may be there under one name or under all.
         pretrained: the folder, if transformers' ``from_pretrained`` reads the same weights from it. One process then leaves it
             to transformers, which renames and merges what older versions stored otherwise; ``tensors`` are as in the file.
+        forward: the type that the trainer cast them to for its forward, where they are its optimizer's master weights; None
+            where the forward took them as they are, or the folder does not say.
     """
 
     tensors: Mapping[str, StoredTensor]
     pretrained: Path | None = None
+    forward: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,15 @@ class StoredAdapter:
         settings: what adapter_config.json holds; ``base_model_name_or_path`` may name the base, relative to the checkpoint.
         tensors: by the names of PEFT's state dict, with or without the adapter's own name in them.
         pretrained: the folder, if PEFT's ``from_pretrained`` reads the same adapter from it; as for weights.
+        forward: as for weights.
+        name: the adapter's own, which is in the names of its parameters.
     """
 
     settings: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     pretrained: Path | None = None
+    forward: torch.dtype | None = None
+    name: str = "default"
 
 
 ADAM_STATE = "Adam state"
