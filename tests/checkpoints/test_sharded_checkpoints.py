@@ -43,12 +43,11 @@ from entropy_probe.checkpoints.formats import registry
 from entropy_probe.checkpoints.formats.accelerate_sharded import MODEL_FOLDER, OPTIMIZER_FOLDER
 from entropy_probe.checkpoints.sharded import decoder_layers, load_sharded_checkpoint, shard_model
 from entropy_probe.errors import InputError
-from entropy_probe.model.input_limits import end_token_ids
-from entropy_probe.optimizers.state import MOMENTS
 from entropy_probe.ranks.collectives import ALONE, Ranks
 from entropy_probe.ranks.same_inputs import digest_of_tensors
 from entropy_probe.report import CheckpointSection
 from rank_processes import failed_cases
+from shard_checks import assert_same
 from spoiled import NORM, Malicious
 from support import (
     assert_equal,
@@ -147,48 +146,6 @@ def add_adapter_config(folder: Path, base: Path, ranks: Ranks) -> None:
     if ranks.rank == 0:
         model.peft_config["default"].save_pretrained(folder)
     dist.barrier()
-
-
-def shard_of(whole: Tensor, ranks: Ranks) -> Tensor:
-    """As torch cuts: a rank beyond the last chunk has no rows."""
-    chunks = whole.chunk(ranks.count)
-    return chunks[ranks.rank] if ranks.rank < len(chunks) else whole[:0]
-
-
-def assert_same(found: Checkpoint, expected: Checkpoint, ranks: Ranks, *, base: Path | None = None) -> None:
-    parameters: dict[str, Any] = dict(found.model.named_parameters())
-    assert list(parameters) == [name for name, _ in expected.model.named_parameters()]
-    for name, whole in expected.model.named_parameters():
-        shard = parameters[name]
-        assert (shard.requires_grad, shard.dtype) == (whole.requires_grad, whole.dtype), name
-        assert torch.equal(shard.full_tensor(), whole), name
-        assert torch.equal(shard.to_local(), shard_of(whole, ranks)), name
-    buffers = dict(expected.model.named_buffers())
-    assert buffers.keys() == dict(found.model.named_buffers()).keys()
-    for name, buffer in found.model.named_buffers():
-        assert buffer.dtype == buffers[name].dtype, name
-        assert torch.equal(buffer, buffers[name]), name
-    assert found.adam.groups == expected.adam.groups
-    assert found.adam.moments.keys() == expected.adam.moments.keys()
-    for name, moments in expected.adam.moments.items():
-        assert found.adam.moments[name].step == moments.step
-        for field in MOMENTS:
-            own, whole = getattr(found.adam.moments[name], field), getattr(moments, field)
-            assert (own is None) == (whole is None)
-            if own is None:
-                continue
-            assert type(own) is Tensor
-            assert torch.equal(own, shard_of(whole, ranks)), name
-            assert own.untyped_storage().nbytes() == own.numel() * own.element_size(), "a view of more than the shard"
-    for dot in ("plain_dot", "preconditioned_dot"):
-        assert getattr(found.preconditioner_test, dot) == pytest.approx(
-            getattr(expected.preconditioner_test, dot), rel=1e-9
-        )
-    for field in ("kind", "architecture", "vocabulary", "context_length"):
-        assert getattr(found.folder, field) == getattr(expected.folder, field)
-    assert found.folder.base == base
-    assert (found.adam.learning_rates, found.trainer_step) == (expected.adam.learning_rates, expected.trainer_step)
-    assert end_token_ids(found.model) == end_token_ids(expected.model)
 
 
 def loaded_alike(name: str, root: Path, ranks: Ranks, **more: Any) -> None:

@@ -51,6 +51,16 @@ def _decay_then_rest(
     return groups
 
 
+def _openrlhf(model: nn.Module) -> NamedGroups:
+    """By parts of names, in capitals as they are: ``get_optimizer_grouped_parameters`` of OpenRLHF 0.11."""
+    apart = ("bias", "layer_norm.weight", "layernorm.weight", "norm.weight", "ln_f.weight")
+    names = _trainable(model)
+    return [
+        [n for n in names if not any(part in n for part in apart)],
+        [n for n in names if any(part in n for part in apart)],
+    ]
+
+
 RULES: tuple[DecayRule, ...] = (
     DecayRule(
         "transformers 4.56 and later (LayerNorm, bias, *norm names do not decay)",
@@ -70,6 +80,7 @@ RULES: tuple[DecayRule, ...] = (
         "transformers 4.46 (LayerNorm, bias do not decay)",
         _decay_then_rest((nn.LayerNorm,), (r"bias",), False),
     ),
+    DecayRule("OpenRLHF (bias, layer_norm, layernorm, norm and ln_f names do not decay)", _openrlhf),
     DecayRule("one group in the order of named_parameters", lambda model: [_trainable(model)]),
 )
 

@@ -36,22 +36,21 @@ every parameter for itself (``use_orig_params``)."""
 
 
 def units_that_fit(
-    names: Sequence[str], shapes: Mapping[str, Shape], count: int, stored: Mapping[int, Sequence[int]]
+    names: Sequence[str], shapes: Mapping[str, Shape], stored: Sequence[Sequence[int] | None]
 ) -> Units | None:
     """The first way to wrap that the stored sizes allow; None where none does.
 
     Args:
         names: of all parameters, tied ones once, in the order of ``named_parameters``.
         shapes: theirs.
-        count: of units, by the optimizer's indices.
-        stored: by index, the elements that each rank holds of it.
+        stored: by unit, the elements that each rank holds of it; None where nothing is stored.
     """
     for scheme in SCHEMES:
         units = _units(names, scheme)
-        if len(units) != count:
+        if len(units) != len(stored):
             continue
         sizes = [sum(math.prod(shapes[name]) for name in unit) for unit in units]
-        if all(_fits(sizes[index], held) for index, held in stored.items()):
+        if all(held is None or _fits(size, held) for size, held in zip(sizes, stored, strict=True)):
             return units
     return None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -85,12 +85,9 @@ class RankOptimizer:
                     self.files.whole(what, [other[key] for other in values]) if isinstance(value, Tensor) else value
                 )
         if all(isinstance(index, str) for index in self.indices):
-            names = {index: live_name(index) for index in self.indices}
-            return self._named(state, names)
-        listed = self._names(state) if len(self.groups) == 1 else None
-        if listed is None:
-            return StoredOptimizer(self.folder, self.groups, state)
-        return self._named(state, dict(zip(self.indices, listed, strict=True)))
+            return self._named(state, {index: live_name(index) for index in self.indices})
+        names = self._names(state) if len(self.groups) == 1 else None
+        return StoredOptimizer(self.folder, self.groups, state) if names is None else self._named(state, names)
 
     def _named(self, state: Mapping[Any, Mapping[str, Any]], names: Mapping[Any, str]) -> StoredOptimizer:
         """By names; those without state were frozen, unless none has one."""
@@ -101,19 +98,19 @@ class RankOptimizer:
             groups.append({**group, "params": params, "param_names": [names[index] for index in params]})
         return StoredOptimizer(self.folder, groups, state, exact_names=True)
 
-    def _names(self, state: Mapping[Any, Mapping[str, Any]]) -> list[str] | None:
-        """Of the indices, from the model's files; None where these do not tell."""
-        for names, shapes in self._candidates(len(self.indices)):
-            stored = [state.get(index, {}).get("exp_avg_sq") for index in self.indices]
-            if len(names) == len(self.indices) and all(
+    def _names(self, state: Mapping[Any, Mapping[str, Any]]) -> dict[Any, str] | None:
+        """By index, from the model's files; None where these do not tell."""
+        for names, shapes, indices in self._candidates():
+            stored = [state.get(index, {}).get("exp_avg_sq") for index in indices]
+            if len(names) == len(indices) and all(
                 not isinstance(moment, StoredTensor) or moment.shape == shapes[name]
                 for name, moment in zip(names, stored, strict=True)
             ):
-                return names
+                return dict(zip(indices, names, strict=True))
         return None
 
-    def _candidates(self, count: int | None = None) -> Iterator[tuple[list[str], dict[str, tuple[int, ...]]]]:
-        """Names of parameters with their shapes: all, tied ones once, and LoRA's own."""
+    def _candidates(self) -> Iterator[tuple[list[str], dict[str, tuple[int, ...]], list[Any]]]:
+        """Names of parameters, their shapes and the indices that may be theirs: all, tied ones once, and LoRA's own."""
         files = RankFiles.open(self.folder, "model")
         if files is None:
             return
@@ -123,20 +120,28 @@ class RankOptimizer:
         parameters = {name: tensor for name, tensor, value in found if isinstance(value, DTensor) or not cut}
         shapes = {name: tensor.shape for name, tensor in parameters.items()}
         repeated = _repeated(parameters)
-        yield [name for name in parameters if name not in repeated], shapes
-        yield list(parameters), shapes
-        yield [name for name in parameters if LEAF.match(name)], shapes
+        yield [name for name in parameters if name not in repeated], shapes, self.indices
+        yield list(parameters), shapes, self.indices
+        adapter = [name for name in parameters if LEAF.match(name)]
+        yield adapter, shapes, self.indices
+        if len(adapter) == len(parameters):
+            # The base was left out of the model's files, and has indices without state.
+            yield adapter, shapes, self.present
 
     def _of_units(self) -> StoredOptimizer:
         if len(self.groups) != 1:
             raise InputError(
                 f"{self.folder}: FSDP1's flat optimizer has {len(self.groups)} groups; expected one, as verl's"
             )
-        held = {index: [_held(state.get(index, {})) for state in self._in_order()] for index in self.present}
-        for names, shapes in self._candidates():
-            units = units_that_fit(names, shapes, len(self.indices), held)
+        ordered = self._in_order()
+        held = {index: [_held(state.get(index, {})) for state in ordered] for index in self.present}
+        for names, shapes, indices in self._candidates():
+            units = units_that_fit(names, shapes, [held.get(index) for index in indices])
             if units is not None:
-                return self._split(units, shapes, held)
+                trained = [
+                    (index, unit) for index, unit in zip(indices, units, strict=True) if index in held or not held
+                ]
+                return self._split(trained, names, shapes, ordered)
         first = sum(next(iter(held.values())))
         raise InputError(
             f"{self.folder}: FSDP1's optimizer has {len(self.indices)} flat units, of which the first with state has {first} "
@@ -158,28 +163,31 @@ class RankOptimizer:
         return [self.states[ranks[index]] for index in sorted(ranks)]
 
     def _split(
-        self, units: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]], held: Mapping[int, Sequence[int]]
+        self,
+        units: Sequence[tuple[Any, Sequence[str]]],
+        order: Sequence[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        ordered: Sequence[Mapping[Any, Any]],
     ) -> StoredOptimizer:
-        ordered = self._in_order()
-        names: list[str] = []
+        """By parameter, in the order of ``named_parameters``; units are with the index of their state."""
+        place = {name: number for number, name in enumerate(order)}
+        listed = sorted((name for _, unit in units for name in unit), key=place.__getitem__)
+        number = {name: index for index, name in enumerate(listed)}
         state: dict[int, dict[str, Any]] = {}
-        for index, unit in zip(self.indices, units, strict=True):
-            if index not in self.present and self.present:
-                continue
-            at = 0
-            size = sum(torch.Size(shapes[name]).numel() for name in unit)
-            states = ordered[:1] if held.get(index) and all(part == size for part in held[index]) else ordered
-            entries = [other[index] for other in states if index in other]
+        for index, unit in units:
+            size, at = sum(math.prod(shapes[name]) for name in unit), 0
+            entries = [other[index] for other in ordered if index in other]
+            if all(_held(entry) == size for entry in entries):
+                # Not cut: every rank has all of it.
+                entries = entries[:1]
             for name in unit:
-                number, length = len(names), torch.Size(shapes[name]).numel()
-                names.append(name)
                 if entries:
-                    state[number] = {"step": self._step(index)}
+                    state[number[name]] = {"step": self._step(index)}
                     for key, value in entries[0].items():
                         if key != "step":
-                            state[number][key] = self._slice(entries, key, value, at, shapes[name])
-                at += length
-        group = {**self.groups[0], "params": list(range(len(names))), "param_names": names}
+                            state[number[name]][key] = self._slice(entries, key, value, at, shapes[name])
+                at += math.prod(shapes[name])
+        group = {**self.groups[0], "params": list(range(len(listed))), "param_names": listed}
         return StoredOptimizer(self.folder, [group], state, exact_names=True)
 
     def _slice(
@@ -189,7 +197,7 @@ class RankOptimizer:
             return value
         flat = [entry[key] for entry in entries if isinstance(entry.get(key), Tensor)]
         try:
-            run = run_of(flat, at, torch.Size(shape).numel())
+            run = run_of(flat, at, math.prod(shape))
             return FlatTensor.of(shape, run, mapped=self.files.mapped)
         except ValueError as error:
             raise InputError(

@@ -41,11 +41,12 @@ class FlatGroup:
 
 @dataclass(frozen=True)
 class FlatOptimizer:
-    """All flat vectors of the ranks' files, with the settings of every group."""
+    """All flat vectors of the ranks' files, with the settings of every group; ``order`` is the module's, by name."""
 
     files: OptimizerStates
     vectors: Sequence[FlatGroup]
     groups: Sequence[Mapping[str, Any]]
+    order: Mapping[str, int]
 
     @staticmethod
     def of(model: ModelStates, files: OptimizerStates) -> FlatOptimizer:
@@ -86,7 +87,7 @@ class FlatOptimizer:
                     settings=owner,
                 )
             )
-        return FlatOptimizer(files, vectors, groups)
+        return FlatOptimizer(files, vectors, groups, {name: number for number, name in enumerate(model.module)})
 
     def masters(self) -> dict[str, StoredTensor]:
         """The master weights by name."""
@@ -116,10 +117,12 @@ class FlatOptimizer:
                         entry[key] = self._moment(vector, key, value, name, shape)
                 if any(key != "step" for key in entry):
                     state[index[name]] = entry
-        groups = [
-            {**adam_settings(group, self.files), "params": [index[name] for name in listed], "param_names": listed}
-            for group, listed in zip(self.groups, names, strict=True)
-        ]
+        groups = []
+        for group, listed in zip(self.groups, names, strict=True):
+            # Ranks may have dealt them out in another order, to have equal shares.
+            listed.sort(key=lambda name: self.order.get(name, len(self.order)))
+            settings = adam_settings(group, self.files)
+            groups.append({**settings, "params": [index[name] for name in listed], "param_names": listed})
         return StoredOptimizer(self.files.path.parent, groups, state, exact_names=True)
 
     def _steps(self, vector: FlatGroup) -> object:
