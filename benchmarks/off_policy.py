@@ -16,12 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "oracles"))
 
+from entropy_probe import Rollout
+from entropy_probe.model.policy import Policy
+from entropy_probe.pipeline.sampler_weights import counts_once
 from entropy_probe.statistics.u_statistics import CrossStatistics, cross_statistics
 from entropy_probe.statistics.unit_dots import UnitDots
 from entropy_probe.targets.choices import Estimator
@@ -88,12 +93,67 @@ def biases(both: TwoPolicies) -> Iterator[tuple[str, list[float]]]:
         yield name, [float(b) for b in both.biases(target, 16, by_prefix=by_prefix)]
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How far log-probs of one policy in two arithmetics lie apart, nats.
+
+    Attributes:
+        token: standard deviation a token.
+        response: the largest difference of a response's sum.
+        outside: share of responses that do not count as this policy's own.
+    """
+
+    token: float
+    response: float
+    outside: float
+
+
+def rounding(tokens: int) -> Iterator[tuple[str, Rounding]]:
+    """A random Llama of six layers against itself in float64, over responses of so many tokens that it sampled."""
+
+    def model() -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+        found = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=2048))
+        with torch.no_grad():
+            found.lm_head.weight.mul_(6)
+        return found
+
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 2000, (8, 4), generator=generator)
+    drawn = model().generate(
+        prompts, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0
+    )
+    rows = [Rollout(n, tuple(ids[:4].tolist()), tuple(ids[4:].tolist()), 0.0) for n, ids in enumerate(drawn)]
+
+    def log_probs(dtype: torch.dtype, autocast: torch.dtype | None = None) -> torch.Tensor:
+        found = Policy(model().to(dtype), autocast=autocast).measure(rows, entropies=False, log_probs=True).log_probs
+        assert found is not None
+        return found
+
+    exact = log_probs(torch.float64)
+    ways = {
+        "float32": log_probs(torch.float32),
+        "float32, autocast to bfloat16": log_probs(torch.float32, torch.bfloat16),
+        "bfloat16": log_probs(torch.bfloat16),
+    }
+    for name, found in ways.items():
+        gaps = (found - exact).view(len(rows), -1)
+        own = [counts_once(gap) for gap in gaps]
+        yield name, Rounding(float(gaps.std()), float(gaps.sum(1).abs().max()), 1.0 - float(np.mean(own)))
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     draws = 200 if parser.parse_args().quick else 2000
     console = Console(width=150)
+    table = Table("arithmetic", "tokens", "nats a token", "largest of a response", "% outside", title="rounding")
+    for tokens in (32, 256, 1024):
+        for name, of in rounding(tokens):
+            table.add_row(name, str(tokens), f"{of.token:.1e}", f"{of.response:.1e}", f"{100 * of.outside:.0f}")
+    console.print(table)
     table = Table(
         "estimator, weights", "1, or prompt by prompt", "2", "4", "8", "16 prompts", title="bias of X̄, % of |∇H|"
     )

@@ -16,8 +16,10 @@ from entropy_probe.ranks.collectives import Kind
 STEPS = 2
 """Steps that are realised: preconditioned and AdamW."""
 
-FLOOR = 8
-"""Forwards a step for the numerical floor, beside the one that realises it."""
+FLOOR = 0.3
+"""Forwards over the batch for the numerical floor, at most, of all steps."""
+FLOOR_ROWS = 64
+"""Responses that are scored for it, over all roundings, at most."""
 
 THIRDS = 6
 """Directions of the noise: X and Y of three thirds."""
@@ -104,23 +106,24 @@ class Share:
 def payload(choice: Choice, share: Share, asked: Asked) -> dict[Kind, float]:
     """Elements that a rank hands over to collectives, by kind, numbers apart.
 
-    Replicated, stored: shards 2 U_r n (N−1)/N; sums n, and 6 n for the noise's thirds. Streamed: sums 2 n. FSDP2: every layer's
-    gradients change hands once a pass that builds vectors, of which streaming has two; whole directions are gathered once a
-    microbatch and backward, K n / N of a rank: of two steps, of six thirds, of streaming's second pass two.
+    Replicated, stored: shards 2 U_r n (N−1)/N; sums 2 n, and 6 n for the noise's thirds. Streamed: sums 2 n. FSDP2: every
+    layer's gradients change hands once a pass that builds vectors, of which streaming has two; whole directions are gathered
+    once a microbatch and backward, K n / N of a rank: of two steps (whose backward is the score's alone), of six thirds, of
+    streaming's second pass two.
     """
     asked = asked.of(choice)
     n = share.held + share.away
     if not choice.sharded:
-        sums = n * (1 + THIRDS * asked.noise) if choice.stored else 2 * n
+        sums = n * (2 + THIRDS * asked.noise) if choice.stored else 2 * n
         shards = (2 + asked.targets) * share.units * share.away if choice.stored else 0
         return {Kind.SHARDS: shards, Kind.SUMS: sums, Kind.DIRECTIONS: 0}
     passes = 1 if choice.stored else 2
     proof = share.away if share.first else 0
-    directions = STEPS + THIRDS * asked.noise + (0 if choice.stored else 2)
+    directions = STEPS + (THIRDS * asked.noise + (0 if choice.stored else 2)) * asked.backwards
     return {
         Kind.SHARDS: (2 + asked.targets) * share.openings * share.away * passes + proof,
         Kind.SUMS: 0,
-        Kind.DIRECTIONS: directions * share.most * share.rounds * asked.backwards,
+        Kind.DIRECTIONS: directions * share.most * share.rounds,
     }
 
 
@@ -129,21 +132,21 @@ def width(kind: Kind, choice: Choice, asked: Asked, vectors: int) -> float:
     if kind is Kind.SHARDS:
         return vectors
     if kind is Kind.SUMS and choice.stored and asked.of(choice).noise:
-        return (FLOAT64 + THIRDS * max(FLOAT32, vectors)) / (1 + THIRDS)
+        return (2 * FLOAT64 + THIRDS * max(FLOAT32, vectors)) / (2 + THIRDS)
     return FLOAT64 if kind in (Kind.SUMS, Kind.NUMBERS) else max(FLOAT32, vectors)
 
 
 def numbers(choice: Choice, asked: Asked, units: int, responses: int, tokens: int) -> int:
     """Leading terms of the numbers that ranks sum: the U × U matrices, and values of every response and token.
 
-    Scores (and entropies) come from the gradients' forward and from nine forwards a step; what is left is at most
+    Scores, log-probs (and entropies) come from the gradients' forward and from one a step; what is left is at most
     :func:`few_numbers`.
     """
     asked = asked.of(choice)
     of_units = (2 + asked.targets) * units**2 + PARTS * units if choice.stored else (3 + PARTS) * units
-    measures = 1 + STEPS * (1 + FLOOR)
-    of_responses = measures + STEPS * asked.backwards + THIRDS * asked.noise
-    return of_units + responses * of_responses + (tokens * measures if asked.rao_blackwell else 0)
+    measures = 1 + STEPS
+    of_responses = measures + STEPS + THIRDS * asked.noise
+    return of_units + responses * of_responses + tokens * measures * asked.backwards
 
 
 def few_numbers(ranks: int, tensors: int, rounds: int) -> int:
@@ -306,7 +309,7 @@ class Memory:
 def memory(choice: Choice, model: Model, batch: Batch, ranks: int, asked: Asked, vectors: int) -> Memory:
     """Weights in float32, vectors of ``vectors`` bytes an element; Adam's moments stay on the host.
 
-    In bytes a trainable element, of n or of n / N: Ȳ 8, thirds 24, two steps 16, steps as directions 16 and again 8.
+    In bytes a trainable element, of n or of n / N: X̄ and Ȳ 16, thirds 24, two steps 16, steps as directions 16 and again 8.
     """
     asked = asked.of(choice)
     parts = ranks if choice.sharded else 1
@@ -318,14 +321,14 @@ def memory(choice: Choice, model: Model, batch: Batch, ranks: int, asked: Asked,
         kept = (
             (2.0 + asked.targets) * vectors * (share.units * model.trained if not choice.sharded else batch.units * n)
         )
-        gradients = weights + kept + FLOAT64 * n + thirds
+        gradients = weights + kept + 2 * FLOAT64 * n + thirds
     else:
         opened = 1 if not choice.sharded else min(ranks, batch.units)
         kept = 2.0 * vectors * opened * n
         gradients = weights + 2 * FLOAT64 * n + max(kept, 2 * FLOAT32 * n)
     steps = STEPS * FLOAT64 * n
     directions = STEPS * (FLOAT64 + FLOAT32) * n
-    realised = weights + FLOAT64 * n + thirds + steps + max(directions, thirds)
+    realised = weights + 2 * FLOAT64 * n + thirds + steps + max(directions, thirds)
     if choice.sharded:
         # What FSDP2 gathers: the layers at hand and ahead, and the rest; whole gradients of the rank's unit, or directions.
         gathered = FLOAT32 * (model.root + 2 * model.layer)
@@ -390,8 +393,9 @@ def seconds(
     one_pass = through / fast + weight_gradients / slow
     # K, and that of the parts of the step.
     kernels = 2 * 2.0 * batch.units**2 * model.trained / ranks / slow if choice.stored else 0.0
-    forwards = STEPS * (1 + FLOOR)
-    realised = (through + weight_gradients + forwards * forward) / slow
+    # By score the steps' linear terms take a forward and a backward; by Rao-Blackwell nothing.
+    linear = 2 * forward + 2.0 * model.trained
+    realised = (linear + (STEPS + FLOOR) * forward) / slow
     handed = handed_over(choice, model, batch, ranks, asked, vectors)
     over = (
         exchange_seconds(handed[Kind.SHARDS], ranks, machine)
@@ -414,8 +418,9 @@ def gathers(choice: Choice, batch: Batch, ranks: int, asked: Asked) -> int:
     if not choice.sharded or ranks == 1:
         return 0
     asked = asked.of(choice)
-    contracted = passes(choice) + 1 + asked.noise
-    return batch.own(ranks) * (contracted * (1 + asked.backwards) + STEPS * (1 + FLOOR))
+    contracted = (passes(choice) + asked.noise) * (1 + asked.backwards)
+    linear = 2
+    return batch.own(ranks) * (contracted + linear + STEPS) + FLOOR_ROWS
 
 
 def preconditioned(choice: Choice, model: Model, batch: Batch, ranks: int, asked: Asked) -> float:

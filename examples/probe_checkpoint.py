@@ -21,7 +21,8 @@ def main() -> None:
     report = probe_checkpoint(checkpoint, rollouts, Settings(noise=False)).report
     print(report.headline)
     for name, part in report.adamw.parts.items():
-        print(f"  {name:12} {part.value:+.5f} ± {part.se:.5f} nats per response")
+        if part.value is not None:  # the loss has no such term
+            print(f"  {name:12} {part.value:+.5f} ± {part.se:.5f} nats per response")
     for row in report.realized:
         realised = f"{row.delta_h:+.5f} ± {row.se:.5f} (to first order {row.predicted:+.5f})"
         print(f"  realised, {row.step} step, {row.estimator}: {realised}")

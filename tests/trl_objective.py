@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_probe.data.rollouts import Rollout
+from entropy_probe.data.rollouts import Rollout, group_rollouts
 from entropy_probe.losses.cispo import CISPO
 from entropy_probe.losses.corrections import Correction, CorrectionMode
 from entropy_probe.losses.kl import KLTerm
@@ -20,6 +20,11 @@ from entropy_probe.losses.rows import LossRows
 from entropy_probe.losses.sapo import SAPO
 from entropy_probe.losses.token_loss import RatioLevel, TokenLoss
 from entropy_probe.losses.vespo import VESPO
+from entropy_probe.model.measured import Measured
+from entropy_probe.pipeline.recorded import trainers_step
+from entropy_probe.pipeline.settings import Settings
+from entropy_probe.pipeline.update import UpdateRule
+from entropy_probe.targets.base import TokenPair
 from trl_training import TEMPERATURE, model_at
 
 
@@ -121,6 +126,23 @@ def gradient_of_the_objective(
     loss = -(found.on_log_probs * log_probs).sum()
     if found.bonus is not None:
         loss = loss - (found.bonus * entropies).sum()
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    return dict(zip(trained, gradients, strict=True))
+
+
+def gradient_of_the_update(weights: dict[str, Tensor], rows: Sequence[Rollout]) -> dict[str, Tensor]:
+    """The same by the coefficients that a probe and a replay take."""
+    model = model_at(weights).double()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    batch = group_rollouts(rows, least_responses=1)
+    rule = UpdateRule.of(batch, trainers_step(batch, Settings(), assumed=None), None)
+    drawn = torch.tensor([one for row in batch.responses for one in row.sampled or (True,) * len(row.response_ids)])
+    log_probs, entropies = (values[drawn] for values in measured(model, batch.responses))
+    at_theta = Measured(torch.zeros(len(rows)), entropies.detach(), log_probs.detach())
+    pair = TokenPair.of(rule.update(at_theta).whole).at_tokens(batch.lengths).scaled(1.0 / len(batch.groups))
+    loss = -(pair.log_probs * log_probs).sum()
+    if pair.entropies is not None:
+        loss = loss - (pair.entropies * entropies).sum()
     gradients = torch.autograd.grad(loss, list(trained.values()))
     return dict(zip(trained, gradients, strict=True))
 

@@ -1,5 +1,6 @@
 """entropy-probe: what will the next optimizer step do to a language model policy's entropy, how sure are we, what did it do?"""
 
+from entropy_probe.checkpoints import BaseQuantization, Beside
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts, read_batch, read_rollouts, write_rollouts
 from entropy_probe.data.units import Mode
 from entropy_probe.errors import InputError
@@ -25,6 +26,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamState",
     "AdvantageRule",
+    "BaseQuantization",
+    "Beside",
     "EntropyUnit",
     "Estimator",
     "InputError",

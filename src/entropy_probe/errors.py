@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,10 @@ NO_MEMORY = (
     "MPS backend out of memory",
 )
 """What torch says, in a plain RuntimeError, where the memory of a machine or of an accelerator does not do."""
+
+
+TERMINAL_CODE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+"""What makes a terminal print in bold or colour, which torch puts into some of its messages."""
 
 
 class InputError(ValueError):
@@ -35,11 +40,12 @@ class InputError(ValueError):
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:
-    """Another library's message as one line of ours: all its lines joined, or its type's name where it says nothing.
+    """Another library's message as one line of ours, without terminal codes: all its lines joined, or its type's name where it
+    says nothing.
 
     What is longer than ``longest`` characters ends with an ellipsis after a whole word.
     """
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = " ".join(TERMINAL_CODE.sub("", str(error)).split()) or type(error).__name__
     if len(words) <= longest:
         return words
     cut = words[: longest - 1]

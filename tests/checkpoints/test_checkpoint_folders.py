@@ -104,17 +104,9 @@ def test_dots_of_float32_vectors_are_taken_in_float64(storage: Storage) -> None:
     assert cross_statistics(one.total).u_cross == pytest.approx(1e-3 * cross_statistics(found.total).u_cross, rel=1e-5)
 
 
-def test_adams_state_of_a_full_state_dict_is_named_as_what_is_not_read(tmp_path: Path) -> None:
+def test_a_folder_that_lost_its_adam_state_says_so(tmp_path: Path) -> None:
     model = tiny_model()
     path = save_checkpoint(model, trained_optimizer(model), tmp_path / "checkpoint")
-    (path / "optimizer.pt").rename(path / "optimizer.bin")
-    with pytest.raises(
-        InputError, match=r"FULL_STATE_DICT \(optimizer\.bin, trainer_state\.json\).*SHARDED_STATE_DICT"
-    ):
-        load_checkpoint(path)
-    (path / "trainer_state.json").unlink()
-    with pytest.raises(InputError, match=r"accelerate's save_state wrote \(optimizer\.bin\).*save with the Trainer"):
-        load_checkpoint(path)
-    (path / "optimizer.bin").unlink()
+    (path / "optimizer.pt").unlink()
     with pytest.raises(InputError, match=r"no optimizer\.pt, no optimizer_0/"):
         load_checkpoint(path)

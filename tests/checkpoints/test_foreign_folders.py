@@ -25,16 +25,12 @@ from support import (
 
 FOLDERS: dict[str, tuple[Sequence[str], str, str]] = {
     "zero-elsewhere": (["latest", "global_step4/readme"], "", "DeepSpeed checkpoint without its ranks' files"),
-    "dcp": ([".metadata", "__0_0.distcp"], "", "torch.distributed.checkpoint (DCP)"),
-    "prime-rl": (["checkpoints/step_2/trainer/.metadata", "checkpoints/step_2/trainer/__0_0.distcp"],
-                 "checkpoints/step_2/trainer", "(DCP)"),
     "megatron": (["iter_0000002/common.pt", "iter_0000002/.metadata", "iter_0000002/__0_0.distcp"], "", "Megatron"),
     "megatron-old": (["mp_rank_00/model_optim_rng.pt"], "", "Megatron"),
     "lightning": (["hparams.yaml", "checkpoints/epoch=1-step=2.ckpt"], "checkpoints", "PyTorch Lightning"),
     "torchtune": (["recipe_state/recipe_state.pt", "epoch_0/config.json"], "", "torchtune"),
     "torchtune-old": (["recipe_state.pt", "hf_model_0001_0.pt"], "", "torchtune"),
-    "full": (["optimizer.bin", "pytorch_model_fsdp.bin"], "", "FULL_STATE_DICT"),
-    "save-state": (["optimizer.bin", "model.safetensors", "random_states_0.pkl"], "", "accelerate's save_state"),
+    "local": (["pytorch_model_fsdp_rank0.bin", "optimizer_rank0.bin"], "", "FSDP's LOCAL_STATE_DICT"),
 }  # fmt: skip
 
 
@@ -53,7 +49,7 @@ def test_every_command_names_the_framework_and_where_it_is(kind: str, tmp_path: 
         ["run", folder, "--rollouts", rollouts],
         ["inspect", folder],
         ["replay", folder, after, "--rollouts", rollouts, "--length-weight", "grpo"],
-        *([["sample", folder, *sampling]] if kind != "save-state" else []),
+        ["sample", folder, *sampling],
     ):
         outcome = run_command(*command)
         assert outcome.code == 2
@@ -94,7 +90,7 @@ def test_weights_without_an_optimizer_are_no_foreign_folder(tmp_path: Path) -> N
     assert "model.embed_tokens.weight" in outcome.out
 
 
-def test_an_adapter_with_a_name_is_told_where_it_is_and_then_read(tmp_path: Path) -> None:
+def test_an_adapter_with_a_name_is_read_where_it_is(tmp_path: Path) -> None:
     base = tiny_model()
     base.save_pretrained(tmp_path / "base")
     model = lora_model(base)
@@ -102,8 +98,7 @@ def test_an_adapter_with_a_name_is_told_where_it_is_and_then_read(tmp_path: Path
     (path / "policy").mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (path / file).rename(path / "policy" / file)
-    outcome = run_command("inspect", path, "--base", tmp_path / "base")
-    assert "keeps its adapter in policy/" in outcome.err
+    assert run_command("inspect", path, "--base", tmp_path / "base").code == 0
     assert "holds checkpoint-3; give that" in run_command("inspect", tmp_path).err
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (path / "policy" / file).rename(path / file)

@@ -211,9 +211,10 @@ def test_layers_of_equal_shapes_at_rates_of_their_own_are_not_guessed(layers: li
 
 def test_many_groups_of_equal_shapes_are_refused_by_the_names_that_share_a_shape(tmp_path: Path) -> None:
     model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(20)))
-    torch.save(stepped(model, of_layers(model, [[n] for n in range(20)])).state_dict(), tmp_path / "optimizer.pt")
+    layers = [*([n] for n in range(18)), [18, 19]]
+    torch.save(stepped(model, of_layers(model, layers)).state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(
-        InputError, match=r"0\.weight, 1\.weight.* 17 more have one shape, \(3, 3\).*groups 0, 1, 2 and 17"
+        InputError, match=r"0\.weight, 1\.weight.* 17 more have one shape, \(3, 3\).*groups 0, 1, 2 and 16"
     ):
         load_adam_state(tmp_path / "optimizer.pt", model)
 

@@ -20,7 +20,7 @@ from trl import RLOOTrainer
 from entropy_probe.data.rollouts import Rollout, read_rollouts
 from entropy_probe.data.rollouts.columns import OF_THE_LOSS
 from entropy_probe.integrations.trl import RolloutRecorder
-from trl_objective import gradient_of_the_objective, mask_of, measured
+from trl_objective import gradient_of_the_objective, gradient_of_the_update, mask_of, measured
 from trl_tools import TOOL_SAYS, with_tools
 from trl_training import (
     EOS,
@@ -78,6 +78,12 @@ CASES: dict[str, dict[str, Any]] = {
     "two-iterations": {"loss_type": "dapo", "epsilon": 0.05, "epsilon_high": 0.08, "delta": 1.05, **TWO_ITERATIONS},
     "off-policy-mask": {"loss_type": "grpo", "off_policy_mask_threshold": 0.01, **TWO_ITERATIONS},
     "two-steps": {"loss_type": "dapo", "steps_per_generation": 4, "per_device_train_batch_size": 6, "epsilon": 0.05},
+    "two-steps-of-rows": {
+        "loss_type": "grpo",
+        "steps_per_generation": 4,
+        "per_device_train_batch_size": 6,
+        "epsilon": 0.05,
+    },
     "turns": {"loss_type": "dapo", **TURNS},
     "turns-truncated": {"loss_type": "bnpo", **TRUNCATED, "beta": 0.3, **TURNS, **TWO_ITERATIONS},
     "turns-grpo": {"loss_type": "grpo", "entropy_coef": 0.05, "top_entropy_quantile": 0.5, **TURNS},
@@ -111,6 +117,7 @@ def test_the_gradient_of_every_step_is_rebuilt_from_its_file(tmp_path: Path, cas
     for weights, gradients, rows in zip(seen.weights, seen.gradients, steps, strict=True):
         assert any(g.any() for g in gradients.values())
         assert relative_error(gradient_of_the_objective(weights, rows), gradients) < 2e-5
+        assert relative_error(gradient_of_the_update(weights, rows), gradients) < 2e-5
 
 
 PLANTED = {

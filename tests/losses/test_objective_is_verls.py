@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entropy_probe.losses.gmpo import GMPO
 from entropy_probe.losses.kl import KLEstimator, KLTerm
+from entropy_probe.losses.length_weights import LossAggregation, length_weights
 from entropy_probe.losses.objective import BonusAverage, EntropyBonus, Objective
 from entropy_probe.losses.ppo_clip import PPOClip
 from entropy_probe.losses.rows import LossRows
@@ -22,7 +23,7 @@ TOLERANCE = 1e-12
 
 
 def averaged(losses: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """verl's agg_loss."""
+    """verl's agg_loss over one mini-batch, from 0.7.1 on."""
     if mode == "token-mean":
         return (losses * mask).sum() / mask.sum()
     of_rows = (losses * mask).sum(-1)
@@ -30,7 +31,13 @@ def averaged(losses: Tensor, mask: Tensor, mode: str) -> Tensor:
         return (of_rows / mask.sum(-1)).mean()
     if mode == "seq-mean-token-sum":
         return of_rows.mean()
-    return of_rows.sum() / mask.shape[-1]
+    return of_rows.mean() / mask.shape[-1]
+
+
+def averaged_before(losses: Tensor, mask: Tensor, micro_batches: list[list[int]]) -> Tensor:
+    """seq-mean-token-sum-norm up to verl 0.7.0: a micro-batch's sum over the width, and its actor's mean over micro-batches."""
+    sums = [(losses[rows] * mask[rows]).sum() / mask.shape[-1] for rows in micro_batches]
+    return torch.stack(sums).mean()
 
 
 def weights_of(mode: str, rows: LossRows) -> Tensor:
@@ -39,7 +46,7 @@ def weights_of(mode: str, rows: LossRows) -> Tensor:
         "token-mean": ones / rows.mask.sum(),
         "seq-mean-token-mean": rows.at_tokens(1.0 / (rows.counts * len(LENGTHS))),
         "seq-mean-token-sum": ones / len(LENGTHS),
-        "seq-mean-token-sum-norm": ones / WIDTH,
+        "seq-mean-token-sum-norm": ones / (WIDTH * len(LENGTHS)),
     }[mode]
 
 
@@ -77,6 +84,20 @@ def test_dual_clip_under_every_average(mode: str) -> None:
     assert_same(found, expected)
     without = Objective(PPOClip(0.2, 0.28)).token_weights(rows, weights_of(mode, rows)).reward
     assert float((without - expected).abs().max()) > 0.01 * float(expected.abs().max())
+
+
+def test_the_norm_is_length_weights_own_and_that_of_older_verl_times_the_rows_of_a_micro_batch() -> None:
+    rows = rows_of(7, spread=1.2)
+    old, advantages, mask = padded(rows.old), padded(rows.advantages), padded(rows.mask)
+    weights = length_weights(
+        rows.tokens_in_loss, (2, 3, 1), LossAggregation.SEQ_MEAN_TOKEN_SUM_NORM, max_completion_length=WIDTH
+    )
+    found = Objective(PPOClip(0.2, 0.28, dual_clip=3.0)).token_weights(rows, rows.at_tokens(weights) / 3).reward
+    now = gradient(lambda p: averaged(dual_clip(p, old, advantages), mask, "seq-mean-token-sum-norm"), rows)
+    assert_same(found, now)
+    for micro_batches in ([[0, 1, 2], [3, 4, 5]], [[0, 4], [1, 2], [3, 5]]):
+        before = gradient(lambda p: averaged_before(dual_clip(p, old, advantages), mask, micro_batches), rows)  # noqa: B023
+        assert_same(found * len(micro_batches[0]), before)
 
 
 def test_gspo_in_its_straight_through_form_is_the_response_ratio() -> None:

@@ -128,7 +128,7 @@ def test_a_probe_that_fails_at_any_forward_leaves_everything_as_it_was(
     before = live.state()
     probe(live.model, adam, batch)
     total = calls
-    assert total > 20
+    assert total > 12
     for fail_at in (1, 2, 3, total // 4, total // 3, total // 2, total - 9, total - 8, total - 1, total):
         calls = 0
         with pytest.raises(error):

@@ -64,7 +64,7 @@ def test_an_unknown_loss_is_refused_by_name_unless_a_length_weight_is_set() -> N
     for settings in (Settings(), ReplaySettings()):
         with pytest.raises(InputError) as refused:
             trainers_step(batch("nash"), settings, assumed=LengthWeight.GUIDE)
-        assert "loss_type is 'nash'; known are bnpo, cispo, dapo, dr_grpo, gmpo, grpo" in str(refused.value)
+        assert "loss_type is 'nash'; known are bnpo, cispo, dapo, dppo, dr_grpo, gmpo, grpo" in str(refused.value)
     assert resolved(batch("nash"), length_weight="grpo").length_weight is LengthWeight.GRPO
 
 

@@ -18,6 +18,7 @@ from entropy_probe.data.units import block_units, exact_units
 from entropy_probe.errors import InputError
 from entropy_probe.model.measured import Measured
 from entropy_probe.model.policy import Policy
+from entropy_probe.pipeline import stages
 from entropy_probe.pipeline.sampler_weights import may_need_weights, reweighted
 from entropy_probe.statistics.importance_sampling import effective_sample_size
 from entropy_probe.targets.choices import EntropyUnit, Estimator
@@ -28,7 +29,7 @@ FAST = Settings(noise=False, dtype=torch.float64, learning_rate=1e-5)
 
 
 def own_log_probs(model: Any, rows: Sequence[Rollout]) -> list[torch.Tensor]:
-    measured = Policy(model).measure(rows, entropies=False, log_probs=True)
+    measured = Policy(model).measure(rows, entropies=False)
     assert measured.log_probs is not None
     return list(measured.log_probs.split([row.tokens for row in rows]))
 
@@ -299,16 +300,16 @@ def test_what_cannot_be_weighed_is_refused_in_one_line() -> None:
 
 def test_rows_that_cannot_differ_cost_no_forward(model: Any, adam: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    measure = Policy.measure
+    measure = stages.measured_at_theta
 
-    def counting(self: Policy, *given: Any, **more: Any) -> Measured:
-        counted.append(bool(more.get("log_probs")))
-        return measure(self, *given, **more)
+    def counting(*given: Any, **more: Any) -> Measured:
+        counted.append(True)
+        return measure(*given, **more)
 
-    monkeypatch.setattr(Policy, "measure", counting)
+    monkeypatch.setattr(stages, "measured_at_theta", counting)
     rows = support.random_rollouts(4, 2)
     probe(model, adam, rows, FAST)
     probe(model, adam, [dataclasses.replace(r, on_policy=True, logprobs=(-1.0,) * r.tokens) for r in rows], FAST)
     assert not any(counted)
     probe(model, adam, sampled_by_another(model, rows, 0.1), FAST)
-    assert sum(counted) == 2  # the test's own, and one
+    assert sum(counted) == 1

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from entropy_probe.data.groups import repeat_by_group
 from entropy_probe.data.rollouts import Rollout, RolloutBatch
+from entropy_probe.losses.length_weights import length_weights
 from entropy_probe.losses.objective import Objective, TokenWeights
 from entropy_probe.losses.rows import LossRows
 from entropy_probe.model.measured import Measured
+from entropy_probe.pipeline import inputs
 from entropy_probe.pipeline.update import UpdateRule
 from trl_loss import BY_NAME, CASES, DEFAULTS, MAX_LENGTH, STEPS, TRLCase, rloo_gradient, trls_gradients
 from update_rows import MICRO_BATCHES, as_pair, loss_rows, measured_of, rows_of_a_step, rule_of, said
@@ -114,12 +117,27 @@ def test_tool_output_is_in_no_loss_and_no_count(case: TRLCase) -> None:
     assert step.error() <= TOLERANCE
 
 
+def uneven() -> list[Rollout]:
+    rows = [row for i, row in enumerate(rows_of_a_step(4)) if i not in (0, 3)]
+    return [replace(row, micro_batch=i % 2) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "sapo", "luspo"])
+def test_a_mean_by_prompt_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step.of(BY_NAME[name], uneven())
+
+    def by_prompt(lengths: Sequence[int], sizes: Sequence[int], *given: Any, **constants: Any) -> Tensor:
+        counts = repeat_by_group(sizes, sizes)
+        return length_weights(lengths, sizes, *given, **constants) * len(lengths) / (len(sizes) * counts)
+
+    monkeypatch.setattr(inputs, "length_weights", by_prompt)
+    assert step.error() > 1e-3
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rows_dealt_out_unevenly_over_prompts_count_alike(case: TRLCase) -> None:
     """One of several steps on a shuffled batch: TRL's mean is over rows, whatever prompt they are of."""
-    rows = [row for i, row in enumerate(rows_of_a_step(4)) if i not in (0, 3)]
-    rows = [replace(row, micro_batch=i % 2) for i, row in enumerate(rows)]
-    step = Step.of(case, rows)
+    step = Step.of(case, uneven())
     assert sorted(step.batch.group_sizes) != [step.batch.group_sizes[0]] * len(step.batch.groups)
     assert step.error() <= TOLERANCE
 
@@ -177,8 +195,8 @@ def test_the_terms_are_told_apart(case: TRLCase) -> None:
 class KLUnderTheCorrection(Objective):
     """A bug: TRL adds the KL term after the correction."""
 
-    def token_weights(self, rows: LossRows, average: Tensor) -> TokenWeights:
-        found = super().token_weights(rows, average)
+    def token_weights(self, rows: LossRows, average: Tensor, kl_average: Tensor | None = None) -> TokenWeights:
+        found = super().token_weights(rows, average, kl_average)
         assert self.correction is not None
         assert found.kl is not None
         return replace(found, kl=found.kl * self.correction.weights(rows))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, group_rollouts
+from entropy_probe.errors import InputError
 from entropy_probe.losses.length_weights import LengthWeight, LossAggregation
 from entropy_probe.losses.named import NAMED, LossName
 from entropy_probe.pipeline.inputs import resolve_advantages, resolve_length_weights
@@ -34,7 +35,9 @@ def agg_loss(losses: Tensor, mask: Tensor, mode: str, rows: int) -> Tensor:
     return loss / HORIZON if mode == "seq-mean-token-sum-norm" else loss
 
 
-def verls_gradients(batch: RolloutBatch, measured: Any, mode: str, columns: dict[str, float]) -> tuple[Tensor, Tensor]:
+def verls_gradients(
+    batch: RolloutBatch, measured: Any, mode: str, columns: dict[str, float], kl_mode: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Minus the gradient of verl's ppo_loss, by log π and by H: dual clip, KL by k3 and the entropy term, each by agg_loss."""
     rows = loss_rows(batch, measured, range(len(batch.responses)))
     lengths = rows.lengths
@@ -49,7 +52,7 @@ def verls_gradients(batch: RolloutBatch, measured: Any, mode: str, columns: dict
     kl = torch.exp(ref - log_probs) - (ref - log_probs) - 1
     loss = agg_loss(losses, mask, mode, len(lengths))
     loss = loss - columns.get("entropy_coef", 0.0) * agg_loss(entropies, mask, mode, len(lengths))
-    loss = loss + columns.get("beta", 0.0) * agg_loss(kl, mask, mode, len(lengths))
+    loss = loss + columns.get("beta", 0.0) * agg_loss(kl, mask, kl_mode or mode, len(lengths))
     found = torch.autograd.grad(loss, (log_probs, entropies), allow_unused=True)
     none = torch.zeros_like(log_probs)
     return tuple(-flat(none if g is None else g, lengths) for g in found)  # type: ignore[return-value]
@@ -76,6 +79,26 @@ def test_verls_averages_with_rows_that_have_no_token_in_the_loss(
     assert all(close(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
     assert expected[0].any()
     assert bool(expected[1].any()) is ("entropy_coef" in terms)
+
+
+@pytest.mark.parametrize("kl_mode", list(LossAggregation))
+def test_a_kl_term_may_have_an_average_of_its_own(kl_mode: LossAggregation) -> None:
+    """As SkyRL's: its loss is averaged over tokens, its KL term over responses and their tokens."""
+    columns = PPO | {"beta": 0.05, "loss_agg": "token-mean"}
+    rows = [replace(row, micro_batch=None) for row in rows_of_a_step(5)]
+    declared: dict[str, Any] = {"loss_type": "ppo", "max_completion_length": HORIZON}
+    batch = said(rows, columns | {"kl_agg": str(kl_mode)}, **declared)
+    measured = measured_of(batch, spread=0.9)
+    expected = verls_gradients(batch, measured, "token-mean", columns, kl_mode)[0]
+    assert close(as_pair(rule_of(batch).update(measured), batch)[0], expected)
+    ignored = as_pair(rule_of(said(rows, columns, **declared)).update(measured), batch)[0]
+    assert close(ignored, expected) is (kl_mode is LossAggregation.TOKEN_MEAN)
+
+
+def test_a_squared_log_ratio_is_refused_where_the_loss_has_none() -> None:
+    batch = said(rows_of_a_step(5), PPO | {"kl_tau": 1e-3}, loss_type="ppo")
+    with pytest.raises(InputError, match="that the loss ppo has no place for; expected loss_type dppo"):
+        rule_of(batch)
 
 
 def first_of(rows: list[Rollout], taken: Callable[[int], bool]) -> list[Rollout]:

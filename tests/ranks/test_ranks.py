@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -44,9 +43,8 @@ from entropy_probe.pipeline.run import ProbeResult, probe, probe_checkpoint
 from entropy_probe.pipeline.settings import Settings, ShardingChoice
 from entropy_probe.ranks.collectives import ALONE, Kind, Payload, Ranks
 from entropy_probe.ranks.sharding import even_spans, row_spans
-from entropy_probe.realized import floor
 from entropy_probe.report import Report
-from entropy_probe.targets.choices import EntropyUnit, Estimator
+from entropy_probe.targets.choices import EntropyUnit, Estimator, SamplerWeights
 from entropy_probe.targets.entropy import EntropyTarget
 from rank_processes import on_ranks
 from support import (
@@ -88,6 +86,7 @@ SETTINGS = {
     "folds": replace(PLAIN, split=3, max_grad_norm=0.1),
     "evaluation": replace(PLAIN, gradient_checkpointing=True),
     "resample": replace(PLAIN, resample=True, max_completion_length=8),
+    "prefix": replace(EXACT, sampler_weights=SamplerWeights.PREFIX),
 }
 COLLECTIVES = {
     "all_reduce": 0,
@@ -119,6 +118,7 @@ CASES: Mapping[tuple[int, ShardingChoice], Sequence[str]] = {
         "full/folds",
         "full/evaluation",
         "full/resample",
+        "full/prefix",
     ),
     (2, ShardingChoice.FSDP2): (
         *EVERYWHERE,
@@ -127,6 +127,7 @@ CASES: Mapping[tuple[int, ShardingChoice], Sequence[str]] = {
         "full/folds",
         "full/evaluation",
         "full/resample",
+        "full/prefix",
     ),
     (3, ShardingChoice.REPLICATED): ("full/exact", "lora/block-streamed-score"),
     (4, ShardingChoice.REPLICATED): EVERYWHERE,
@@ -161,6 +162,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = random_rollouts(7, [3, 2, 4, 3, 3, 2, 3])
     rows = [replace(row, reward=1.0) if row.prompt_id == "p3" else row for row in rows]
     write_rollouts(rows, root / "rollouts.jsonl")
+    other = [replace(row, logprobs=(-2.5,) * len(row.response_ids)) for row in rows]
+    write_rollouts(other, root / "off-policy.jsonl")
     write_rollouts(random_rollouts(3, 2, seed=5), root / "evaluation.jsonl")
     return root
 
@@ -172,17 +175,15 @@ def probed(
     settings = SETTINGS[name]
     if settings.memory_bytes is not None:
         settings = replace(settings, memory_bytes=settings.memory_bytes / ranks.count)
-    # The floor is not compared, and its eight factors would be most of the time.
-    with mock.patch.object(floor, "FLOOR_FACTORS", (1e-7,)):
-        return probe_checkpoint(
-            root / model,
-            root / "rollouts.jsonl",
-            settings,
-            evaluation_rollouts=root / "evaluation.jsonl" if name == "evaluation" else None,
-            base=root / "base" if model == "lora" else None,
-            ranks=ranks,
-            sharding=sharding,
-        )
+    return probe_checkpoint(
+        root / model,
+        root / ("off-policy.jsonl" if name == "prefix" else "rollouts.jsonl"),
+        settings,
+        evaluation_rollouts=root / "evaluation.jsonl" if name == "evaluation" else None,
+        base=root / "base" if model == "lora" else None,
+        ranks=ranks,
+        sharding=sharding,
+    )
 
 
 @functools.cache
@@ -359,10 +360,10 @@ def test_replicated_ranks_hand_over_shards_and_one_sum(folder: Path, count: int)
     n = trained_elements(folder, "full/exact")
     for rank, of_rank in enumerate(together(folder, count, ShardingChoice.REPLICATED)):
         found = of_rank["full/exact"]
-        # X, Y, and Z of reward and length of every unit of this rank; ΣY once, and for the noise's thirds six sums more.
+        # X, Y, and Z of reward and length of every unit of this rank; ΣX and ΣY once, and for the noise's thirds six sums more.
         units = found.report.ranks.prompts[rank]
         assert found.elements(Kind.SHARDS) == 4 * units * of_other_ranks(even_spans, count, rank)
-        assert found.elements(Kind.SUMS) == 7 * n
+        assert found.elements(Kind.SUMS) == 8 * n
         assert found.elements(Kind.DIRECTIONS) == 0
 
 

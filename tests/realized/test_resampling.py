@@ -20,7 +20,7 @@ from entropy_probe.model.virtual_step import virtual_step
 from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
 from entropy_probe.realized.resampling import plan_resampling, resample
-from entropy_probe.realized.steps import SAME, Step
+from entropy_probe.realized.steps import Step
 from entropy_probe.sampling.drawing import sample_rollouts
 from entropy_probe.sampling.prompts import Prompt
 from entropy_probe.sampling.settings import SamplingSettings
@@ -89,7 +89,9 @@ def test_the_entropy_after_the_step_is_the_exact_one_of_the_moved_policy(tempera
     before = policy.measure(batch.responses)
     step = a_step(model, 0.4)
     measures = [EntropyMeasure(EntropyTarget(estimator, unit)) for estimator in Estimator for unit in EntropyUnit]
-    rows = realize(policy, batch, before, step, [Predicted(measure, 0.0) for measure in measures], batch_name=SAME)
+    rows = realize(
+        policy, batch, before, step, [Predicted(measure, 0.0) for measure in measures], floors=[0.0] * len(measures)
+    )
     weights = {n: (p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
     state = torch.get_rng_state()
     fresh = resample(policy, batch, before, [step], rows, plan_resampling(policy, batch, None, 0), Silent())
@@ -105,7 +107,7 @@ def test_the_entropy_after_the_step_is_the_exact_one_of_the_moved_policy(tempera
         per_token = row.measure.target.unit is EntropyUnit.PER_TOKEN
         truth, old = (h_after / t_after, h_before / t_before) if per_token else (h_after, h_before)
         assert (row.method, row.change.weights.ess) == ("resampled", pytest.approx(960))
-        assert row.change.entropy_before == direct.change.entropy_before
+        assert row.change.entropy_before == pytest.approx(direct.change.entropy_before, rel=1e-14)
         assert row.change.delta_h == pytest.approx(row.change.entropy_after - row.change.entropy_before)
         # From sampling alone, these prompts given: a response's −S spreads by about a nat.
         error = 1.0 / np.sqrt(960) / (t_after if per_token else 1.0)
@@ -121,7 +123,7 @@ def test_rao_blackwell_of_fresh_responses_is_within_its_own_small_error() -> Non
     before = policy.measure(batch.responses)
     step = a_step(model, 0.4)
     measure = EntropyMeasure(EntropyTarget(Estimator.RAO_BLACKWELL))
-    rows = realize(policy, batch, before, step, [Predicted(measure, 0.0)])
+    rows = realize(policy, batch, before, step, [Predicted(measure, 0.0)], floors=[0.0])
     (row,) = resample(policy, batch, before, [step], rows, plan_resampling(policy, batch, None, 0), Silent())
     with virtual_step(model, step.deltas):
         truth, _ = exact_entropy_and_length(policy)
@@ -141,7 +143,7 @@ def test_an_exception_while_sampling_or_scoring_leaves_weights_and_random_state(
     batch = rollouts_of(policy, 4)
     before = policy.measure(batch.responses)
     step = a_step(model, 0.1)
-    rows = realize(policy, batch, before, step, [Predicted(EntropyMeasure(EntropyTarget()), 0.0)])
+    rows = realize(policy, batch, before, step, [Predicted(EntropyMeasure(EntropyTarget()), 0.0)], floors=[0.0])
     plan = plan_resampling(policy, batch, None, 0)
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     state, config = torch.get_rng_state(), model.generation_config

@@ -168,7 +168,7 @@ def test_an_exception_at_any_evaluation_leaves_the_weights_bitwise(error: type[B
     deltas = {n: 1e-3 * torch.ones_like(p) for n, p in model.named_parameters()}
     step = Step("preconditioned", "virtual", deltas)
     predictions = [Predicted(EntropyMeasure(EntropyTarget(Estimator.RAO_BLACKWELL)), 0.1)]
-    rows = realize(policy, batch, before, step, predictions)
+    rows = realize(policy, batch, before, step, predictions, floors=[0.0] * len(predictions))
     weights = {n: (p.data_ptr(), p.detach().clone()) for n, p in model.named_parameters()}
     calls = fail_at = 0
 

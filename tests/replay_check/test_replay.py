@@ -446,8 +446,8 @@ def test_candidates_are_tried_once_and_the_recorded_loss_first(loose: Path, monk
     tried: list[list[Any]] = []
 
     def look(found: Any, _: object) -> Findings:
-        tried.append([average for average, _ in gradient_causes._other_averages(found)])
-        tried.append([a for _, _, a in gradient_causes._other_advantages(found)])
+        tried.append([average for average, _ in gradient_causes.other_averages(found)])
+        tried.append([a for _, _, a in gradient_causes.other_advantages(found)])
         return Findings([], 0)
 
     monkeypatch.setattr(importlib.import_module("entropy_probe.replay_check.run"), "find_suspicions", look)

@@ -27,3 +27,10 @@ def test_a_windows_tokens_are_those_in_the_loss(masked: bool) -> None:
     assert (incomplete(exact, 2), surplus(exact, 2)) == (None, None)
     assert f"hold {counted:g} response tokens" in (incomplete(window(counted + 1, masked), 2) or "")
     assert f"hold {counted:g} response tokens" in (surplus(window(counted - 1, masked), 2) or "")
+
+
+def test_of_a_part_of_a_generation_nothing_is_told() -> None:
+    whole = window(1.0, masked=False)
+    part = group_rollouts(replace(row, extra={"window_share": 0.5}) for row in whole.responses)
+    assert surplus(whole, 2) is not None
+    assert (incomplete(part, 3), surplus(part, 2)) == (None, None)

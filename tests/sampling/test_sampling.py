@@ -374,6 +374,72 @@ def test_prompts_are_tokenised_or_taken_as_ids_and_numbered_where_they_have_no_i
         read_prompts(path)
 
 
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m.content }}{% if not loop.last or m.role != 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ opening or '' }}{% endif %}"
+)
+
+
+def test_messages_are_tokenised_by_the_tokenizers_chat_template(tmp_path: Path) -> None:
+    path, chat = tmp_path / "prompts.jsonl", tokenizer()
+    chat.chat_template = TEMPLATE
+    system, user, assistant = (
+        {"role": role, "content": letters([token, token + 1])}
+        for role, token in (("system", 5), ("user", 7), ("assistant", 9))
+    )
+    rows: list[dict[str, Any]] = [
+        {"messages": [system, user]},
+        {"messages": [user], "chat_template_kwargs": {"opening": letters([12])}},
+        {"messages": [user, assistant]},
+        {"messages": [user], "prompt_ids": [4, 4]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_prompts(path, chat)
+    assert [p.prompt_ids for p in found] == [
+        (5, 6, EOS, 7, 8, EOS),
+        (7, 8, EOS, 12),
+        (7, 8, EOS, 9, 10),  # the assistant's turn is gone on with
+        (4, 4),
+    ]
+    assert found[0].text == letters([5, 6, 7, 8])
+    assert found[0].row == rows[0]
+
+
+BAD_MESSAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "both": ({"messages": [{"role": "user", "content": "x"}], "prompt": "x"}, "line 1 has prompt and messages"),
+    "no-list": ({"messages": "hello"}, "line 1: messages is 'hello'; expected a list"),
+    "empty": ({"messages": []}, "expected a list of mappings with role and content"),
+    "no-role": ({"messages": [{"content": "x"}]}, "expected a list of mappings with role and content"),
+    "refused": ({"messages": [{"role": "tool", "content": "x"}]}, "does not take these messages.*no tools here"),
+    "no-mapping": (
+        {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": 3},
+        "chat_template_kwargs is a int",
+    ),
+    "in-prompt": ({"prompt": [{"role": "user", "content": "x"}]}, "a conversation is called messages"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MESSAGES)
+def test_messages_that_are_none_are_refused(case: str, tmp_path: Path) -> None:
+    row, said = BAD_MESSAGES[case]
+    chat = tokenizer()
+    chat.chat_template = TEMPLATE
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=said):
+        read_prompts(path, chat)
+
+
+def test_messages_need_a_tokenizer_with_a_template(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}) + "\n")
+    with pytest.raises(InputError, match="line 1 gives messages, but the checkpoint has no tokenizer"):
+        read_prompts(path)
+    with pytest.raises(InputError, match="tokenizer has no chat template; give prompt_ids"):
+        read_prompts(path, tokenizer())
+
+
 def test_a_prompt_and_its_longest_response_may_fill_the_context_but_not_pass_it() -> None:
     model = wide_model()
     context = model.config.max_position_embeddings

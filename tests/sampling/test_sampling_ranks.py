@@ -30,7 +30,7 @@ from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
 from entropy_probe.realized.resampling import plan_resampling, resample
-from entropy_probe.realized.steps import SAME, Step
+from entropy_probe.realized.steps import Step
 from entropy_probe.sampling import jobs
 from entropy_probe.sampling.drawing import sample_rollouts
 from entropy_probe.sampling.jobs import deal_jobs, make_jobs, put_together
@@ -152,7 +152,7 @@ def resampled_alike(root: Path, ranks: Ranks) -> None:
     for each in (policy, alone(policy)):
         before = each.measure(batch.responses)
         measures = [Predicted(EntropyMeasure(EntropyTarget(estimator)), 0.0) for estimator in Estimator]
-        rows = realize(alone(policy), batch, before, step, measures, batch_name=SAME)
+        rows = realize(alone(policy), batch, before, step, measures, floors=[0.0] * len(measures))
         found.append(resample(each, batch, before, [step], rows, plan, Silent()))
     assert torch.equal(torch.get_rng_state(), state)
     for row, expected in zip(*found, strict=True):

@@ -96,7 +96,7 @@ def test_tool_tokens_that_are_scored_as_drawn_bias_it(estimator: Estimator) -> N
 
 def test_forwards_measure_the_drawn_tokens_after_the_whole_context() -> None:
     batch = group_rollouts([*ROWS, *(replace(row, prompt_id="b") for row in ROWS)])
-    measured = Policy(POLICY, microbatch_size=7).measure(batch.responses, log_probs=True)
+    measured = Policy(POLICY, microbatch_size=7).measure(batch.responses)
     found = [trajectory(row) for row in batch.responses]
     assert measured.log_probs is not None
     assert measured.entropies is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_probe.checkpoints.files.optimizer_pt import read_optimizer_file
+from entropy_probe.checkpoints.files.other_optimizers import refuse_other_optimizer
 from entropy_probe.checkpoints.files.stored import StoredOptimizer, StoredTensor
 from entropy_probe.checkpoints.formats.registry import format_of
 from entropy_probe.checkpoints.index_names import OptimizerMapping, map_names
@@ -24,28 +26,6 @@ from entropy_probe.optimizers.state import (
     misshapen,
     moments_from_entry,
 )
-
-FOREIGN_STATES = (
-    ("momentum_buffer", "SGD or Muon, which keep no second moment"),
-    ("exp_avg_sq_row", "Adafactor, whose second moment is factored"),
-    ("state1", "a bitsandbytes 8-bit optimizer"),
-    ("__bnb_optimizer_quant_state__", "a bitsandbytes optimizer (8-bit or 32-bit AdamW, Lion, AdEMAMix, RMSprop)"),
-    ("prodigy_d", "Prodigy"),
-    ("exp_inf", "Adamax, whose second moment is a maximum"),
-    ("square_avg", "RMSprop or Adadelta"),
-    ("sum", "Adagrad"),
-)
-
-BESIDE_MOMENTS = (
-    ("mu_product", "NAdam"),
-    ("z", "a schedule-free AdamW"),
-    ("eps_sq", "StableAdamW"),
-    ("exp_avg_diff", "Adan"),
-)
-"""What optimizers keep beside Adam's moments."""
-
-ADAM_ENTRY = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
-"""What torch's Adam and AdamW keep for a parameter."""
 
 
 def load_adam_state(path: str | Path, model: nn.Module) -> tuple[AdamState, OptimizerMapping]:
@@ -71,15 +51,6 @@ def adam_state_in(path: str | Path, model: nn.Module) -> AdamState | None:
     return None if stored is None else map_adam_state(stored, model)[0]
 
 
-def refuse_other_optimizer(stored: StoredOptimizer) -> None:
-    """Refuse the state of what is not Adam, by its name.
-
-    Raises:
-        InputError: it is another optimizer's, or there is none.
-    """
-    _refuse_foreign(stored.state, stored.groups, stored.path)
-
-
 def map_adam_state(
     stored: StoredOptimizer, model: nn.Module, rows: Mapping[str, slice] | None = None
 ) -> tuple[AdamState, OptimizerMapping]:
@@ -94,8 +65,9 @@ def map_adam_state(
         InputError: another optimizer's state, or no rule fits.
     """
     path, state = stored.path, stored.state
-    _refuse_foreign(state, stored.groups, path)
+    refuse_other_optimizer(stored)
     if stored.exact_names:
+        stored = _by_first_names(stored, model)
         _refuse_strangers(stored, model)
     named, mapping = map_names(state, stored.groups, model, path)
     try:
@@ -126,6 +98,18 @@ def map_adam_state(
     return AdamState(groups, moments), mapping
 
 
+def _by_first_names(stored: StoredOptimizer, model: nn.Module) -> StoredOptimizer:
+    """A tied parameter may be named as either of its holders; here it has the name of ``named_parameters``."""
+    listed = {name for group in stored.groups for name in group["param_names"]}
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    other = {name: every[name] for name in listed if every.get(name, name) not in listed}
+    if not other:
+        return stored
+    groups = [{**g, "param_names": [other.get(name, name) for name in g["param_names"]]} for g in stored.groups]
+    return replace(stored, groups=groups)
+
+
 def _refuse_strangers(stored: StoredOptimizer, model: nn.Module) -> None:
     """Names are known here: another order of the same shapes must not be guessed."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -146,41 +130,6 @@ def _without_values(entry: Mapping[str, Any]) -> AdamMoments:
     shapes = {key: entry[key].shape for key in MOMENTS if entry.get(key) is not None}
     empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     return moments_from_entry({"step": entry["step"], **empty})
-
-
-def _refuse_foreign(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]], path: Path) -> None:
-    # Optimizers may keep Adam's state for some parameters and their own for the others.
-    keys = sorted({str(key) for entry in state.values() if "exp_avg_sq" not in entry for key in entry})
-    for key, optimizer in FOREIGN_STATES:
-        if key in keys:
-            raise InputError(f"{path} holds the state of {optimizer} ({key}); the probe needs Adam's exp_avg_sq")
-    if any("exp_avg_sq" in entry for entry in state.values()):
-        strange = sorted({str(key) for entry in state.values() for key in entry} - ADAM_ENTRY)
-        if strange:
-            named = [optimizer for key, optimizer in BESIDE_MOMENTS if key in strange]
-            who = f", as {named[0]} does" if named else ""
-            raise InputError(
-                f"{path} keeps {', '.join(strange)} beside Adam's moments{who}, so its step is not Adam's; the probe needs "
-                "torch's Adam or AdamW"
-            )
-        if any("amsgrad" not in group for group in groups):
-            raise InputError(
-                f"{path}: a parameter group has no amsgrad, which torch's Adam and AdamW always write (RAdam, LAMB and others "
-                "keep the same moments without it); the probe needs torch's Adam or AdamW"
-            )
-        return
-    if keys:
-        raise InputError(f"{path} holds {keys} for its parameters; the probe needs Adam's exp_avg_sq")
-    if any(isinstance(group.get("state"), Mapping) for group in groups):
-        raise InputError(
-            f"{path} keeps its state inside the parameter groups, as GrokAdamW does, so its step is not Adam's; the probe "
-            "needs torch's Adam or AdamW"
-        )
-    if any("betas" not in group for group in groups):
-        raise InputError(
-            f"{path} holds no state, and its groups have no betas: it is not Adam's; the probe needs exp_avg_sq"
-        )
-    raise InputError(f"{path} holds no state (exp_avg_sq) for any parameter: the optimizer has not taken a step")
 
 
 def _entry_problem(entry: Mapping[str, Any]) -> str | None:

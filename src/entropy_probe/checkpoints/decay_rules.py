@@ -124,5 +124,6 @@ RATE_RULES: tuple[DecayRule, ...] = (
     DecayRule("LoRA+ of PEFT (A, embeddings, B, B without decay)", _lora_plus(embeddings_apart=True)),
     DecayRule("LoRA+ of older PEFT (A with embeddings, none, B, B without decay)", _lora_plus(embeddings_apart=False)),
     DecayRule("Unsloth's embedding_learning_rate (adapter, then modules_to_save)", _saved_embeddings_apart),
+    DecayRule("a group a parameter, in the order of named_parameters", lambda model: [[n] for n in _trainable(model)]),
 )
 """Groups that were made for learning rates of their own."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from entropy_probe.checkpoints.adam_state import refuse_other_optimizer
+from entropy_probe.checkpoints.beside import Beside
+from entropy_probe.checkpoints.files.other_optimizers import refuse_other_optimizer
 from entropy_probe.checkpoints.files.stored import StoredOptimizer, StoredTensor
 from entropy_probe.checkpoints.formats.base import FoundFile
 from entropy_probe.checkpoints.formats.foreign import refuse_foreign
@@ -87,7 +88,7 @@ class Inspection:
         return sum(parameter.problem is not None for parameter in self.parameters)
 
 
-def look_into(path: Path, base: Path | None = None) -> FolderFacts:
+def look_into(path: Path, base: Path | Beside | None = None) -> FolderFacts:
     """A folder's format and files; whoever gives a base needs no config.json there.
 
     Raises:
@@ -95,7 +96,7 @@ def look_into(path: Path, base: Path | None = None) -> FolderFacts:
     """
     known = format_of(path)
     files = tuple(
-        replace(file, required=False) if base is not None and file.pattern == "config.json" else file
+        replace(file, required=False) if Beside.of(base).given and file.pattern == "config.json" else file
         for file in known.files(path)
     )
     if any(file.required and not file.names for file in files):
@@ -103,7 +104,7 @@ def look_into(path: Path, base: Path | None = None) -> FolderFacts:
     return FolderFacts(known.name, known.trainer_state(path).global_step, known.world_size(path), files)
 
 
-def list_stored(path: Path, base: Path | None = None) -> Listing | None:
+def list_stored(path: Path, base: Path | Beside | None = None) -> Listing | None:
     """Names, shapes and steps, where a folder lacks the optimizer or what describes the model; None where it has both.
 
     Raises:
@@ -117,7 +118,7 @@ def list_stored(path: Path, base: Path | None = None) -> Listing | None:
             "no Adam state is here, and a probe needs it; the checkpoint was saved without the optimizer (a Trainer leaves it "
             "out with save_only_model=True)"
         )
-    elif base is not None:
+    elif Beside.of(base).given:
         return None
     elif adapter is None and weights is not None and known.configuration(path) is None:
         reason = "no config.json is here; give as base the folder of the model that training started from, to match and probe"
@@ -151,7 +152,7 @@ def _told(entry: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
     return tuple(key for key in MOMENTS if key in entry), None if step is None else int(step)
 
 
-def inspect_checkpoint(path: Path, base: Path | None = None, freeze: Sequence[str] = ()) -> Inspection:
+def inspect_checkpoint(path: Path, base: Path | Beside | None = None, freeze: Sequence[str] = ()) -> Inspection:
     """Load a checkpoint and match its state parameter by parameter, without refusing what a probe would refuse.
 
     ``freeze`` are regular expressions: parameters in whose names one of them is found were not trained.

@@ -15,14 +15,17 @@ from typing import Any
 import torch
 
 from entropy_probe.checkpoints.adam_state import map_adam_state
+from entropy_probe.checkpoints.beside import Beside
 from entropy_probe.checkpoints.filling import fill, refuse_damaged
 from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
 from entropy_probe.checkpoints.index_names import OptimizerMapping
 from entropy_probe.checkpoints.pretrained import in_type, pretrained_adapter, pretrained_model
 from entropy_probe.checkpoints.records import Checkpoint, ModelFolder
+from entropy_probe.checkpoints.run_time_quantisation import quantise_base
 from entropy_probe.checkpoints.skeleton import Skeleton, adapter_skeleton, full_skeleton
 from entropy_probe.checkpoints.sources import Sources, folder_of, open_optimizer, open_sources, trainer_state_of
 from entropy_probe.common.choices import path_of
+from entropy_probe.common.evidence import Evidence
 from entropy_probe.optimizers.preconditioner import ZeroV
 from entropy_probe.optimizers.state import AdamState
 from entropy_probe.optimizers.validation import validate_preconditioner
@@ -41,7 +44,7 @@ class Matched:
 def load_checkpoint(
     path: str | Path,
     *,
-    base: str | Path | None = None,
+    base: str | Path | Beside | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -64,7 +67,7 @@ def load_checkpoint(
 def load_matched(
     path: str | Path,
     *,
-    base: str | Path | None = None,
+    base: str | Path | Beside | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     freeze: Sequence[str] = (),
@@ -76,12 +79,12 @@ def load_matched(
     """
     path = path_of("the checkpoint", path)
     # The small file first: a missing optimizer should not cost the loading of a large model.
-    optimizer = open_optimizer(path)
+    optimizer = open_optimizer(path, Beside.of(base))
     folder = load_model(path, base=base, dtype=dtype, device=device)
     asked = freeze_matching(folder.model, freeze)
     adam, mapping = map_adam_state(optimizer, folder.model)
     freeze_names(folder.model, mapping.frozen)
-    return Matched(folder, adam, mapping.said_of(asked))
+    return Matched(folder.with_notes(optimizer.notes), adam, mapping.said_of(asked))
 
 
 def validated(matched: Matched, *, seed: int, zero_v: ZeroV, sharding: Sharding = WHOLE) -> Checkpoint:
@@ -99,7 +102,7 @@ def validated(matched: Matched, *, seed: int, zero_v: ZeroV, sharding: Sharding 
 def load_model(
     path: str | Path,
     *,
-    base: str | Path | None = None,
+    base: str | Path | Beside | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     trainable: bool = True,
@@ -111,24 +114,28 @@ def load_model(
             configuration.
     """
     path = path_of("the checkpoint", path)
-    sources = open_sources(path, None if base is None else path_of("base", base))
-    model = _built(sources, dtype, trainable)
+    sources = open_sources(path, Beside.of(base))
+    model, notes = _built(sources, dtype, trainable)
     for name, p in model.named_parameters():
         refuse_damaged(path, name, p)
-    return folder_of(sources, model.to(device))
+    return folder_of(sources, model.to(device)).with_notes(notes)
 
 
-def _built(sources: Sources, dtype: torch.dtype, trainable: bool) -> Any:
+def _built(sources: Sources, dtype: torch.dtype, trainable: bool) -> tuple[Any, tuple[Evidence, ...]]:
+    """The model, and what building it gave cause to warn of."""
     weights, adapter = sources.weights, sources.adapter
     if weights.pretrained is not None:
         whole = Skeleton(pretrained_model(sources, weights.pretrained, dtype), {})
     else:
         whole = full_skeleton(sources, dtype)
         fill(sources.path, whole)
+    notes: tuple[Evidence, ...] = ()
+    if sources.quantization is not None:
+        notes = (quantise_base(sources.path, whole.model, sources.quantization, weights.tensors),)
     if adapter is None:
-        return whole.model
+        return whole.model, notes
     if adapter.pretrained is not None:
-        return in_type(pretrained_adapter(adapter.pretrained, adapter, whole.model, trainable), dtype)
+        return in_type(pretrained_adapter(adapter.pretrained, adapter, whole.model, trainable), dtype), notes
     adapted = adapter_skeleton(sources.path, Skeleton(whole.model, {}), adapter, dtype)
     fill(sources.path, adapted)
-    return adapted.model if trainable else adapted.model.requires_grad_(False)
+    return adapted.model if trainable else adapted.model.requires_grad_(False), notes

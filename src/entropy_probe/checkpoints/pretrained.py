@@ -66,7 +66,12 @@ def pretrained_adapter(path: Path, stored: StoredAdapter, model: Any, trainable:
         raise InputError(f"{path} is a PEFT adapter; install it with: pip install 'entropy-probe[lora]'") from error
     try:
         adapted = PeftModel.from_pretrained(
-            model, path, is_trainable=trainable, autocast_adapter_dtype=False, local_files_only=True
+            model,
+            path,
+            adapter_name=stored.name,
+            is_trainable=trainable,
+            autocast_adapter_dtype=False,
+            local_files_only=True,
         )
     except (*LOAD_ERRORS, TypeError) as error:
         if out_of_memory(error):
@@ -74,7 +79,9 @@ def pretrained_adapter(path: Path, stored: StoredAdapter, model: Any, trainable:
         raise InputError(why_not_loaded(path, error, input_limits(model)[0])) from error
     expected = {
         key: tuple(value.shape)
-        for key, value in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+        for key, value in get_peft_model_state_dict(
+            adapted, adapter_name=stored.name, save_embedding_layers=False
+        ).items()
     }
     for key, shape in expected.items():
         if key not in stored.tensors:

@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from entropy_probe.checkpoints.files.four_bit import STATE
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.common.files import read_json
 from entropy_probe.errors import InputError, out_of_memory
@@ -22,6 +23,8 @@ WAY_OUT = (
     "give the base before it was quantised, or the checkpoint dequantised (transformers: model.dequantize() and "
     "save_pretrained), with float weights"
 )
+READ = "bitsandbytes 4-bit"
+"""How the description begins of the one method whose weights are read."""
 SETTINGS_KEYS = ("quantization_config", "compression_config")
 BITS_KEYS = ("bits", "w_bit", "num_bits", "nbits", "weight_bits")
 FORMAT_KEYS = ("format", "quant_algo", "quant_type", "weights", "activation_scheme")
@@ -76,10 +79,10 @@ def refuse_quantised(configuration: Path, weights: Path) -> None:
     """
     for folder in dict.fromkeys((configuration, weights)):
         method = quantisation_of(folder)
-        if method is not None:
+        if method is not None and not (method.startswith(READ) and any(map(_four_bits, weights.glob("*.safetensors")))):
             raise InputError(f"{folder} is quantised ({method}), and its weights are not read; {WAY_OUT}")
     for file in sorted(weights.glob("*.safetensors")):
-        packed = _packed(file)
+        packed = None if _four_bits(file) else _packed(file)
         if packed is not None:
             raise InputError(
                 f"{file} holds quantised weights ({packed}), though {configuration / 'config.json'} has no "
@@ -126,6 +129,8 @@ def quantised_base_note(adapter: Path, settings: Mapping[str, Any], base: Path) 
         return None
     methods = [quantisation_of(folder) for folder in folders]
     configured = next((method for method in methods if method is not None), None)
+    if quantisation_of(base) is not None:
+        return None
     words = [configured] if configured is not None else _words_of_name(named)
     if not words:
         return None
@@ -135,7 +140,8 @@ def quantised_base_note(adapter: Path, settings: Mapping[str, Any], base: Path) 
         "quantised_base",
         f"the adapter was trained over {kind} base ({named}, by its {'name' if configured is None else 'configuration'}: "
         f"{', '.join(dict.fromkeys(words))}) and the base given here is not quantised: the two are different policies",
-        "Give that very base, dequantised; otherwise log-probs, gradients and entropies are not those of the policy that was "
+        "Give that very base (of bitsandbytes' 4 bits as it is, else dequantised), or set base_quantization to nf4 where it "
+        "was quantised as it was loaded; otherwise log-probs, gradients and entropies are not those of the policy that was "
         "trained",
     )
 
@@ -177,6 +183,18 @@ def _first_in(settings: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
         if isinstance(value, Mapping) and (found := _first_in(value, keys)) is not None:
             return found
     return None
+
+
+def _four_bits(file: Path) -> bool:
+    """Whether bitsandbytes' 4-bit weights are in a file, with all that they are dequantised by."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            keys = set(opened.keys())
+            return any(STATE in key and {n := key.partition(STATE)[0], f"{n}.absmax"} <= keys for key in keys)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if out_of_memory(error):
+            raise
+        return False
 
 
 def _packed(file: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -37,6 +37,10 @@ class ModelFolder:
     def tokenizer_folders(self) -> tuple[Path, ...]:
         """Where a tokenizer may be, first choice first."""
         return tuple(folder for folder in (self.path, self.configuration, self.base) if folder is not None)
+
+    def with_notes(self, notes: tuple[Evidence, ...]) -> ModelFolder:
+        """The same with more to warn of."""
+        return replace(self, notes=(*self.notes, *notes))
 
 
 @dataclass(frozen=True)

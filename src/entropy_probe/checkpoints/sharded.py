@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy_probe.checkpoints.adam_state import map_adam_state
+from entropy_probe.checkpoints.beside import Beside
 from entropy_probe.checkpoints.files.stored import StoredOptimizer, sample_of
 from entropy_probe.checkpoints.filling import fill, own_rows, refuse_damaged
 from entropy_probe.checkpoints.freezing import freeze_matching, freeze_names
@@ -45,7 +46,7 @@ def load_sharded_checkpoint(
     path: str | Path,
     ranks: Ranks,
     *,
-    base: str | Path | None = None,
+    base: str | Path | Beside | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -72,7 +73,7 @@ def load_sharded_checkpoint(
     rows = {name: own_rows(p) for name, p in folder.model.named_parameters() if isinstance(p, DTensor)}
     adam, mapping = ranks.alike(partial(map_adam_state, parts.optimizer, folder.model, rows))
     freeze_names(folder.model, mapping.frozen)
-    matched = Matched(folder, adam, mapping.said_of(asked))
+    matched = Matched(folder.with_notes(parts.optimizer.notes), adam, mapping.said_of(asked))
     return validated(matched, seed=seed, zero_v=zero_v, sharding=sharding_of(folder.model, ranks))
 
 
@@ -80,7 +81,7 @@ def load_sharded_model(
     path: str | Path,
     ranks: Ranks,
     *,
-    base: str | Path | None = None,
+    base: str | Path | Beside | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> ModelFolder:
@@ -110,15 +111,21 @@ class _Parts:
     optimizer: StoredOptimizer | None
 
 
-def _opened(path: str | Path, base: str | Path | None, *, with_optimizer: bool) -> _Parts:
+def _opened(path: str | Path, base: str | Path | Beside | None, *, with_optimizer: bool) -> _Parts:
     path = path_of("the checkpoint", path)
-    optimizer = open_optimizer(path) if with_optimizer else None
-    return _Parts(open_sources(path, None if base is None else path_of("base", base)), optimizer)
+    beside = Beside.of(base)
+    if beside.quantization is not None:
+        raise InputError(
+            f"base_quantization is {beside.quantization}, which one process alone does; use replicated sharding, or give as "
+            "base the folder of the quantised base"
+        )
+    optimizer = open_optimizer(path, beside) if with_optimizer else None
+    return _Parts(open_sources(path, beside), optimizer)
 
 
 def _loaded(
     path: str | Path,
-    base: str | Path | None,
+    base: str | Path | Beside | None,
     ranks: Ranks,
     dtype: torch.dtype,
     device: torch.device | str,

@@ -101,6 +101,8 @@ def full_skeleton(sources: Sources, dtype: torch.dtype) -> Skeleton:
     path = sources.configuration
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        # What is read here is dequantised.
+        vars(config).pop("quantization_config", None)
         with _UnfilledOnMeta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False, **expert_kernels(dtype)
@@ -139,11 +141,13 @@ def adapter_skeleton(path: Path, base: Skeleton, adapter: StoredAdapter, dtype: 
         config.inference_mode = False
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
         # Without low_cpu_mem_usage PEFT moves what it makes to the base's device by value, and meta has none.
-        model = kind(base.model, config, "default", autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        model = kind(base.model, config, adapter.name, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
         # Whatever the constructor leaves real of the adapter's own.
         _parameters_to_meta(model, dtype, filled)
         state = model.state_dict(keep_vars=True)
-        expected = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+        expected = get_peft_model_state_dict(
+            model, state_dict=state, adapter_name=adapter.name, save_embedding_layers=False
+        )
     except (*LOAD_ERRORS, TypeError, NotImplementedError) as error:
         if out_of_memory(error):
             raise
@@ -201,6 +205,13 @@ def _match(path: Path, model: PreTrainedModel, weights: StoredWeights) -> dict[s
             key for name, key in renamed.items() if name not in tensors and not any(p.search(key) for p in ignored)
         ],
     }
+    strange = sorted(problems["unexpected keys"])
+    if strange and problems["missing keys"] and weights.pretrained is None:
+        raise InputError(
+            f"{path} has names that are not those of the Hugging Face model: {some_of(strange)}; that one misses "
+            f"{some_of(sorted(problems['missing keys']))}. Say with names (a JSON object, the checkpoint's names to the "
+            "model's) which is which, where the tensors are the same; is it the checkpoint of another model?"
+        )
     for problem, names in problems.items():
         if names:
             raise InputError(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from entropy_probe.checkpoints.beside import Beside, read_names, renamed_optimizer, renamed_tensors
 from entropy_probe.checkpoints.files.stored import StoredOptimizer
 from entropy_probe.checkpoints.files.trainer_state import TrainerState
 from entropy_probe.checkpoints.formats.base import StoredAdapter, StoredWeights
 from entropy_probe.checkpoints.formats.registry import format_of, refuse_misplaced
 from entropy_probe.checkpoints.formats.trainer import TrainerFolder
-from entropy_probe.checkpoints.quantisation import quantised_base_note, refuse_quantised
+from entropy_probe.checkpoints.quantisation import quantisation_of, quantised_base_note, refuse_quantised
 from entropy_probe.checkpoints.records import ModelFolder
+from entropy_probe.checkpoints.run_time_quantisation import BaseQuantization
 from entropy_probe.common.choices import path_of
 from entropy_probe.common.evidence import Evidence
 from entropy_probe.errors import InputError
@@ -36,6 +38,7 @@ class Sources:
         model: the folder that the whole model's weights are in: the base's under an adapter alone, else the checkpoint's.
         weights: of the whole model.
         adapter: over it, or None.
+        quantization: of the base as training loaded it, which is done here too.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class Sources:
     model: Path
     weights: StoredWeights
     adapter: StoredAdapter | None
+    quantization: BaseQuantization | None = None
 
     @property
     def generation(self) -> Path | None:
@@ -52,20 +56,20 @@ class Sources:
         return next((file for file in files if file.is_file()), None)
 
 
-def open_sources(path: Path, base: Path | None) -> Sources:
+def open_sources(path: Path, beside: Beside) -> Sources:
     """Look where a checkpoint's parts are; the base of an adapter is the given one, or that named in its configuration.
 
     Raises:
         InputError: no such folder, another framework's, an adapter without its base or its configuration, a base that
             neither lies under an adapter nor describes weights that come without config.json, quantised weights, or none that
-            are read.
+            are read, names of another checkpoint, or a quantisation of a base that is none.
     """
-    known = format_of(path)
+    known, base = format_of(path), beside.folder
     adapter = known.adapter(path)
     own = known.weights(path) if adapter is not None else None
     configuration = known.configuration(path)
     if adapter is not None and own is None:
-        base = configuration = model = _base_folder(path, base, adapter.settings)
+        base = configuration = model = _base_folder(adapter.pretrained or path, base, adapter.settings)
     else:
         model = path
         if configuration is None:
@@ -85,11 +89,25 @@ def open_sources(path: Path, base: Path | None) -> Sources:
     weights = own or (known if model == path else BASE).weights(model)
     if weights is None:
         raise InputError(_without_weights(model))
-    return Sources(path, base, configuration, model, weights, adapter)
+    names = read_names(beside)
+    if names is not None:
+        renamed = renamed_tensors(weights.tensors if adapter is None else adapter.tensors, names, beside)
+        if adapter is None:
+            weights = replace(weights, tensors=renamed, pretrained=None)
+        else:
+            adapter = replace(adapter, tensors=renamed, pretrained=None)
+    if beside.quantization is not None and (adapter is None or quantisation_of(configuration) is not None):
+        what = (
+            "is no adapter over a base" if adapter is None else f"has a base that is stored quantised, {configuration}"
+        )
+        raise InputError(
+            f"{path} {what}, so that base_quantization ({beside.quantization}) has nothing to say; leave it out"
+        )
+    return Sources(path, base, configuration, model, weights, adapter, beside.quantization)
 
 
-def open_optimizer(path: Path) -> StoredOptimizer:
-    """Adam's state in a checkpoint folder, opened.
+def open_optimizer(path: Path, beside: Beside) -> StoredOptimizer:
+    """Adam's state in a checkpoint folder, opened; its parameters by their names in the model.
 
     Raises:
         InputError: no such folder, or none in a form that is read; a framework that keeps it otherwise is named.
@@ -101,7 +119,8 @@ def open_optimizer(path: Path) -> StoredOptimizer:
             f"{path} has no optimizer.pt, no optimizer_0/ and no ranks' files of an optimizer; the probe needs Adam's state (a "
             "Trainer leaves it out with save_only_model=True)"
         )
-    return stored
+    names = read_names(beside)
+    return stored if names is None else renamed_optimizer(stored, names)
 
 
 def trainer_state_of(path: str | Path) -> TrainerState:
@@ -118,7 +137,7 @@ def folder_of(sources: Sources, model: Any) -> ModelFolder:
     """What the probe knows of a loaded model."""
     vocabulary, context_length = input_limits(model)
     notes = [_forward_note(sources)]
-    if sources.adapter is not None and sources.base is not None:
+    if sources.adapter is not None and sources.base is not None and sources.quantization is None:
         notes.append(quantised_base_note(sources.path, sources.adapter.settings, sources.base))
     return ModelFolder(
         path=sources.path,

@@ -1,4 +1,4 @@
-"""``entropy-probe demo | run | replay | sample | inspect``: the commands, each of its own file, and how they all end."""
+"""``entropy-probe demo | run | replay | sample | convert | inspect``: the commands, each its own file, and how they all end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import typer
 from transformers.utils import logging as transformers_logging
 
+from entropy_probe.cli.convert import convert
 from entropy_probe.cli.demo import demo
 from entropy_probe.cli.inspect import inspect
 from entropy_probe.cli.panels import Panelled
@@ -33,7 +34,7 @@ app = typer.Typer(
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 ON_SEVERAL_RANKS = {"run", "sample"}
 
-for command in (demo, run, replay, sample, inspect):
+for command in (demo, run, replay, sample, convert, inspect):
     app.command(cls=Panelled)(command)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from entropy_probe.checkpoints import Beside
 from entropy_probe.checkpoints.inspection import (
     FolderFacts,
     Inspection,
@@ -17,18 +18,31 @@ from entropy_probe.checkpoints.inspection import (
     list_stored,
     look_into,
 )
-from entropy_probe.cli.options import BaseOption, CheckpointArgument, FreezeOption
+from entropy_probe.cli.options import (
+    BaseOption,
+    CheckpointArgument,
+    FreezeOption,
+    NamesOption,
+    QuantizationOption,
+    beside,
+)
 from entropy_probe.cli.output import make_console
 from entropy_probe.errors import InputError
 
 
-def inspect(checkpoint: CheckpointArgument, base: BaseOption = None, freeze: FreezeOption = None) -> None:
+def inspect(
+    checkpoint: CheckpointArgument,
+    base: BaseOption = None,
+    names: NamesOption = None,
+    base_quantization: QuantizationOption = None,
+    freeze: FreezeOption = None,
+) -> None:
     """Say what a checkpoint holds and lacks, and map Adam's state parameter by parameter."""
-    if not print_inspection(checkpoint, base, tuple(freeze or ()), make_console()):
+    if not print_inspection(checkpoint, beside(base, names, base_quantization), tuple(freeze or ()), make_console()):
         raise InputError(f"{checkpoint} cannot be probed as it is; the table above says what is missing")
 
 
-def print_inspection(path: Path, base: Path | None, freeze: Sequence[str], console: Console) -> bool:
+def print_inspection(path: Path, base: Path | Beside | None, freeze: Sequence[str], console: Console) -> bool:
     """Print both tables; whether the checkpoint can be probed, or could be with what is said to be missing.
 
     Raises:

@@ -9,11 +9,17 @@ from typing import Annotated
 import torch
 import typer
 
+from entropy_probe.checkpoints import BaseQuantization, Beside
 from entropy_probe.common.devices import choose_device
 from entropy_probe.pipeline.settings import Compute, ShardingChoice
 
 FILES, OUTPUT, COMPUTE = "Files", "Output", Compute.__name__
 """Panels; those of settings have the names of their parts."""
+
+
+def beside(base: Path | None, names: Path | None, quantization: BaseQuantization | None) -> Path | Beside | None:
+    """What was given beside a checkpoint: a base alone, or more."""
+    return base if names is None and quantization is None else Beside(base, names, quantization)
 
 
 class ExactDType(StrEnum):
@@ -72,6 +78,22 @@ BaseOption = Annotated[
         rich_help_panel=FILES,
     ),
 ]
+NamesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON object of the checkpoint's parameter names to Hugging Face's, where a trainer has names of its own.",
+        rich_help_panel=FILES,
+    ),
+]
+QuantizationOption = Annotated[
+    BaseQuantization | None,
+    typer.Option(
+        "--base-quantization",
+        help="How an adapter's base was quantised as training loaded it (4 bits of bitsandbytes); done here alike.",
+        rich_help_panel=FILES,
+    ),
+]
 FreezeOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -98,3 +120,8 @@ OutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="Write report.json, kernel.npy and plots there.", rich_help_panel=OUTPUT),
 ]
+
+
+def one_or_all(files: list[Path]) -> Path | list[Path]:
+    """What a repeatable option was given: the one file, or all."""
+    return files[0] if len(files) == 1 else files

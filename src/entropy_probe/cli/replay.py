@@ -18,7 +18,11 @@ from entropy_probe.cli.options import (
     ExactDType,
     FreezeOption,
     JsonOption,
+    NamesOption,
+    QuantizationOption,
     TemperatureOption,
+    beside,
+    one_or_all,
 )
 from entropy_probe.cli.output import check_outputs, make_console
 from entropy_probe.replay_check import ReplaySettings
@@ -32,13 +36,18 @@ def replay(
     after: Annotated[Path, typer.Argument(metavar="CHECKPOINT_N+1", help="Folder of the one after it.")],
     *,
     rollouts: Annotated[
-        Path,
+        list[Path],
         typer.Option(
-            metavar="FILE", help="What that step consumed, as RolloutRecorder wrote it.", rich_help_panel=FILES
+            metavar="FILE",
+            help="What that step consumed, as RolloutRecorder wrote it, or a trainer's dump with token ids; repeatable, or a "
+            "quoted pattern of names: one batch.",
+            rich_help_panel=FILES,
         ),
     ],
     temperature: TemperatureOption = None,
     base: BaseOption = None,
+    names: NamesOption = None,
+    base_quantization: QuantizationOption = None,
     freeze: FreezeOption = None,
     settings: ReplaySettings,
     device: DeviceOption = Device.AUTO,
@@ -49,9 +58,9 @@ def replay(
     report = replay_check.replay(
         before,
         after,
-        rollouts,
+        one_or_all(rollouts),
         settings,
-        base=base,
+        base=beside(base, names, base_quantization),
         freeze=tuple(freeze or ()),
         temperature=temperature,
         device=device.torch_device,

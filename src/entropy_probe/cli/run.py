@@ -17,9 +17,13 @@ from entropy_probe.cli.options import (
     DeviceOption,
     FreezeOption,
     JsonOption,
+    NamesOption,
     OutOption,
+    QuantizationOption,
     ShardingOption,
     TemperatureOption,
+    beside,
+    one_or_all,
 )
 from entropy_probe.cli.output import check_outputs, make_console, show
 from entropy_probe.common.progress import Progress, Silent
@@ -34,11 +38,16 @@ def run(
     checkpoint: CheckpointArgument,
     *,
     rollouts: Annotated[
-        Path,
-        typer.Option(metavar="FILE", help="Rollouts, .jsonl or .parquet, one row a response.", rich_help_panel=FILES),
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Rollouts, .jsonl or .parquet, one row a response, or a trainer's dump with token ids; repeatable, or a "
+            "quoted pattern of names: one batch.",
+            rich_help_panel=FILES,
+        ),
     ],
     evaluation_rollouts: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
             metavar="FILE",
             help="Other rollouts of this policy: X from them, against the update of --rollouts.",
@@ -47,6 +56,8 @@ def run(
     ] = None,
     temperature: TemperatureOption = None,
     base: BaseOption = None,
+    names: NamesOption = None,
+    base_quantization: QuantizationOption = None,
     freeze: FreezeOption = None,
     settings: Settings,
     device: DeviceOption = Device.AUTO,
@@ -67,10 +78,10 @@ def run(
         progress: Progress = TerminalProgress() if first else Silent()
         result = probe_checkpoint(
             checkpoint,
-            rollouts,
+            one_or_all(rollouts),
             settings,
-            evaluation_rollouts=evaluation_rollouts,
-            base=base,
+            evaluation_rollouts=one_or_all(evaluation_rollouts) if evaluation_rollouts else None,
+            base=beside(base, names, base_quantization),
             freeze=tuple(freeze or ()),
             temperature=temperature,
             device=own_device,

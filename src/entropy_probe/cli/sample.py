@@ -19,7 +19,10 @@ from entropy_probe.cli.options import (
     DeviceOption,
     DType,
     DTypeOption,
+    NamesOption,
+    QuantizationOption,
     ShardingOption,
+    beside,
 )
 from entropy_probe.cli.output import make_console
 from entropy_probe.common.files import check_writable
@@ -43,9 +46,12 @@ def sample(
     checkpoint: CheckpointArgument,
     *,
     prompts: Annotated[
-        Path, typer.Option(metavar="FILE", help="JSON Lines with prompt or prompt_ids.", rich_help_panel=FILES)
+        Path,
+        typer.Option(metavar="FILE", help="JSON Lines with prompt, messages or prompt_ids.", rich_help_panel=FILES),
     ],
     base: BaseOption = None,
+    names: NamesOption = None,
+    base_quantization: QuantizationOption = None,
     reward: Annotated[
         str,
         typer.Option(metavar="MODULE:FUNCTION", help="f(prompt, response, row) -> float.", rich_help_panel=SAMPLING),
@@ -93,7 +99,9 @@ def sample(
             if sharding is ShardingChoice.REPLICATED
             else partial(load_sharded_model, ranks=ranks)
         )
-        folder = load(checkpoint, base=base, dtype=dtype.torch_dtype, device=own_device)
+        folder = load(
+            checkpoint, base=beside(base, names, base_quantization), dtype=dtype.torch_dtype, device=own_device
+        )
         tokenizer = load_tokenizer(folder.tokenizer_folders)
         asked = read_prompts(prompts, tokenizer)
         settings = SamplingSettings(

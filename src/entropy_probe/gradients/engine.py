@@ -94,6 +94,7 @@ def unit_gradients(
     every, own = range(len(units.ranges)), units_of_rank[sharding.ranks.rank]
     directions: Directions | None = None
     shards: Shards | None = None
+    x_sums: dict[str, Tensor] = {}
     y_sums: dict[str, Tensor] = {}
     term_sums: list[dict[str, Tensor]] = []
     if wanted.storage is Storage.STORED:
@@ -112,7 +113,7 @@ def unit_gradients(
             shards = vectors
         else:
             if sharding.replicated:
-                y_sums = own_sums(vectors, own, sharding, both.y)
+                x_sums, y_sums = (own_sums(vectors, own, sharding, channel) for channel in (0, both.y))
                 if wanted.thirds:
                     directions = third_directions(vectors, own, units.sizes, geometry, sharding, both.y)
             shards = exchanged(vectors, units_of_rank, sharding)
@@ -120,20 +121,20 @@ def unit_gradients(
             stored_dots(shards, units.sizes, geometry, sharding.ranks, (channel, both.y)) for channel in (0, *both.z)
         )
         if not sharding.replicated:
-            y_sums = dots.y_sums
+            x_sums, y_sums = dots.x_sums, dots.y_sums
             if wanted.thirds:
                 directions = third_directions(shards, every, units.sizes, geometry, sharding, both.y)
     elif wanted.storage is Storage.STREAMED:
         (dots, *also), term_sums, reached = _streamed(passes, both, units, dtype, geometry, progress)
-        y_sums = dots.y_sums
+        x_sums, y_sums = dots.x_sums, dots.y_sums
     else:
         assert_never(wanted.storage)
     if not reached:
         raise InputError("no trainable parameter receives a gradient from these responses; is the model frozen?")
     prompts = len(batch.groups)
-    ascent, *term_ascents = (
+    slope, ascent, *term_ascents = (
         {name: sums[name].div_(prompts).view(sharding.held(name, shapes[name])) for name in shapes if name in y_sums}
-        for sums in (y_sums, *term_sums)
+        for sums in (x_sums, y_sums, *term_sums)
     )
     looked = None
     if wanted.look is not None:
@@ -153,10 +154,12 @@ def unit_gradients(
         dots=dots.dots,
         also={target.name: found.dots for target, found in zip(sides.also, also, strict=True)},
         ascent=ascent,
+        slope=slope,
         untouched=untouched,
         cut=unexplained(policy.model, untouched, ran),
         scores=passes.found.scores,
         token_entropies=passes.found.entropies,
+        token_log_probs=passes.found.log_probs,
         third_directions=directions,
         coverage=passes.coverage(),
         rules=replace(rules, treatments=passes.treatments),

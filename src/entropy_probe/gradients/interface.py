@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.gradients.treatments import Rules
+from entropy_probe.model.measured import Measured
 from entropy_probe.optimizers.base import DotGroup, Look
 from entropy_probe.statistics.unit_dots import UnitDots
 
@@ -85,6 +86,9 @@ class UnitGradients:
         scores: S of every response as this backend's own forward found it, float64 [N], on the CPU.
         dots: by dot group, the dots over its parameters; their sum is the dots over all parameters.
         token_entropies: H_t of every response token by the same forward, flat [tokens]; None where neither X nor Y needed them.
+        token_log_probs: log π(y_t) of every response token, [tokens].
+        slope: X̄ = (1/B) Σ_n X_n by parameter name, without P: its dot with a step is minus what that does to the entropy, to
+            first order.
         ascent: Ȳ = (1/B) Σ_n Y_n by parameter name, without P: minus the gradient of the training loss. Only parameters
             that some response reaches are there.
         untouched: trainable parameters that no response reaches (autograd gives None for them).
@@ -104,6 +108,8 @@ class UnitGradients:
     untouched: tuple[str, ...]
     scores: Tensor
     token_entropies: Tensor | None = None
+    token_log_probs: Tensor | None = None
+    slope: Mapping[str, Tensor] = field(default_factory=dict)
     third_directions: Directions | None = None
     coverage: Coverage = Coverage()
     rules: Rules | None = None
@@ -111,6 +117,11 @@ class UnitGradients:
     zero_v: Mapping[DotGroup, float] = field(default_factory=dict)
     also: Mapping[str, Mapping[DotGroup, UnitDots]] = field(default_factory=dict)
     cut: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> Measured:
+        """What the forwards found."""
+        return Measured(self.scores, self.token_entropies, self.token_log_probs)
 
     @property
     def total(self) -> UnitDots:

@@ -106,7 +106,8 @@ class Passes:
         self.first_token, self.first_row = self.batch.first_token, self.batch.first_row
         counts = (len(self.responses), self.batch.tokens)
         unknown = [torch.full((count,), torch.nan, dtype=torch.float64) for count in counts]
-        self.found = Measured(unknown[0], unknown[1] if self.coefficients.needs_entropies else None)
+        entropies = unknown[1].clone() if self.coefficients.needs_entropies else None
+        self.found = Measured(unknown[0], entropies, unknown[1])
         self.last_row = {unit: row for row, unit in enumerate(self.unit_of_row)}
         self.lengths = [response.length for response in self.responses]
         self.parameters = self.policy.in_forwards()
@@ -196,8 +197,9 @@ class Passes:
         )
         share = self.shares[self.ranks.rank]
         rows = range(self.first_row[share.start], self.first_row[share.stop])
-        tokens, entropies = slice(self.first_token[rows.start], self.first_token[rows.stop]), self.found.entropies
-        own = Measured(self.found.scores[rows.start : rows.stop], None if entropies is None else entropies[tokens])
+        tokens = slice(self.first_token[rows.start], self.first_token[rows.stop])
+        entropies, log_probs = (None if v is None else v[tokens] for v in (self.found.entropies, self.found.log_probs))
+        own = Measured(self.found.scores[rows.start : rows.stop], entropies, log_probs)
         every = combine(own, self.responses, rows, self.ranks)
         check_finite(every.scores, self.responses)
         self.found = every
@@ -308,7 +310,7 @@ class Passes:
         """Scores (and entropies) of rows whose coefficients depend on more than a microbatch holds."""
         responses = [self.responses[row] for row in rows]
         measured = measure(responses, entropies=self.coefficients.needs_entropies)
-        self._note(rows, measured.scores, measured.entropies)
+        self._note(rows, measured)
         if self.ranks.count == 1:
             check_finite(self.found.scores[list(rows)], responses)
 
@@ -316,24 +318,27 @@ class Passes:
         for forward in forwards:
             if not forward.rows:
                 continue
-            scores = sum_over_tokens(forward.values.log_probs.detach(), forward.padded).cpu()
-            entropies = forward.values.entropies
-            self._note(forward.rows, scores, None if entropies is None else entropies.detach().double().cpu())
+            log_probs, entropies = forward.values.log_probs.detach(), forward.values.entropies
+            scores = sum_over_tokens(log_probs, forward.padded).cpu()
+            of_tokens = None if entropies is None else entropies.detach().double().cpu()
+            self._note(forward.rows, Measured(scores, of_tokens, log_probs.double().cpu()))
         if self.ranks.count == 1:
             rows = slice(part.rows.start, part.rows.stop)
             check_finite(self.found.scores[rows], self.responses[rows])
 
-    def _note(self, rows: Sequence[int], scores: Tensor, entropies: Tensor | None) -> None:
+    def _note(self, rows: Sequence[int], measured: Measured) -> None:
         """Keep what is new: a second pass, or a prompt in pieces, must not mix two roundings of one score."""
         start = 0
-        for row, score in zip(rows, scores, strict=True):
+        kept = (self.found.entropies, self.found.log_probs)
+        for row, score in zip(rows, measured.scores, strict=True):
             tokens = slice(self.first_token[row], self.first_token[row + 1])
             stop = start + tokens.stop - tokens.start
             if bool(self.found.scores[row].isnan()):
                 self.found.scores[row] = score
-                if self.found.entropies is not None:
-                    assert entropies is not None
-                    self.found.entropies[tokens] = entropies[start:stop]
+                for values, new in zip(kept, (measured.entropies, measured.log_probs), strict=True):
+                    if values is not None:
+                        assert new is not None
+                        values[tokens] = new[start:stop]
             start = stop
 
     def _differentiate(

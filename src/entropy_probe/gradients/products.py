@@ -30,9 +30,10 @@ CHUNK = 1 << 19
 
 @dataclass(frozen=True)
 class Dots:
-    """Unit dots and :func:`zero_v_dots` by dot group, and Σ_u Y_u by parameter, of the elements that are here."""
+    """Unit dots and :func:`zero_v_dots` by dot group, and Σ_u X_u and Σ_u Y_u by parameter, of the elements that are here."""
 
     dots: dict[DotGroup, UnitDots]
+    x_sums: dict[str, Tensor]
     y_sums: dict[str, Tensor]
     zero_v: dict[DotGroup, float]
 
@@ -46,7 +47,7 @@ def stored_dots(
 ) -> Dots:
     """K_uw = X_u · P · Y_w from all units' vectors; ΣX · P · ΣY is taken from the sums, apart from K. Summed over ranks.
 
-    ``channels`` are X's and Y's: that of a further target's vectors in X's place gives their dots with Y, without ΣY and
+    ``channels`` are X's and Y's: that of a further target's vectors in X's place gives their dots with Y, without sums and
     ``zero_v``.
     """
     left, right = channels
@@ -59,20 +60,24 @@ def stored_dots(
     groups = geometry.dot_groups
     kernels = {group: torch.zeros((len(units),) * 2, dtype=torch.float64, device=device) for group in groups}
     sum_dots = {group: torch.zeros((), dtype=torch.float64, device=device) for group in groups}
-    # ΣY and what v = 0 adds are the entropy's alone: of further targets they would be the same again, or of no use.
+    # Sums and what v = 0 adds are the entropy's alone: of further targets they would be the same again, or of no use.
     first = left == 0
-    y_sums = {
-        name: uninitialised((values.shape[-1],), torch.float64, device)
-        for name, values in (vectors.values.items() if first else ())
-    }
+    x_sums, y_sums = (
+        {
+            name: uninitialised((values.shape[-1],), torch.float64, device)
+            for name, values in (vectors.values.items() if first else ())
+        }
+        for _ in range(2)
+    )
 
     def multiply(group: DotGroup, pieces: Sequence[tuple[str, slice]], used: int) -> None:
         x, y = buffer[:, :, :used]
         x_sum, y_sum, p = x.sum(0), y.sum(0), weights[:used]
         start = 0
         for name, part in pieces if first else ():
-            y_sums[name][part] = y_sum[start : start + part.stop - part.start]
-            start += part.stop - part.start
+            stop = start + part.stop - part.start
+            x_sums[name][part], y_sums[name][part] = x_sum[start:stop], y_sum[start:stop]
+            start = stop
         sum_dots[group] += torch.dot(x_sum.mul_(p), y_sum)
         x *= p
         kernels[group].addmm_(x, y.T)
@@ -107,7 +112,8 @@ def stored_dots(
     }
     return Dots(
         dots,
-        {name: y for name, y in y_sums.items() if name in vectors.reached},
+        {name: total for name, total in x_sums.items() if name in vectors.reached},
+        {name: total for name, total in y_sums.items() if name in vectors.reached},
         {group: float(numbers[-1]) for group, numbers in together.items()},
     )
 
@@ -134,7 +140,7 @@ def zero_v_dots(
 
 
 def own_sums(vectors: Shards, units: Sequence[int], sharding: Sharding, right: int = 1) -> dict[str, Tensor]:
-    """Σ_u Y_u by parameter that is reached, float64, from the units that are here, Y's channel ``right``.
+    """Σ of the vectors in channel ``right`` by parameter that is reached, float64, from the units that are here.
 
     Of replicated ranks' own units, summed over ranks.
     """
@@ -387,8 +393,10 @@ class StreamedSums:
         for group, total, sum_dot in zip(names, summed, sum_dots, strict=True):
             along_y, along_x = (total[:, channel].tolist() for channel in channels)
             dots[group] = UnitDots.streamed(sizes, along_y, along_x, self._diagonal[group].tolist(), float(sum_dot))
-        y_sums = {name: y for name, y in self.y_sums.items() if name in reached}
-        return Dots(dots, y_sums, dict(zip(names, zero_v.tolist(), strict=True)))
+        x_sums, y_sums = (
+            {name: total for name, total in sums.items() if name in reached} for sums in (self.x_sums, self.y_sums)
+        )
+        return Dots(dots, x_sums, y_sums, dict(zip(names, zero_v.tolist(), strict=True)))
 
     def _sum_dot(self, name: str) -> float:
         """ΣX · P ΣY, of this rank's span; what it is over elements with v = 0 is noted on the way."""

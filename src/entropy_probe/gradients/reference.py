@@ -78,6 +78,7 @@ def unit_gradients(
     sizes = units.sizes
 
     ascent_sum: dict[str, Tensor] = {}
+    slope_sum: dict[str, Tensor] = {}
     reached: set[str] = set()
     zero_v = _ZeroV(geometry)
 
@@ -88,10 +89,11 @@ def unit_gradients(
             x_grads, y_grads = grads[:2]
             reached.update(x_grads, y_grads)
             zero_v.add(x_grads, y_grads)
-            for name, grad in y_grads.items():
-                # Sums over units are kept in float64: they are subtracted from and compared with dots of float64.
-                total = ascent_sum.setdefault(name, torch.zeros_like(grad, dtype=torch.float64))
-                total += grad
+            for sums, of_side in ((slope_sum, x_grads), (ascent_sum, y_grads)):
+                for name, grad in of_side.items():
+                    # Sums over units are kept in float64: they are subtracted from and compared with dots of float64.
+                    total = sums.setdefault(name, torch.zeros_like(grad, dtype=torch.float64))
+                    total += grad
         return [_flat(of_side, roots, segments, parameters) for of_side in grads]
 
     def track(description: str) -> Iterable[range]:
@@ -122,6 +124,8 @@ def unit_gradients(
         cut=unexplained(policy.model, untouched, ran),
         scores=scores,
         token_entropies=measured.entropies,
+        token_log_probs=measured.log_probs,
+        slope={name: total / prompts for name, total in slope_sum.items()},
         zero_v=zero_v.dots(),
     )
 

@@ -45,10 +45,13 @@ class LossAggregation(StrEnum):
     """verl's ``loss_agg_mode``: how the losses of tokens are averaged over the rows of one optimizer step.
 
     ``token-mean``: over all tokens. ``seq-mean-token-sum``: over responses, tokens summed. ``seq-mean-token-mean``: over
-    responses, tokens averaged. ``seq-mean-token-sum-norm``: over responses, tokens summed and divided by the trainer's constant
-    (``max_completion_length``). Responses without a token in the loss count as responses. This is verl from 0.8 on: its workers
-    hand ``agg_loss`` the tokens and the rows of the whole mini-batch (``global_batch_size``). Before, each micro-batch had its
-    own mean. Sources: verl, trainer/ppo/core_algos.py (``agg_loss``) and workers/utils/losses.py (``ppo_loss``).
+    responses, tokens averaged. ``seq-mean-token-sum-norm``: over responses, tokens summed and divided by the trainer's
+    constant (``max_completion_length``; verl's is ``loss_scale_factor``, or the width to which responses are padded).
+    Responses without a token in the loss count as responses. This is verl from 0.8 on: its workers hand ``agg_loss`` the
+    tokens and the rows of the whole mini-batch (``global_batch_size``). Before, each micro-batch had its own mean; and up to
+    0.7.0 ``seq-mean-token-sum-norm`` was no mean over responses but a micro-batch's sum, so that the update of micro-batches
+    of m rows each was m times today's: a ``loss_scale`` of m says it. Sources: verl, trainer/ppo/core_algos.py (``agg_loss``)
+    and workers/utils/losses.py (``ppo_loss``), at v0.6.0, v0.7.0, v0.7.1, v0.8.0 and v0.9.0.
 
     Example:
         >>> from entropy_probe import LossAggregation, Settings

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from entropy_probe.losses.cispo import CISPO
 from entropy_probe.losses.corrections import Correction
+from entropy_probe.losses.dppo import DPPO
 from entropy_probe.losses.gmpo import GMPO
 from entropy_probe.losses.length_weights import Average, LengthWeight, LossAggregation
 from entropy_probe.losses.ppo_clip import PPOClip
@@ -23,8 +24,9 @@ class LossName(StrEnum):
 
     ``grpo``, ``bnpo``, ``dr_grpo``, ``dapo``: PPO's clip, averaged as :class:`LengthWeight` says. ``luspo``: averaged over
     responses, tokens summed. ``gspo``: the ratio of whole responses. ``ppo``: with dual clip, averaged over tokens, as verl has
-    it. ``reinforce_plus_plus``: PPO's clip over tokens (its advantages are the rows'). ``cispo``, ``sapo``, ``vespo``,
-    ``gmpo``, ``rloo``: see the files of those names in :mod:`entropy_probe.losses`.
+    it. ``ppo_clip``: the same without dual clip, as OpenRLHF, SkyRL and AReaL have it. ``reinforce_plus_plus``: again that (its
+    advantages are the rows'). ``cispo``, ``sapo``, ``vespo``, ``gmpo``, ``dppo``, ``rloo``: see the files of those names in
+    :mod:`entropy_probe.losses`.
 
     Example:
         >>> from entropy_probe import LossName, Settings
@@ -44,6 +46,8 @@ class LossName(StrEnum):
     RLOO = "rloo"
     REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
     PPO = "ppo"
+    PPO_CLIP = "ppo_clip"
+    DPPO = "dppo"
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,16 @@ class LossConstants:
 
     Attributes:
         epsilon_low: of the clip.
-        epsilon_high: of the clip; CISPO's is the largest ratio itself. Infinite: nothing is clipped.
+        epsilon_high: of the clip; CISPO's is the largest ratio itself, DPPO's two are distances of probabilities. Infinite:
+            nothing is clipped.
         delta: the largest ratio, beyond the clip; None for none.
-        dual_clip: of negative advantages; None for none.
+        dual_clip: of negative advantages, DPPO's the largest ratio; None for none.
         level: whose ratio.
         correction: for the sampler, which VESPO has in its formula.
         sapo_temperatures: where A > 0, and elsewhere.
         vespo_positive: k and λ where A ≥ 0.
         vespo_negative: the same elsewhere.
+        kl_tau: of DPPO's squared log-ratio.
     """
 
     epsilon_low: float = math.inf
@@ -71,6 +77,7 @@ class LossConstants:
     sapo_temperatures: tuple[float, float] = (1.0, 1.05)
     vespo_positive: tuple[float, float] = (2.0, 3.0)
     vespo_negative: tuple[float, float] = (3.0, 2.0)
+    kl_tau: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,11 @@ def _vespo(constants: LossConstants) -> TokenLoss:
     return VESPO(*constants.vespo_positive, *constants.vespo_negative, correction=constants.correction)
 
 
+def _dppo(constants: LossConstants) -> TokenLoss:
+    largest = math.inf if constants.dual_clip is None else constants.dual_clip
+    return DPPO(constants.epsilon_low, constants.epsilon_high, constants.kl_tau, largest)
+
+
 NAMED: Mapping[LossName, NamedLoss] = {
     LossName.GRPO: NamedLoss(_clipped, LengthWeight.GRPO),
     LossName.BNPO: NamedLoss(_clipped, LengthWeight.BNPO),
@@ -120,6 +132,8 @@ NAMED: Mapping[LossName, NamedLoss] = {
     LossName.RLOO: NamedLoss(lambda c: RLOO(c.epsilon_low, c.epsilon_high), LengthWeight.GRPO),
     LossName.REINFORCE_PLUS_PLUS: NamedLoss(_clipped, LossAggregation.TOKEN_MEAN, of_trl=False),
     LossName.PPO: NamedLoss(_clipped, LossAggregation.TOKEN_MEAN, of_trl=False),
+    LossName.PPO_CLIP: NamedLoss(_clipped, LossAggregation.TOKEN_MEAN, of_trl=False),
+    LossName.DPPO: NamedLoss(_dppo, LossAggregation.TOKEN_MEAN, of_trl=False),
 }
 """By name. A new loss is its file, a member of :class:`LossName` and a line here."""
 
@@ -128,6 +142,8 @@ OTHER_NAMES: Mapping[str, LossName] = {
     "reinforce_pp": LossName.REINFORCE_PLUS_PLUS,
     "geo_mean": LossName.GMPO,
     "vanilla": LossName.PPO,
+    "regular": LossName.PPO_CLIP,
+    "dppo_tv": LossName.DPPO,
 }
 """What trainers call the same loss."""
 

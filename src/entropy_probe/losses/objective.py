@@ -87,12 +87,13 @@ class Objective:
         """Whether β is a share of a mean over micro-batches, whatever weights the average has."""
         return self.bonus is not None and self.bonus.average is BonusAverage.MICRO_BATCH
 
-    def token_weights(self, rows: LossRows, average: Tensor) -> TokenWeights:
+    def token_weights(self, rows: LossRows, average: Tensor, kl_average: Tensor | None = None) -> TokenWeights:
         """ω and β of every token.
 
         Args:
             rows: what the loss sees.
             average: w, the weight of every token in the trainer's average before its mask, [tokens].
+            kl_average: the same of the KL term, where the trainer averages it otherwise; None for ``average``.
 
         Raises:
             InputError: the rows lack what a part needs.
@@ -108,7 +109,9 @@ class Objective:
             kept = kept * self.correction.weights(rows)
         return TokenWeights(
             _minus_gradient(self.loss, rows, average * kept),
-            None if self.kl is None else _minus_gradient(self.kl, rows, average * rows.mask),
+            None
+            if self.kl is None
+            else _minus_gradient(self.kl, rows, (average if kl_average is None else kl_average) * rows.mask),
             None if self.bonus is None else self._bonus(self.bonus, rows, average, entropy_mask),
         )
 

@@ -213,9 +213,8 @@ class Policy:
         progress: Progress | None = None,
         *,
         entropies: bool = True,
-        log_probs: bool = False,
     ) -> Measured:
-        """S of every response and, on request, H and log π of every response token, without gradients, from the same forwards.
+        """S of every response, log π and, on request, H of every response token, without gradients, from the same forwards.
 
         Ranks share the responses out by their tokens, and each gets the values of all: every rank must call it.
         """
@@ -227,7 +226,7 @@ class Policy:
         if self.sharding.sharded:
             forwards = [len(list(self.microbatches(len(share)))) for share in shares]
             idle = max(forwards) - forwards[ranks.rank]
-        here = self.measure_here(own, progress, entropies=entropies, log_probs=log_probs)
+        here = self.measure_here(own, progress, entropies=entropies)
         with torch.no_grad(), self.arithmetic():
             for _ in range(idle):
                 self.forward_scores([idle_row(responses)])
@@ -239,7 +238,6 @@ class Policy:
         progress: Progress | None = None,
         *,
         entropies: bool = True,
-        log_probs: bool = False,
     ) -> Measured:
         """:meth:`measure` on this rank alone."""
         progress = progress if progress is not None else Silent()
@@ -261,7 +259,7 @@ class Policy:
         return Measured(
             scores,
             torch.cat([none, *of_entropies]) if entropies else None,
-            torch.cat([none, *of_log_probs]) if log_probs else None,
+            torch.cat([none, *of_log_probs]),
         )
 
 

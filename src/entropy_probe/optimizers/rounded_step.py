@@ -61,7 +61,7 @@ def rounded_adamw(
     counts = np.zeros((len(NARROW_TYPES), 4))
     for name, theta in parameters.items():
         moments = state.moments.get(name)
-        dtype = None if moments is None else narrow_type(theta, moments)
+        dtype = None if moments is None else narrow_type(theta, moments, groups[name])
         if moments is None or dtype is None:
             continue
         # Weights, those that move, those that would in float32, those that are lost.
@@ -71,7 +71,7 @@ def rounded_adamw(
             continue
         group, old = groups[name], theta.double()
         gradient = (-clip_factor * ascent[name]).to(theta.device, dtype)
-        if rule.how is Rounding.NEAREST and not group.fused:
+        if rule.how is Rounding.NEAREST and not group.in_float32:
             new = stepped_in_type(theta.to(dtype), moments, group, gradient).double()
         else:
             new = old + adamw_delta(theta, moments, group, -gradient)
@@ -104,7 +104,7 @@ def _refuse_lost(counts: FloatArray, state: AdamState) -> None:
         least = min(group.eps for group in state.groups if group.names)
         vanishes = float(torch.tensor(least, dtype=dtype)) == 0.0
         raise InputError(
-            f"Adam's moments are stored in {name} and the weights hold no more; in that type the adamw step makes "
+            f"the optimizer holds weights in {name} and no float32 copy of them; in that type the adamw step makes "
             f"{int(found[3])} of {int(found[0])} weights infinite or NaN"
             + (f" (Adam's ε of {least:g} is 0 in {name})" if vanishes else "")
             + "; train with float32 weights, or give a smaller learning rate"

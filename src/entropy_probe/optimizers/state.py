@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from torch import Tensor
 from entropy_probe.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class Library(StrEnum):
+    """Whose code takes the step. All but torch's compute it in float32, whatever type weights and moments are held in."""
+
+    TORCH = "torch"
+    BITSANDBYTES = "bitsandbytes"
+    TORCHAO = "torchao"
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class AdamGroup:
     """Settings of one parameter group, and the parameters' names in the optimizer's order.
 
     ``decoupled_weight_decay`` tells AdamW (true) from Adam with L2 (false); ``fused`` torch's fused kernel, whose arithmetic is
-    float32 whatever the weights are held in.
+    float32 whatever the weights are held in; ``library`` whose optimizer it is.
     """
 
     names: tuple[str, ...]
@@ -52,6 +61,12 @@ class AdamGroup:
     maximize: bool
     decoupled_weight_decay: bool
     fused: bool = False
+    library: Library = Library.TORCH
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether the step is computed in float32 and only its result is rounded to the type of the weights."""
+        return self.fused or self.library is not Library.TORCH
 
 
 @dataclass(frozen=True)
@@ -189,4 +204,5 @@ def group_from_settings(group: Mapping[str, Any], names: Sequence[str]) -> AdamG
         # Written by torch from 2.7 on; the Trainer's default has always been AdamW.
         decoupled_weight_decay=bool(group.get("decoupled_weight_decay", True)),
         fused=bool(group.get("fused", False)),
+        library=Library(group.get("library", Library.TORCH)),
     )

@@ -2,13 +2,15 @@
 
 A weight moves only if its update reaches half the distance to its neighbour, so most small updates are lost. torch's Adam and
 AdamW keep moments in the parameter's own type: moments in a narrow type, of weights that hold nothing wider, say that no
-float32 copy was there. With rd the rounding to that type, θ⁺ is
+float32 copy was there. bitsandbytes and torchao keep moments in types of their own and never a copy of the weights: there the
+weights alone say it. With rd the rounding to that type, θ⁺ is
 
-    fused kernel    rd(θ + Δθ), Δθ in float32, to nearest
-    else            every operation of the step rounded to nearest
-    stochastic      θ + Δθ, Δθ in float32, rounded up or down with E[θ⁺] = θ + Δθ
+    fused kernel, bitsandbytes, torchao    rd(θ + Δθ), Δθ in float32, to nearest
+    else                                   every operation of the step rounded to nearest
+    stochastic                             θ + Δθ, Δθ in float32, rounded up or down with E[θ⁺] = θ + Δθ
 
-Sources: torch.optim.AdamW and its fused kernel, whose arithmetic is float32; torchao's bf16_stochastic_round; IEEE 754.
+Sources: torch.optim.AdamW and its fused kernel, whose arithmetic is float32, as is that of bitsandbytes and torchao; torchao's
+bf16_stochastic_round; IEEE 754.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from entropy_probe.optimizers.state import AdamGroup, AdamMoments
+from entropy_probe.optimizers.state import AdamGroup, AdamMoments, Library
 
 STORAGE_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Narrowest first; whatever none of them holds is float64."""
@@ -59,13 +61,16 @@ def storage_type(weights: Tensor) -> torch.dtype:
     return next((dtype for dtype in STORAGE_TYPES if holds(dtype, weights)), torch.float64)
 
 
-def narrow_type(theta: Tensor, moments: AdamMoments) -> torch.dtype | None:
+def narrow_type(theta: Tensor, moments: AdamMoments, group: AdamGroup) -> torch.dtype | None:
     """The narrow type in which the optimizer holds a parameter; None where it is float32 or wider.
 
     Args:
         theta: the parameter, in whatever type it is loaded as.
         moments: its own, in the type that the optimizer keeps them in.
+        group: its settings, which say whether moments are of the parameter's type.
     """
+    if group.library is not Library.TORCH:
+        return next((dtype for dtype in NARROW_TYPES if holds(dtype, theta)), None)
     dtype = moments.exp_avg.dtype
     if dtype not in NARROW_TYPES or moments.exp_avg_sq.dtype is not dtype or not holds(dtype, theta):
         return None

@@ -86,7 +86,7 @@ class Found:
     @property
     def measured(self) -> Measured:
         """Scores and token entropies of the update's rollouts."""
-        return Measured(self.gradients.scores, self.gradients.token_entropies)
+        return self.gradients.measured
 
     @property
     def zero_v(self) -> zero_v.ZeroVSection:

@@ -8,14 +8,15 @@ from entropy_probe.common.source import Source
 from entropy_probe.losses.length_weights import LossAggregation
 from entropy_probe.pipeline.stages import Task
 from entropy_probe.pipeline.torch_types import OFF, autocast_name, dtype_name
+from entropy_probe.pipeline.update import UpdateRule
 from entropy_probe.report import ConfigSection
+from entropy_probe.report.sections.loss import LossConfig
 
 
 def config_section(task: Task) -> ConfigSection:
     """The settings, with what the rollouts and the model decided of them."""
     subject, settings, trainer = task.subject, task.settings, task.subject.trainer
-    rule, correction = task.rule, trainer.loss.constants.correction
-    loss, kl, bonus = trainer.loss, trainer.loss.objective.kl, trainer.loss.objective.bonus
+    rule = task.rule
     return ConfigSection(
         mode=settings.mode,
         blocks=settings.blocks,
@@ -35,21 +36,7 @@ def config_section(task: Task) -> ConfigSection:
         freeze=list(subject.freeze),
         advantage=rule.advantage_rule,
         length_weight=trainer.length_weight,
-        loss=loss.name,
-        loss_agg=loss.average if isinstance(loss.average, LossAggregation) else None,
-        beta=0.0 if kl is None else kl.beta,
-        kl_estimator=None if kl is None else kl.estimator,
-        entropy_coef=0.0 if bonus is None else bonus.coefficient,
-        epsilon_low=_or_none(loss.constants.epsilon_low) if loss.clips else None,
-        epsilon_high=_or_none(loss.constants.epsilon_high) if loss.clips else None,
-        importance_ratios=rule.takes_ratios,
-        importance_sampling_level=loss.constants.level,
-        importance_sampling_mode=None if correction is None else correction.mode,
-        top_entropy_quantile=loss.objective.top_entropy_quantile,
-        off_policy_mask_threshold=loss.objective.off_policy_threshold,
-        loss_scale=loss.scale,
-        mini_batch=rule.mini_batch,
-        update_responses=len(rule.part.responses),
+        **vars(loss_config(rule)),
         responses=len(rule.batch.responses),
         max_completion_length=settings.max_completion_length,
         learning_rate=settings.learning_rate,
@@ -65,6 +52,29 @@ def config_section(task: Task) -> ConfigSection:
         max_grad_norm=None if trainer.max_grad_norm_source is Source.UNKNOWN else trainer.max_grad_norm or 0.0,
         weight_rounding=settings.weight_rounding,
         zero_v=settings.zero_v,
+    )
+
+
+def loss_config(rule: UpdateRule) -> LossConfig:
+    """The loss of an update, and which rows it is of."""
+    loss, kl, bonus = rule.loss, rule.loss.objective.kl, rule.loss.objective.bonus
+    correction = loss.constants.correction
+    return LossConfig(
+        loss=loss.name,
+        loss_agg=loss.average if isinstance(loss.average, LossAggregation) else None,
+        beta=0.0 if kl is None else kl.beta,
+        kl_estimator=None if kl is None else kl.estimator,
+        entropy_coef=0.0 if bonus is None else bonus.coefficient,
+        epsilon_low=_or_none(loss.constants.epsilon_low) if loss.clips else None,
+        epsilon_high=_or_none(loss.constants.epsilon_high) if loss.clips else None,
+        importance_ratios=rule.takes_ratios,
+        importance_sampling_level=loss.constants.level,
+        importance_sampling_mode=None if correction is None else correction.mode,
+        top_entropy_quantile=loss.objective.top_entropy_quantile,
+        off_policy_mask_threshold=loss.objective.off_policy_threshold,
+        loss_scale=loss.scale,
+        mini_batch=rule.mini_batch,
+        update_responses=len(rule.part.responses),
     )
 
 

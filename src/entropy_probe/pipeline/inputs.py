@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from entropy_probe.common.choices import member
 from entropy_probe.common.memory import Room, memory_there
-from entropy_probe.data.rollouts import RolloutBatch, read_batch, same_temperature
+from entropy_probe.data.rollouts import RolloutBatch, group_rollouts, same_temperature
+from entropy_probe.data.rollouts.reading import Paths, ReadRollouts, read_files
 from entropy_probe.data.units import Units
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import VECTOR_SHARE, Plan, Storage
@@ -29,16 +30,18 @@ from entropy_probe.targets.base import rewards_of
 from entropy_probe.targets.choices import Estimator
 
 
-def read_evaluation(path: Path, temperature: float | None) -> RolloutBatch:
-    """An evaluation file; what is wrong with it is said with its name.
+def read_evaluation(paths: Paths, temperature: float | None) -> tuple[ReadRollouts, RolloutBatch]:
+    """Evaluation files as they were read, and their rows grouped; what is wrong with them is said with their names.
 
     Raises:
         InputError: see :func:`entropy_probe.data.rollouts.read_batch`.
     """
     try:
-        return read_batch(path, temperature, least_responses=1)
+        read = read_files(paths)
+        return read, group_rollouts(read.rollouts, temperature, least_responses=1)
     except InputError as error:
-        raise InputError(f"evaluation rollouts {path}: {error}") from error
+        named = str(paths) if isinstance(paths, str | Path) else ", ".join(map(str, paths))
+        raise InputError(f"evaluation rollouts {named}: {error}") from error
 
 
 def check_evaluation(evaluation: RolloutBatch, batch: RolloutBatch, settings: Settings) -> None:

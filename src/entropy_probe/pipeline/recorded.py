@@ -167,7 +167,8 @@ def check_recorded(batch: RolloutBatch) -> None:
     Raises:
         InputError: see :func:`recorded_number`.
     """
-    recorded_number(batch, "max_grad_norm")
+    for name in ("max_grad_norm", "window_share"):
+        recorded_number(batch, name)
     recorded_rates(batch)
     for name in ("num_processes", "num_generations"):
         recorded_count(batch, name)

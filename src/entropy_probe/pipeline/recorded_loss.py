@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import TypeVar
@@ -62,6 +62,7 @@ class TrainersObjective:
         constants: of its formula; ε is infinite where nothing gives it.
         objective: the loss with its terms, masks and corrections.
         scale: by which the whole update is multiplied.
+        kl_average: how the KL term is averaged, where not as the loss.
     """
 
     name: LossName | None
@@ -70,6 +71,7 @@ class TrainersObjective:
     constants: LossConstants
     objective: Objective
     scale: float = 1.0
+    kl_average: LossAggregation | None = None
 
     @property
     def lacks_epsilon(self) -> bool:
@@ -80,6 +82,18 @@ class TrainersObjective:
     def clips(self) -> bool:
         """Whether ε decides where the ratio is not 1."""
         return self.name is None or NAMED[self.name].clips
+
+    def made_of(self, constants: LossConstants, name: LossName | None) -> TrainersObjective:
+        """The same with other constants, or with the formula of another name; the average stays."""
+        known = NAMED[LossName.GRPO if name is None else name]
+        kl = self.objective.kl
+        objective = replace(
+            self.objective,
+            loss=known.make(constants),
+            correction=None if known.corrects_itself else constants.correction,
+            kl=None if kl is None else replace(kl, level=constants.level),
+        )
+        return replace(self, name=name, constants=constants, objective=objective)
 
     @property
     def by_micro_batch(self) -> tuple[str, ...]:
@@ -134,7 +148,8 @@ def trainers_objective(batch: RolloutBatch, asked: StepSettings, *, assumed: Len
         kl=kl,
         bonus=bonus,
     )
-    return TrainersObjective(name, average, source, constants, objective, 1.0 if scale is None else scale)
+    kl_average = _member(batch, "kl_agg", LossAggregation)
+    return TrainersObjective(name, average, source, constants, objective, 1.0 if scale is None else scale, kl_average)
 
 
 def _kl(batch: RolloutBatch, asked: StepSettings, level: RatioLevel) -> KLTerm | None:
@@ -212,7 +227,18 @@ def _constants(batch: RolloutBatch, asked: StepSettings, name: LossName | None) 
         sapo_temperatures=pair(("sapo_temperature_pos", "sapo_temperature_neg"), defaults.sapo_temperatures),
         vespo_positive=pair(("vespo_k_pos", "vespo_lambda_pos"), defaults.vespo_positive),
         vespo_negative=pair(("vespo_k_neg", "vespo_lambda_neg"), defaults.vespo_negative),
+        kl_tau=_kl_tau(batch, name),
     )
+
+
+def _kl_tau(batch: RolloutBatch, name: LossName | None) -> float:
+    found = _number(batch, "kl_tau") or 0.0
+    if found != 0.0 and name is not LossName.DPPO:
+        raise InputError(
+            f"{said('kl_tau')} is {found:g}, the coefficient of a squared log-ratio that the loss {name or 'of PPO'} has no "
+            f"place for; expected loss_type {LossName.DPPO}, or beta with ref_logprobs for a KL term to a reference"
+        )
+    return found
 
 
 def _level(batch: RolloutBatch, name: LossName | None) -> RatioLevel:

@@ -16,7 +16,14 @@ from typing import Any, assert_never
 import torch
 from torch import nn
 
-from entropy_probe.checkpoints import load_checkpoint, load_sharded_checkpoint, patterns_of, sharding_of, tokenizer_ids
+from entropy_probe.checkpoints import (
+    Beside,
+    load_checkpoint,
+    load_sharded_checkpoint,
+    patterns_of,
+    sharding_of,
+    tokenizer_ids,
+)
 from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.choices import member, path_of, settings_of
 from entropy_probe.common.devices import AUTO, check_device, choose_device
@@ -24,8 +31,9 @@ from entropy_probe.common.progress import Clock, Progress, Silent
 from entropy_probe.common.source import Source
 from entropy_probe.compat.checkpoint_wrappers import named_parameters
 from entropy_probe.compat.torch_modules import unwrap
-from entropy_probe.data.rollouts import Rollout, RolloutBatch, as_batch, read_batch, refuse_unsampled
+from entropy_probe.data.rollouts import Rollout, RolloutBatch, as_batch, group_rollouts, refuse_unsampled
 from entropy_probe.data.rollouts.digest import digest_of_batch
+from entropy_probe.data.rollouts.reading import read_files
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Preparation, marked, trained_before
 from entropy_probe.losses.length_weights import LengthWeight
@@ -89,11 +97,11 @@ class ProbeResult:
 
 def probe_checkpoint(
     checkpoint: str | Path,
-    rollouts: str | Path,
+    rollouts: str | Path | Sequence[str | Path],
     settings: Settings | None = DEFAULTS,
     *,
-    evaluation_rollouts: str | Path | None = None,
-    base: str | Path | None = None,
+    evaluation_rollouts: str | Path | Sequence[str | Path] | None = None,
+    base: str | Path | Beside | None = None,
     freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = AUTO,
@@ -108,10 +116,12 @@ def probe_checkpoint(
 
     Args:
         checkpoint: folder with ``config.json``, safetensors weights or an adapter, and ``optimizer.pt``.
-        rollouts: ``.jsonl`` or ``.parquet``, a row a response, sampled from this checkpoint.
+        rollouts: ``.jsonl`` or ``.parquet``, a row a response, sampled from this checkpoint; a trainer's dump with exact token
+            ids; or several files (a list, or a pattern of their names), which are one batch.
         settings: see :class:`Settings`; None takes the defaults.
         evaluation_rollouts: other rollouts of the same checkpoint, from which X is taken against this batch's update.
-        base: folder of the base model, for an adapter.
+        base: folder of the base model, for an adapter, or of the configuration where the checkpoint has none; more that the
+            checkpoint lacks goes into a :class:`Beside`.
         freeze: regular expressions; parameters in whose names one of them is found were not trained.
         temperature: sampling temperature of rows that declare none; 1 if neither says.
         device: ``auto`` takes a GPU where there is one; of several ranks, the device that their process group has for them.
@@ -132,17 +142,16 @@ def probe_checkpoint(
         >>> print(f"the next step changes entropy by {report.adamw.total:.2f} nats per response; it falls: {high < 0}")
         the next step changes entropy by -0.02 nats per response; it falls: True
     """
-    checkpoint, rollouts = path_of("checkpoint", checkpoint), path_of("rollouts", rollouts)
-    if evaluation_rollouts is not None:
-        evaluation_rollouts = path_of("evaluation_rollouts", evaluation_rollouts)
-    base = None if base is None else path_of("base", base)
+    checkpoint = path_of("checkpoint", checkpoint)
     settings = settings_of(settings, DEFAULTS)
     clock = Clock()
     sent_before = len(ranks.sent)
     device = choose_device(device, ranks.device if ranks.count > 1 else None)
     with clock.stage("load"):
-        batch = read_batch(rollouts, temperature)
-        evaluation = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
+        read = read_files(rollouts)
+        batch = group_rollouts(read.rollouts, temperature)
+        evaluated = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
+        evaluation = None if evaluated is None else evaluated[1]
         _check_same_arguments(ranks, batch, evaluation, settings, None, tuple(freeze))
         trainer = _trainers_step(batch, settings)
         match member("sharding", sharding, ShardingChoice):
@@ -173,11 +182,11 @@ def probe_checkpoint(
         evaluation,
         CheckpointSection.of_folder(loaded),
         loaded.mapping.rivals,
-        str(rollouts),
-        None if evaluation_rollouts is None else str(evaluation_rollouts),
+        read.told,
+        None if evaluated is None else evaluated[0].told,
         trainer,
         special,
-        loaded.folder.notes,
+        (*loaded.folder.notes, *read.notes),
         freeze=tuple(patterns_of(freeze)),
         sent_before=sent_before,
     )

@@ -6,10 +6,9 @@ more than
 
     min(0.1, 0.01 √T) nats,    T the tokens that the policy drew.
 
-That is above what one policy's log-probs differ by between kernels, batch shapes and types: 1e-5 a token in float32; in
-bfloat16 up to 0.01, which adds up as √T. A difference of 0.1 changes a weight by a tenth and the effective sample size by a
-hundredth; from there on a sampler in low precision is another policy, and is weighed as one. Source: docs/method.md,
-section 2.
+That is far above what one policy's log-probs differ by in float32 (1e-6 a token, 5e-5 a response of 1024), and no weight that
+it leaves out differs from 1 by more than a tenth. A sampler in bfloat16 (0.015 a token) drew from another distribution and is
+weighed as one. Source: docs/method.md, section 2.
 """
 
 from __future__ import annotations
@@ -129,9 +128,14 @@ def _log_ratios(batch: RolloutBatch, log_probs: Tensor) -> list[Tensor]:
     for row, own in zip(batch.responses, torch.split(log_probs.double(), list(batch.lengths)), strict=True):
         sampler = None if row.on_policy is True else _samplers(row)
         ratio = torch.zeros_like(own) if sampler is None else own - torch.tensor(sampler, dtype=torch.float64)
-        within = min(MOST_ROUNDING, ROUNDING_A_TOKEN * math.sqrt(len(ratio)))
-        found.append(torch.zeros_like(own) if float(ratio.cumsum(0).abs().max()) <= within else ratio)
+        found.append(torch.zeros_like(own) if counts_once(ratio) else ratio)
     return found
+
+
+def counts_once(log_ratios: Tensor) -> bool:
+    """Whether a response's log π_θ − log π_sampler, [T], is within rounding at every prefix, so that it counts exactly once."""
+    within = min(MOST_ROUNDING, ROUNDING_A_TOKEN * math.sqrt(len(log_ratios)))
+    return float(log_ratios.cumsum(0).abs().max()) <= within
 
 
 def _samplers(row: Rollout) -> Sequence[float] | None:

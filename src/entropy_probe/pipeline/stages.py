@@ -267,7 +267,7 @@ def measured_at_theta(policy: Policy, batch: RolloutBatch, progress: Progress, *
     Raises:
         InputError: a response without a finite score; its prompt is named.
     """
-    found = policy.measure(batch.responses, progress, entropies=entropies, log_probs=True)
+    found = policy.measure(batch.responses, progress, entropies=entropies)
     check_finite(found.scores, batch.responses)
     return found
 
@@ -362,13 +362,9 @@ def realize_steps(task: Task, gradients: UnitGradients, rules: Rules | None) -> 
             max_grad_norm=task.subject.trainer.max_grad_norm,
             rounding=RoundingRule(settings.weight_rounding, settings.seed),
         )
-        if same_arithmetic:
-            log_probs = None if task.measured is None else task.measured.log_probs
-            before = Measured(gradients.scores, gradients.token_entropies, log_probs)
-        else:
-            before = realizer.measured(batch)
+        before = gradients.measured if same_arithmetic else realizer.measured(batch)
         steps = realizer.steps(gradients.ascent)
-        rows = realizer.realized(batch, before, steps, SAME)
+        rows = realizer.realized(batch, before, steps, SAME, gradients.slope if same_arithmetic else None)
         factors = () if settings.sweep is None else settings.sweep.factors
         curves = list[SweepCurve]()
         if factors:
@@ -412,7 +408,7 @@ def noise_by_responses(
         task.policy,
         batch,
         task.target,
-        Measured(gradients.scores, gradients.token_entropies),
+        gradients.measured,
         task.update.whole,
         directions,
         rules=rules,

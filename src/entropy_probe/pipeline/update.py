@@ -18,6 +18,7 @@ from torch import Tensor
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.errors import InputError
 from entropy_probe.losses.advantages import AdvantageRule
+from entropy_probe.losses.length_weights import Average
 from entropy_probe.losses.objective import TokenWeights
 from entropy_probe.losses.rows import LossRows
 from entropy_probe.model.measured import Measured
@@ -143,6 +144,10 @@ class UpdateRule:
         """The same with no advantage below zero."""
         return replace(self, advantages=self.advantages.clamp(min=0.0))
 
+    def reward_alone(self) -> UpdateRule:
+        """The same without the loss's other terms."""
+        return replace(self, loss=replace(self.loss, objective=replace(self.loss.objective, kl=None, bonus=None)))
+
     def update(self, measured: Measured | None) -> Update:
         """The coefficients.
 
@@ -153,20 +158,23 @@ class UpdateRule:
             InputError: the ratio is not 1 and the clip is not known.
         """
         kept, part = self._kept, self.part
-        rows = self._rows(measured)
+        rows = self.seen(measured)
         self._check_clip(rows)
-        average = at_tokens(
-            resolve_length_weights(part, self.loss.average, self.max_completion_length, rows.tokens_in_loss),
-            part.lengths,
-        )
+        average = self._average(self.loss.average, rows)
+        of_kl = None if self.loss.kl_average is None else self._average(self.loss.kl_average, rows)
         # Ȳ is a mean over all the prompts of the batch, of which the step may consume some alone.
         scale = self.loss.scale * len(self.batch.groups) / len(part.groups)
-        found = self.loss.objective.token_weights(rows, average * scale)
+        found = self.loss.objective.token_weights(rows, average * scale, None if of_kl is None else of_kl * scale)
         bonus = found.bonus
         if bonus is not None and self.loss.objective.bonus_of_micro_batches:
             # It is a share of the trainer's mean, and ω is B times that.
             bonus = bonus * scale * len(part.groups)
         return self._laid_out(TokenWeights(found.reward, found.kl, bonus), kept)
+
+    def _average(self, rule: Average, rows: LossRows) -> Tensor:
+        """The weight of every token of the rows that the step consumes, in B times the trainer's average."""
+        weights = resolve_length_weights(self.part, rule, self.max_completion_length, rows.tokens_in_loss)
+        return at_tokens(weights, self.part.lengths)
 
     def needed_columns(self) -> list[tuple[str, str]]:
         """Columns without which the loss has no value, and what needs them."""
@@ -179,7 +187,8 @@ class UpdateRule:
             needed.append(("logprobs", "the off-policy mask"))
         return needed
 
-    def _rows(self, measured: Measured | None) -> LossRows:
+    def seen(self, measured: Measured | None) -> LossRows:
+        """What the loss sees of the rows that the step consumes."""
         kept, part = self._kept, self.part
 
         def column(name: str) -> Tensor | None:
@@ -187,11 +196,10 @@ class UpdateRule:
             return None if values is None else torch.tensor(values, dtype=torch.float64)
 
         log_probs = entropies = None
-        if self.needs_forward:
-            assert measured is not None, "this loss depends on log-probs at θ"
-            assert measured.log_probs is not None, "this loss depends on log-probs at θ"
-            log_probs = of_rows(measured.log_probs, kept, self.batch)
+        if measured is not None:
+            log_probs = None if measured.log_probs is None else of_rows(measured.log_probs, kept, self.batch)
             entropies = None if measured.entropies is None else of_rows(measured.entropies, kept, self.batch)
+        assert log_probs is not None or not self.needs_forward, "this loss depends on log-probs at θ"
         micro_batches = [row.micro_batch for row in part.responses if row.micro_batch is not None]
         return LossRows(
             part.lengths,

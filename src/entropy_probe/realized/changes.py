@@ -21,8 +21,9 @@ from entropy_probe.statistics.importance_sampling import (
 class RealizedChange:
     """One realised step: ΔH on common samples, its linear prediction and its numerical floor, in the measure's nats.
 
-    ``noise_floor`` is that of :mod:`~entropy_probe.realized.floor`. ``step_norm`` is ‖Δθ‖;
-    ``note`` says what is particular to the row; ``kept`` what rounding leaves of a step that is rounded as it is stored.
+    ``noise_floor`` is that of :mod:`~entropy_probe.realized.floor`. ``step_norm`` is ‖Δθ‖; ``note`` says what is particular to
+    the row; ``kept`` what rounding leaves of a step that is rounded as it is stored; ``by_decision`` whether tokens are
+    weighted by what came before them.
     """
 
     step: str
@@ -35,6 +36,7 @@ class RealizedChange:
     step_norm: float
     note: str | None = None
     kept: Kept | None = None
+    by_decision: bool = False
 
     @property
     def title(self) -> str:

@@ -34,8 +34,16 @@ class EntropyMeasure:
         """ΔH on common samples."""
         return self.target.change(Sample.of(batch, before), Sample.of(batch, after), self.weighting)
 
+    def by_decision(self, batch: RolloutBatch) -> bool:
+        """Whether the change is realised token by token: its linear term is then −X̄ · Δθ."""
+        return self.target.by_decision(batch.importance, self.weighting)
+
+    def parts(self, batch: RolloutBatch, before: Measured, after: Measured) -> FloatArray:
+        """What every response has in ΔH, to be averaged over responses and prompts, for changes as small as rounding: [N]."""
+        return self.target.parts(Sample.of(batch, before), Sample.of(batch, after), self.weighting)
+
     def linear_term(self, batch: RolloutBatch, before: Measured) -> LinearTerm:
-        """Its derivative at no step."""
+        """Its derivative at no step, of changes of whole responses' scores (and entropies)."""
         return linear_term(
             before.scores.numpy(),
             batch.group_sizes,

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from entropy_probe.common.progress import Progress, Silent
 from entropy_probe.data.rollouts import RolloutBatch
 from entropy_probe.model.measured import Measured
 from entropy_probe.model.policy import Policy
 from entropy_probe.optimizers.clipping import gradient_norm
 from entropy_probe.realized.changes import RealizedChange
-from entropy_probe.realized.floor import noise_floors
 from entropy_probe.realized.measure import Predicted
 from entropy_probe.realized.scoring import measure_after
 from entropy_probe.realized.steps import SAME, Step
@@ -27,8 +25,8 @@ def realize(
     step: Step,
     predictions: Sequence[Predicted],
     *,
+    floors: Sequence[float],
     batch_name: str = SAME,
-    progress: Progress | None = None,
 ) -> list[RealizedChange]:
     """Take the step virtually on the live model, which is itself again afterwards, bit for bit, and score its responses.
 
@@ -40,16 +38,14 @@ def realize(
         before: their scores and entropies at θ by this very policy.
         step: Δθ.
         predictions: what to measure, each with its linear term.
+        floors: the numerical floor of each.
         batch_name: whether these are the responses that the step was made from.
-        progress: told of every forward of the numerical floor.
 
     Raises:
         InputError: the step is so large that a log-probability is not finite after it.
     """
-    progress = progress if progress is not None else Silent()
     entropies = any(p.measure.target.needs_token_entropies for p in predictions)
     after = measure_after(policy, batch, step, entropies=entropies)
-    floors = noise_floors(policy, batch, before, step, predictions, progress)
     norm = gradient_norm(step.deltas, policy.sharding)
     return [
         RealizedChange(
@@ -62,6 +58,7 @@ def realize(
             floor,
             norm,
             kept=step.kept,
+            by_decision=p.measure.by_decision(batch),
         )
         for p, floor in zip(predictions, floors, strict=True)
     ]

@@ -148,7 +148,13 @@ def resample(
             "linear term beside it holds"
         )
         found += [
-            replace(row, method=RESAMPLED, change=row.measure.resampled(batch, before, fresh, after), note=note)
+            replace(
+                row,
+                method=RESAMPLED,
+                by_decision=False,
+                change=row.measure.resampled(batch, before, fresh, after),
+                note=note,
+            )
             for row in rows
             if row.title == step.title
         ]

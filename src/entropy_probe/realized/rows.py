@@ -23,11 +23,13 @@ from entropy_probe.optimizers.base import OptimizerState
 from entropy_probe.optimizers.clipping import clip_factor, gradient_norm
 from entropy_probe.optimizers.geometry import Geometry
 from entropy_probe.optimizers.rounding import NEAREST, RoundingRule
+from entropy_probe.ranks.sharding import Sharding
 from entropy_probe.realized.changes import RealizedChange, average
+from entropy_probe.realized.floor import noise_floors
 from entropy_probe.realized.measure import EntropyMeasure, Predicted
 from entropy_probe.realized.realize import realize
 from entropy_probe.realized.steps import HELD_OUT, Step
-from entropy_probe.targets.base import TokenPair
+from entropy_probe.targets.base import Sample, TokenPair
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,7 @@ class Realizer:
         Raises:
             InputError: a response without a finite score; its prompt is named.
         """
-        found = self.policy.measure(
-            batch.responses, self.progress, entropies=self._needs_entropies, log_probs=batch.weighed_by_prefix
-        )
+        found = self.policy.measure(batch.responses, self.progress, entropies=self._needs_entropies)
         check_finite(found.scores, batch.responses)
         return found
 
@@ -84,13 +84,26 @@ class Realizer:
             steps.append(Step("adamw", "virtual", rounded.deltas, rounded.kept))
         return steps
 
-    def changes(self, batch: RolloutBatch, steps: Sequence[Step], more: Sequence[TokenPair] = ()) -> FloatArray:
-        """dS, then d Σ_t H_t where a measure needs it, then of ``more``, of every response along every step: [N, M, steps]."""
+    def changes(
+        self,
+        batch: RolloutBatch,
+        steps: Sequence[Step],
+        by_token: Sequence[TokenPair] = (),
+        by_response: Sequence[EntropyMeasure] = (),
+    ) -> FloatArray:
+        """Of every response along every step, [N, M, steps]: dS, and d Σ_t H_t where a measure needs it; then of ``by_token``.
+
+        Args:
+            batch: the responses.
+            steps: directions.
+            by_token: what multiplies ∇log π and ∇H_t.
+            by_response: measures whose linear terms are of whole responses' changes.
+        """
         ones = torch.ones(len(batch.responses), dtype=torch.float64)
-        combinations = [TokenPair(ones)]
-        if self._needs_entropies:
+        combinations = [TokenPair(ones)] if by_response or not by_token else []
+        if any(measure.target.needs_token_entropies for measure in by_response):
             combinations.append(TokenPair(torch.zeros_like(ones), ones))
-        combinations += more
+        combinations += by_token
         found: FloatArray = response_dots(
             self.policy,
             batch,
@@ -101,35 +114,50 @@ class Realizer:
         ).numpy()
         return found
 
+    def slope(self, batch: RolloutBatch, before: Measured, measure: EntropyMeasure) -> dict[str, Tensor]:
+        """X̄ of these responses by parameter name, by a backward of its own."""
+        sample = Sample.of(batch, before)
+        pair = measure.target.coefficients(sample, measure.target.ratio(sample)).scaled(1.0 / len(batch.groups))
+        return weighted_gradient(self.policy, batch, pair, rules=self.rules, progress=self.progress)
+
     def realized(
-        self, batch: RolloutBatch, before: Measured, steps: Sequence[Step], batch_name: str
+        self,
+        batch: RolloutBatch,
+        before: Measured,
+        steps: Sequence[Step],
+        batch_name: str,
+        slope: Mapping[str, Tensor] | None = None,
     ) -> list[RealizedChange]:
         """Every step by every measure, the first measure's steps first.
 
         Args:
             batch: the responses that are scored again.
-            before: their scores and entropies at θ.
+            before: their scores, log-probs and entropies at θ.
             steps: from the same responses or from others, as ``batch_name`` says.
             batch_name: ``SAME`` or ``HELD_OUT``.
+            slope: X̄ of these responses, where it is known; None computes it where a measure needs it.
         """
-        by_token = [measure.derivative(batch, before) for measure in self.measures]
-        changes = self.changes(batch, steps, [pair for pair in by_token if pair is not None])
-        terms = [measure.linear_term(batch, before) for measure in self.measures]
+        by_token = {m: pair for m in self.measures if (pair := m.derivative(batch, before)) is not None}
+        by_response = [m for m in self.measures if not m.by_decision(batch) and m not in by_token]
+        linear = dict[EntropyMeasure, list[float]]()
+        if by_token or by_response:
+            changes = self.changes(batch, steps, list(by_token.values()), by_response)
+            more = changes.shape[1] - len(by_token)
+            linear |= {m: changes[:, more + place].sum(0).tolist() for place, m in enumerate(by_token)}
+            for measure in by_response:
+                term = measure.linear_term(batch, before)
+                found = term.on_scores @ changes[:, 0]
+                of_entropies = 0.0 if term.on_entropies is None else term.on_entropies @ changes[:, 1]
+                linear[measure] = (found + of_entropies).tolist()
+        for measure in self.measures:
+            if measure.by_decision(batch):
+                known = slope if slope is not None else self.slope(batch, before, measure)
+                linear[measure] = [-_dot(known, step.deltas, self.policy.sharding) for step in steps]
+        floors = noise_floors(self.policy, batch, before, self.measures, self.progress)
         by_step = []
         for k, step in enumerate(steps):
-            predictions = []
-            places = iter(range(2 if self._needs_entropies else 1, changes.shape[1]))
-            for measure, term, pair in zip(self.measures, terms, by_token, strict=True):
-                if pair is not None:
-                    linear = float(changes[:, next(places), k].sum())
-                else:
-                    linear = float(term.on_scores @ changes[:, 0, k])
-                    if term.on_entropies is not None:
-                        linear += float(term.on_entropies @ changes[:, 1, k])
-                predictions.append(Predicted(measure, linear))
-            by_step.append(
-                realize(self.policy, batch, before, step, predictions, batch_name=batch_name, progress=self.progress)
-            )
+            predictions = [Predicted(measure, linear[measure][k]) for measure in self.measures]
+            by_step.append(realize(self.policy, batch, before, step, predictions, floors=floors, batch_name=batch_name))
         return [rows[m] for m in range(len(self.measures)) for rows in by_step]
 
     def by_folds(
@@ -166,3 +194,9 @@ class Realizer:
     @property
     def _needs_entropies(self) -> bool:
         return any(measure.target.needs_token_entropies for measure in self.measures)
+
+
+def _dot(slope: Mapping[str, Tensor], deltas: Mapping[str, Tensor], sharding: Sharding) -> float:
+    """X̄ · Δθ over the parameters that X̄ reaches; of shards, of all ranks."""
+    own = sum(float((slope[name].double() * delta.double()).sum()) for name, delta in deltas.items() if name in slope)
+    return sharding.total(own)

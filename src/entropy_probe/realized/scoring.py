@@ -22,9 +22,7 @@ def measure_after(
     rounding: torch.Generator | None = None,
     entropies: bool,
 ) -> Measured:
-    """Scores (and entropies) of the batch's responses under ``scale`` times the step, taken virtually and taken back.
-
-    Of rows that are weighed by prefix log-probs of their tokens too.
+    """Scores, log-probs (and entropies) of the responses under ``scale`` times the step, taken virtually and taken back.
 
     Args:
         policy: the model at θ, weights in float32 or better.
@@ -42,7 +40,7 @@ def measure_after(
         theta = policy.held()
         moves = {name: scale * delta + rounding_noise(theta[name], rounding) for name, delta in moves.items()}
     with virtual_step(policy.model, moves, scale if rounding is None else 1.0):
-        found = policy.measure(batch.responses, entropies=entropies, log_probs=batch.weighed_by_prefix)
+        found = policy.measure(batch.responses, entropies=entropies)
     if not bool(found.scores.isfinite().all()):
         times = "" if scale == 1.0 else f"{scale:.3g} times "
         raise InputError(

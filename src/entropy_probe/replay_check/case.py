@@ -48,6 +48,7 @@ class Replayed:
         gradients: the replayed optimizer's gradient against it, or None.
         log: of the checkpoint after the step.
         number: of the step, N + 1, or None.
+        padding: token ids that stand for padding.
     """
 
     policy: Policy
@@ -67,6 +68,7 @@ class Replayed:
     gradients: GradientComparison | None
     log: TrainerState
     number: int | None
+    padding: tuple[int, ...]
 
     @property
     def length_weight(self) -> Average:
@@ -136,11 +138,9 @@ class Replayed:
         """The step along another direction, or from another state, clipped as the replayed one."""
         return adamw_step(self.before, adam or self.adam, ascent, max_grad_norm=self.max_grad_norm)
 
-    def along(self, rule: UpdateRule, progress: Progress) -> dict[str, Tensor]:
-        """Ȳ of another loss."""
-        return mean_ascent(
-            self.policy, self.batch, rule.update(self.measured).whole, progress, "gradient of a suspicion"
-        )
+    def along(self, whole: Tensor | TokenPair, progress: Progress) -> dict[str, Tensor]:
+        """Ȳ of other coefficients."""
+        return mean_ascent(self.policy, self.batch, whole, progress, "gradient of a suspicion")
 
 
 def mean_ascent(

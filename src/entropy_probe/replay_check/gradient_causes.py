@@ -1,4 +1,4 @@
-"""Causes in the loss: other advantages, other length weights. Each takes a forward and a backward over the batch."""
+"""Causes in the advantages and in how the loss is averaged over tokens."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from entropy_probe.common.progress import Progress
-from entropy_probe.errors import InputError
 from entropy_probe.losses.advantages import AdvantageRule, advantages_from_rewards, advantages_over_batch
 from entropy_probe.losses.length_weights import LengthWeight
 from entropy_probe.losses.named import average_of
 from entropy_probe.pipeline.inputs import given_advantages
 from entropy_probe.pipeline.update import UpdateRule
-from entropy_probe.replay_check.case import Cause, Replayed
-from entropy_probe.targets.base import TokenPair, rewards_of
+from entropy_probe.replay_check.case import Replayed
+from entropy_probe.replay_check.variants import Variant
+from entropy_probe.targets.base import rewards_of
 
 ADVANTAGE_WORDS = {
     AdvantageRule.GIVEN: "the rows' own",
@@ -27,37 +26,37 @@ ADVANTAGE_WORDS = {
 OVER_BATCH = "the reward minus the prompt's mean, divided by the standard deviation of the whole batch"
 
 
-def one_thing_else(case: Replayed, progress: Progress) -> Iterator[Cause]:
+def one_thing_else(case: Replayed) -> Iterator[Variant]:
     """Other advantages, or another length weight."""
-    for words, advice, advantages in _other_advantages(case):
-        yield Cause(
+    for words, advice, advantages in other_advantages(case):
+        yield Variant(
             "advantage",
             f"the trainer's advantages were {words}; here they are {ADVANTAGE_WORDS[case.rule.advantage_rule]}",
             advice,
-            case.stepped(case.along(replace(case.rule, advantages=advantages), progress)),
+            replace(case.rule, advantages=advantages),
         )
-    for average, rule in _other_averages(case):
-        yield Cause(
+    for average, rule in other_averages(case):
+        yield Variant(
             "length_weight",
             f"the trainer's loss weighs lengths as {average}; here it is {case.length_weight}",
             f"Set the length weight to {average}",
-            case.stepped(case.along(rule, progress)),
+            rule,
         )
 
 
-def two_things_else(case: Replayed, progress: Progress) -> Iterator[Cause]:
+def two_things_else(case: Replayed) -> Iterator[Variant]:
     """Both at once."""
-    for words, advice, advantages in _other_advantages(case):
-        for average, rule in _other_averages(case):
-            yield Cause(
+    for words, advice, advantages in other_advantages(case):
+        for average, rule in other_averages(case):
+            yield Variant(
                 "advantage_and_length_weight",
                 f"the trainer's loss weighs lengths as {average}, and its advantages were {words}",
                 f"{advice}. Set the length weight to {average}",
-                case.stepped(case.along(replace(rule, advantages=advantages), progress)),
+                replace(rule, advantages=advantages),
             )
 
 
-def _other_advantages(case: Replayed) -> Iterator[tuple[str, str, Tensor]]:
+def other_advantages(case: Replayed) -> Iterator[tuple[str, str, Tensor]]:
     """(in words, what to do, A) by every rule but the one replayed, where it gives something else."""
     rewards = rewards_of(case.batch)
     sizes = case.batch.group_sizes
@@ -87,22 +86,9 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def _other_averages(case: Replayed) -> Iterator[tuple[LengthWeight, UpdateRule]]:
-    """Of the losses that a trainer has (the guide's is none), the recorded one first, where it gives something else."""
+def other_averages(case: Replayed) -> Iterator[tuple[LengthWeight, UpdateRule]]:
+    """Of the losses that a trainer has (the guide's is none), the recorded one first."""
     recorded = average_of(case.batch.responses[0].loss_type)
-    seen = [_tokens(case.whole, case)]
     for average in sorted((r for r in LengthWeight if r is not LengthWeight.GUIDE), key=lambda r: r is not recorded):
-        rule = replace(case.rule, loss=replace(case.rule.loss, average=average))
-        try:
-            found = _tokens(rule.update(case.measured).whole, case)
-        except InputError:  # dr_grpo without its constant
-            continue
-        if not any(torch.allclose(found, other, rtol=1e-6, atol=0.0) for other in seen):
-            seen.append(found)
-            yield average, rule
-
-
-def _tokens(whole: Tensor | TokenPair, case: Replayed) -> Tensor:
-    """ω, [tokens]."""
-    pair = whole if isinstance(whole, TokenPair) else TokenPair(whole)
-    return pair.at_tokens(case.batch.lengths).log_probs
+        if average is not case.length_weight:
+            yield average, replace(case.rule, loss=replace(case.rule.loss, average=average))

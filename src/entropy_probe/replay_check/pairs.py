@@ -37,7 +37,7 @@ def check_consecutive(before: Path, after: Path, state: TrainerState, state_afte
         )
 
 
-def check_step(batch: RolloutBatch, rollouts: Path, step: int | None) -> None:
+def check_step(batch: RolloutBatch, rollouts: str, step: int | None) -> None:
     """Refuse rows that say that another step consumed them.
 
     Raises:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.checkpoints import (
+    Beside,
     freeze_matching,
     freeze_names,
     load_checkpoint,
@@ -26,7 +27,8 @@ from entropy_probe.checkpoints import (
 from entropy_probe.common.choices import path_of, settings_of
 from entropy_probe.common.devices import AUTO, choose_device
 from entropy_probe.common.progress import Clock, Progress, Silent
-from entropy_probe.data.rollouts import read_batch, refuse_unsampled
+from entropy_probe.data.rollouts import group_rollouts, refuse_unsampled
+from entropy_probe.data.rollouts.reading import read_files
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import prepare, refuse_cut, unexplained, watched
 from entropy_probe.model.input_limits import check_fits, special_ids
@@ -34,6 +36,7 @@ from entropy_probe.model.policy import Policy, check_finite
 from entropy_probe.optimizers.adam import Adam
 from entropy_probe.optimizers.adamw_step import adamw_step
 from entropy_probe.optimizers.preconditioner import ZeroV
+from entropy_probe.pipeline.config import loss_config
 from entropy_probe.pipeline.inputs import free_memory
 from entropy_probe.pipeline.recorded import check_recorded, recorded_count, trainers_step
 from entropy_probe.pipeline.settings import refuse_unused_constant
@@ -55,10 +58,10 @@ DEFAULTS = ReplaySettings()
 def replay(
     before: str | Path,
     after: str | Path,
-    rollouts: str | Path,
+    rollouts: str | Path | Sequence[str | Path],
     settings: ReplaySettings | None = DEFAULTS,
     *,
-    base: str | Path | None = None,
+    base: str | Path | Beside | None = None,
     freeze: Sequence[str] = (),
     temperature: float | None = None,
     device: str | torch.device = AUTO,
@@ -72,9 +75,11 @@ def replay(
     Args:
         before: folder of checkpoint N.
         after: folder of checkpoint N + 1, of the same run.
-        rollouts: the batch that step N + 1 consumed, as the recorder wrote it (``step-00021.jsonl`` for checkpoint 20).
+        rollouts: the batch that step N + 1 consumed, as the recorder wrote it (``step-00021.jsonl`` for checkpoint 20), or a
+            trainer's dump with exact token ids; of several processes a list of their files, or a pattern of the names.
         settings: see :class:`ReplaySettings`; None takes the defaults.
-        base: folder of the base model, for an adapter.
+        base: folder of the base model, for an adapter, or of the configuration where the checkpoint has none; more that the
+            checkpoint lacks goes into a :class:`Beside`.
         freeze: regular expressions; parameters in whose names one of them is found were not trained.
         temperature: sampling temperature of rows that declare none; 1 if neither says.
         device: ``auto`` takes a GPU where there is one.
@@ -92,15 +97,14 @@ def replay(
         True
     """
     before, after = path_of("before", before), path_of("after", after)
-    rollouts = path_of("rollouts", rollouts)
-    base = None if base is None else path_of("base", base)
     settings = settings_of(settings, DEFAULTS)
     clock, progress, device = Clock(), progress or Silent(), choose_device(device)
     with clock.stage("load"):
         states = trainer_state_of(before), trainer_state_of(after)
         pairs.check_consecutive(before, after, *states)
-        batch = read_batch(rollouts, temperature, least_responses=1)
-        pairs.check_step(batch, rollouts, states[1].global_step)
+        read = read_files(rollouts)
+        batch = group_rollouts(read.rollouts, temperature, least_responses=1)
+        pairs.check_step(batch, read.told, states[1].global_step)
         check_recorded(batch)
         trainer = trainers_step(batch, settings, assumed=None)
         refuse_unused_constant(settings.max_completion_length, trainer.length_weight)
@@ -138,7 +142,7 @@ def replay(
         )
         policy = preparation.applied(policy)
     with clock.stage("replay"):
-        measured = policy.measure(batch.responses, progress, log_probs=True)
+        measured = policy.measure(batch.responses, progress)
         check_finite(measured.scores, batch.responses)
         whole = rule.update(measured).whole
         with watched(policy) as ran:
@@ -167,6 +171,7 @@ def replay(
         gradients=None if recovered is None else compare_gradients(clipped, recovered),
         log=states[1],
         number=states[1].global_step,
+        padding=special.pad,
     )
     with clock.stage("suspicions"):
         findings = Findings([], 0) if case.matched or case.untold else find_suspicions(case, progress)
@@ -188,10 +193,11 @@ def replay(
         prompts=len(batch.groups),
         parameters=sum(p.numel() for p in theta.values()),
         config=ReplayConfig(
+            **vars(loss_config(rule)),
             before=str(before),
             after=str(after),
             base=None if loaded.folder.base is None else str(loaded.folder.base),
-            rollouts=str(rollouts),
+            rollouts=read.told,
             freeze=patterns_of(freeze),
             step=states[1].global_step,
             advantage=rule.advantage_rule,

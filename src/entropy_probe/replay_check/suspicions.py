@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from entropy_probe.common.progress import Progress
 from entropy_probe.replay_check.case import Cause, Replayed
 from entropy_probe.replay_check.gradient_causes import one_thing_else, two_things_else
+from entropy_probe.replay_check.loss_variants import loss_variants
+from entropy_probe.replay_check.mask_variants import mask_variants
+from entropy_probe.replay_check.number_causes import number_causes
 from entropy_probe.replay_check.optimizer_causes import optimizer_causes
-from entropy_probe.replay_check.row_causes import miscounted_rows, one_row
+from entropy_probe.replay_check.row_causes import miscounted_rows, one_row, other_policy
+from entropy_probe.replay_check.term_causes import term_causes
+from entropy_probe.replay_check.variants import Passes
 from entropy_probe.report.replay_schema import Suspicion
 
 LEFT_OVER = 0.1
@@ -43,28 +49,43 @@ class _Tried:
     cause: Cause
     error_net: float
 
+    def is_whole(self, case: Replayed) -> bool:
+        """Nothing is left, and no factor was chosen for that."""
+        return not self.cause.fitted and self.error_net <= case.tolerance
+
 
 def find_suspicions(case: Replayed, progress: Progress) -> Findings:
     """Try causes, the cheap ones first; whole passes over the batch only where the gradient itself may be wrong."""
     tried: list[_Tried] = []
+    passes = Passes.of(case, progress)
 
-    def explained(causes: Iterator[Cause]) -> bool:
+    def look(causes: Iterator[Cause], *, first: bool = False) -> bool:
+        """Whether all of the gap is now explained; with ``first`` no more are tried than it takes to find one that does."""
         for cause in causes:
             tried.append(_Tried(cause, case.compared(cause.step).error_net))
-        return bool(_explaining(tried, case))
+            if first and tried[-1].is_whole(case):
+                break
+        return any(t.is_whole(case) for t in tried)
 
-    explained(optimizer_causes(case))
+    look(optimizer_causes(case))
     gradients = case.gradients
     if gradients is None or gradients.relative_error > min(case.tolerance, case.gradient_tolerance):
         # Tried also where a factor fits: it may stand for one of these.
-        found = explained(one_thing_else(case, progress))
-        miscounted = miscounted_rows(case)
-        if miscounted is not None and all(t.error_net > case.tolerance for t in tried):
-            return Findings([miscounted], len(tried))
-        if not found:
-            found = explained(one_row(case, progress)) or explained(two_things_else(case, progress))
-            if not found and gradients is not None and gradients.cosine < OTHER_ROWS_COSINE:
-                return Findings([_other_rows(gradients.cosine)], len(tried))
+        found = look(passes.causes(one_thing_else(case)))
+        found = found or look(chain(term_causes(case, passes), passes.causes(mask_variants(case))), first=True)
+        found = found or look(passes.causes(loss_variants(case)), first=True)
+        counted = miscounted_rows(case)
+        if counted is not None and all(t.error_net > case.tolerance for t in tried):
+            return Findings([counted], len(tried))
+        if not found and not _explaining(tried, case):
+            found = look(one_row(case, progress)) or look(passes.causes(two_things_else(case)))
+        if not found and all(t.error_net > case.tolerance for t in tried):
+            # The longest search comes last.
+            look(number_causes(case, passes), first=True)
+        if not _explaining(tried, case):
+            untried = other_policy(case) or _other_rows(case)
+            if untried is not None:
+                return Findings([untried], len(tried))
     good = _explaining(tried, case)
     best = min((t.error_net for t in good), default=0.0)
     named = [t for t in good if t.error_net <= max(AS_GOOD * best, _negligible(case))]
@@ -88,11 +109,13 @@ def _negligible(case: Replayed) -> float:
     return case.tolerance / 50
 
 
-def _other_rows(cosine: float) -> Suspicion:
+def _other_rows(case: Replayed) -> Suspicion | None:
+    if case.gradients is None or case.gradients.cosine >= OTHER_ROWS_COSINE:
+        return None
     return Suspicion(
         "other_rows",
-        f"the trainer's gradient has a cosine of {cosine:.2f} with the one recomputed from these rows, and no single cause "
-        "explains it",
+        f"the trainer's gradient has a cosine of {case.gradients.cosine:.2f} with the one recomputed from these rows, and no "
+        "single cause explains it",
         "Take the rollouts that this very step consumed, at the temperature of the run",
         None,
     )

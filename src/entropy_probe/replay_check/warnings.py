@@ -11,7 +11,7 @@ from entropy_probe.model.dropout import active_dropout
 from entropy_probe.model.measured import Measured
 from entropy_probe.pipeline.recorded import SAME_RATE, recorded_rates
 from entropy_probe.replay_check.case import Replayed
-from entropy_probe.replay_check.row_causes import WHOLE_FILE, incomplete, surplus
+from entropy_probe.replay_check.row_causes import SURPLUS, WHOLE_FILE, incomplete, surplus
 from entropy_probe.replay_check.settings import MIXED_TOLERANCE
 from entropy_probe.report.rollout_warnings import on_policy_warnings, pairing_warnings, recorder_warnings
 from entropy_probe.report.sections.adamw import clipping_warnings
@@ -31,7 +31,7 @@ def replay_warnings(
         *loaded.folder.notes,
         *learning_rate_warnings(case.adam.group_rates, case.trainer.learning_rate_source, loaded.adam.learning_rates),
         *clipping_warnings(batch, case.step.gradient_norm, case.max_grad_norm),
-        *on_policy_warnings(batch, measured.scores),
+        *([] if _may_differ(case) else on_policy_warnings(batch, measured.scores)),
         *pairing_warnings(
             batch, loaded.trainer_step, case.length_weight, case.trainer.loss.name, case.trainer.loss.by_micro_batch
         ),
@@ -48,7 +48,7 @@ def replay_warnings(
         )
     more = surplus(batch, case.num_generations)
     if more is not None:
-        found.append(Evidence("surplus_rows", f"rows are given twice, or of another step: {more}", WHOLE_FILE))
+        found.append(Evidence("surplus_rows", f"{SURPLUS}: {more}", WHOLE_FILE))
     if case.trainer.max_grad_norm_source is Source.UNKNOWN:
         found.append(
             Evidence(
@@ -122,3 +122,9 @@ def replay_warnings(
             )
         )
     return found
+
+
+def _may_differ(case: Replayed) -> bool:
+    """The sampler's log-probs may be others than this checkpoint's, and the trainer's loss takes care of it."""
+    corrected = case.trainer.loss.constants.correction is not None
+    return corrected or (case.rule.takes_ratios and any(row.on_policy is False for row in case.batch.responses))

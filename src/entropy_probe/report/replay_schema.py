@@ -10,6 +10,7 @@ from entropy_probe.common.evidence import Evidence
 from entropy_probe.report.rows import Block, Chapter, Row, Rows
 from entropy_probe.report.schema import content_of
 from entropy_probe.report.sections.base import Context, all_blocks
+from entropy_probe.report.sections.loss import LossConfig
 from entropy_probe.report.sections.replay import GradientSection, LoggedSection, UpdateSection
 
 REPLAY_SCHEMA = 1
@@ -27,7 +28,7 @@ class Suspicion:
 
 
 @dataclass(frozen=True)
-class ReplayConfig:
+class ReplayConfig(LossConfig):
     """What was asked for, as it was resolved."""
 
     before: str
@@ -82,8 +83,9 @@ class ReplayReport:
         step = "unknown" if config.step is None else str(config.step)
         facts = (
             Row("step", step, f"{self.kind} weights, {config.dtype}"),
-            Row("rollouts", str(self.responses), f"responses to {self.prompts} prompts"),
+            Row("rollouts", str(self.responses), f"responses to {self.prompts} prompts{config.consumed_words}"),
             Row("loss", config.length_weight, f"advantages {config.advantage}, temperature {config.temperature:g}"),
+            *config.loss_rows(),
             Row("time", f"{self.timing['total']:.1f} s"),
         )
         return [*all_blocks(self, context), Rows(STEP, facts)]

@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from entropy_probe.common.arrays import FloatArray
 from entropy_probe.common.choices import member
 from entropy_probe.data.importance import Importance
+from entropy_probe.statistics.by_decision import TokensOfPrompts, change_by_decision, changes_of_responses
 from entropy_probe.statistics.importance_sampling import EntropyChange, Weighting, base_weights
 from entropy_probe.statistics.ratio_change import ratio_change
 from entropy_probe.targets.base import EntropyEstimator, Ratio, Sample, Target, TokenPair, at_tokens, sum_by_response
@@ -59,6 +62,40 @@ class EntropyTarget(Target):
         """T for the entropy per token."""
         return sample.exact_lengths if self.of_whole_batch else None
 
+    def by_decision(self, importance: Importance | None, weighting: Weighting = Weighting.GLOBAL) -> bool:
+        """Whether a change is realised token by token (:mod:`~entropy_probe.statistics.by_decision`): by Rao-Blackwell, of
+        responses that each count once, where weights are not asked for prompt by prompt."""
+        return self.needs_token_entropies and importance is None and weighting is Weighting.GLOBAL
+
+    def parts(self, before: Sample, after: Sample, weighting: Weighting = Weighting.GLOBAL) -> FloatArray:
+        """What every response has in the change, [N]: ΔH is their mean over prompts of means over responses.
+
+        By decision exactly, but that of a ratio, and of whole responses' weights, to first order.
+        """
+        assert before.scores is not None, "a realised change needs scores at both policies"
+        assert after.scores is not None, "a realised change needs scores at both policies"
+        values, exposure = self.counted(before)
+        mean = 1.0 if exposure is None else float(base_weights(before.group_sizes) @ exposure.numpy())
+        if self.by_decision(before.importance, weighting):
+            tokens = TokensOfPrompts(before.group_sizes, before.lengths)
+            log_probs = (_numbers(before.log_probs), _numbers(after.log_probs))
+            found = changes_of_responses(
+                tokens, (_numbers(before.token_entropies), _numbers(after.token_entropies)), log_probs
+            )
+            if not self.of_whole_batch:
+                return found
+            ones = np.ones(len(log_probs[0]))
+            h = float(base_weights(before.group_sizes) @ values.numpy()) / mean
+            by_token: FloatArray = (found - h * changes_of_responses(tokens, (ones, ones), log_probs)) / mean
+            return by_token
+        own = self.values(after) - self.values(before)
+        centred = values - (float(base_weights(before.group_sizes) @ values.numpy()) / mean) * (
+            torch.ones_like(values) if exposure is None else exposure
+        )
+        counts = torch.ones_like(values) if before.importance is None else before.importance.weights
+        whole: FloatArray = ((counts * own + centred * (after.scores - before.scores)) / mean).numpy()
+        return whole
+
     def ratio(self, sample: Sample) -> Ratio | None:
         """h and T̄ of a whole batch, for the entropy per token."""
         if not self.of_whole_batch:
@@ -82,12 +119,22 @@ class EntropyTarget(Target):
         return importance is not None and importance.by_prefix and self.needs_token_entropies
 
     def change(self, before: Sample, after: Sample, weighting: Weighting = Weighting.GLOBAL) -> EntropyChange:
-        """As of every target; with weights by prefix :func:`~entropy_probe.statistics.ratio_change.ratio_change`.
+        """As of every target; by decision where that is; with weights by prefix
+        :func:`~entropy_probe.statistics.ratio_change.ratio_change`. By decision ESS, k̂ and the smoothed change are of whole
+        responses' weights.
 
         Raises:
             ValueError: a score is not finite.
         """
         found = super().change(before, after, weighting)
+        if self.by_decision(before.importance, weighting):
+            own = change_by_decision(
+                TokensOfPrompts(before.group_sizes, before.lengths),
+                (_numbers(before.token_entropies), _numbers(after.token_entropies)),
+                (_numbers(before.log_probs), _numbers(after.log_probs)),
+                per_token=self.of_whole_batch,
+            )
+            return replace(found, entropy_after=found.entropy_before + own.delta_h, delta_h=own.delta_h, se=own.se)
         if before.importance is None or not self.weighs_by_prefix(before.importance):
             return found
         moved = replace(after, importance=before.importance.moved(_known(after.log_probs) - _known(before.log_probs)))
@@ -129,5 +176,10 @@ class EntropyTarget(Target):
 
 
 def _known(values: Tensor | None) -> Tensor:
-    assert values is not None, "weights by prefix need log-probs and entropies of every token"
+    assert values is not None, "a change token by token needs entropies and log-probs of every token at both policies"
     return values
+
+
+def _numbers(values: Tensor | None) -> FloatArray:
+    found: FloatArray = _known(values).numpy()
+    return found

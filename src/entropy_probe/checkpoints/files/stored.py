@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_probe.checkpoints.files.samples import windows
+from entropy_probe.common.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ class StoredOptimizer:
             :class:`StoredTensor` or a number. Anything else is refused when it is mapped to parameters.
         exact_names: whether ``param_names`` are certain to be the trained model's, so that a name that the model here lacks is
             another model's and nothing is matched by shapes.
+        notes: what a report should warn of.
     """
 
     path: Path
     groups: Sequence[Mapping[str, Any]]
     state: Mapping[Any, Mapping[str, Any]]
     exact_names: bool = False
+    notes: tuple[Evidence, ...] = ()
 
     def sample(self) -> dict[str, Tensor]:
         """Steps, and a few elements of every moment, the same on all ranks.

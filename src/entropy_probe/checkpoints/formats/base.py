@@ -40,12 +40,14 @@ class StoredAdapter:
         tensors: by the names of PEFT's state dict, with or without the adapter's own name in them.
         pretrained: the folder, if PEFT's ``from_pretrained`` reads the same adapter from it; as for weights.
         forward: as for weights.
+        name: the adapter's own, which is in the names of its parameters.
     """
 
     settings: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     pretrained: Path | None = None
     forward: torch.dtype | None = None
+    name: str = "default"
 
 
 ADAM_STATE = "Adam state"

@@ -68,12 +68,6 @@ def _all_of(*patterns: str) -> Callable[[Path], list[str]]:
     return detects
 
 
-def _beside(patterns: tuple[str, ...], needed: tuple[str, ...]) -> Callable[[Path], list[str]]:
-    """Detect by all of ``needed`` and any of ``patterns``."""
-    every, some = _all_of(*needed), _files(*patterns)
-    return lambda path: [*every(path), *some(path)[:1]] if every(path) and some(path) else []
-
-
 DEEPSPEED = (
     "copy the files of all ranks, *_optim_states.pt and *_model_states.pt, from their disks into the folder that the file "
     "latest names"
@@ -94,10 +88,14 @@ LAYOUTS: tuple[Layout, ...] = (
         f"Megatron's exporters keep weights alone; {CONVERT}",
     ),
     Layout(
-        "torch.distributed.checkpoint (DCP) folder, as torchtitan, prime-rl, AReaL and NeMo-RL write it",
+        "torch.distributed.checkpoint (DCP) folder that is a part of a checkpoint, as accelerate's optimizer_0 is",
         _all_of(".metadata", "*.distcp"),
-        f"an optimizer_0 or pytorch_model_fsdp_0 of accelerate is read as part of the checkpoint folder around it: give that; "
-        f"otherwise {CONVERT}",
+        "it is read as part of the checkpoint folder around it: give that",
+    ),
+    Layout(
+        "checkpoint of FSDP's LOCAL_STATE_DICT, a part of flat vectors a rank",
+        _files("pytorch_model_fsdp*_rank*.bin", "optimizer*_rank*.bin"),
+        "save with SHARDED_STATE_DICT or FULL_STATE_DICT",
     ),
     Layout(
         "PyTorch Lightning checkpoint",
@@ -108,16 +106,6 @@ LAYOUTS: tuple[Layout, ...] = (
         "torchtune folder",
         _files("recipe_state.pt", "recipe_state/*"),
         f"its recipe_state.pt holds Adam's state, beside the weights or in a folder of its own; {CONVERT}",
-    ),
-    Layout(
-        "checkpoint of FSDP's FULL_STATE_DICT",
-        _beside(("pytorch_model_fsdp*.bin", "trainer_state.json"), ("optimizer*.bin",)),
-        "save with SHARDED_STATE_DICT",
-    ),
-    Layout(
-        "state that accelerate's save_state wrote",
-        _files("optimizer*.bin"),
-        f"save with the Trainer; or {CONVERT}",
     ),
 )
 

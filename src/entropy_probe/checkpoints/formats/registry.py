@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from entropy_probe.checkpoints.formats.accelerate_full import AccelerateFull
 from entropy_probe.checkpoints.formats.accelerate_sharded import AccelerateSharded
 from entropy_probe.checkpoints.formats.base import ADAM_STATE, Format
+from entropy_probe.checkpoints.formats.dcp import DcpFolder
 from entropy_probe.checkpoints.formats.deepspeed import DeepSpeed
 from entropy_probe.checkpoints.formats.foreign import layers, refuse_foreign
 from entropy_probe.checkpoints.formats.fsdp_ranks import FsdpRanks
 from entropy_probe.checkpoints.formats.trainer import TrainerFolder
 from entropy_probe.errors import InputError, some_of
 
-FORMATS: tuple[Format, ...] = (FsdpRanks(), DeepSpeed(), AccelerateSharded(), TrainerFolder())
+FORMATS: tuple[Format, ...] = (
+    FsdpRanks(),
+    DeepSpeed(),
+    AccelerateSharded(),
+    AccelerateFull(),
+    DcpFolder(),
+    TrainerFolder(),
+)
 """All that are read. The first that detects a folder has it, so that the more special ones come first."""
 
 

@@ -1,7 +1,8 @@
 """The Hugging Face Trainer's folder, which TRL writes too: ``checkpoint-N`` with full weights or a PEFT adapter.
 
 Full weights: config.json and model.safetensors, or its shards with an index. An adapter: adapter_config.json and
-adapter_model.safetensors, over a base that is elsewhere. Adam's state is optimizer.pt, by index, trainable parameters alone.
+adapter_model.safetensors, over a base that is elsewhere; both in a folder of the adapter's name
+where it has one. Adam's state is optimizer.pt, by index, trainable parameters alone.
 Pickled weights are not read.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from entropy_probe.checkpoints.files.four_bit import dequantised, in_four_bits
 from entropy_probe.checkpoints.files.optimizer_pt import read_optimizer_file
 from entropy_probe.checkpoints.files.safetensors_files import INDEX, WHOLE, tensors_of_file, tensors_of_model
 from entropy_probe.checkpoints.files.stored import StoredOptimizer
@@ -21,6 +23,8 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.pt"
+REFERENCES = ("ref", "reference", "ref_model", "old")
+"""Names of adapters that trainers keep beside the one that they train."""
 
 
 class TrainerFolder:
@@ -34,11 +38,13 @@ class TrainerFolder:
 
     def files(self, path: Path) -> tuple[FoundFile, ...]:
         """What inspection lists; an adapter needs no configuration of a whole model."""
-        adapted = (path / ADAPTER_CONFIG).is_file()
+        inside = None if (path / CONFIG).is_file() else named_adapter(path)
+        adapted = (path / ADAPTER_CONFIG).is_file() or inside is not None
+        where = "" if inside is None else f"{inside.name}/"
         return (
             found_file(path, CONFIG, "architecture", required=not adapted),
-            found_file(path, ADAPTER_CONFIG, "PEFT adapter", required=False),
-            found_file(path, "*.safetensors", "weights", required=True),
+            found_file(path, f"{where}{ADAPTER_CONFIG}", "PEFT adapter", required=False),
+            found_file(path, f"{where}*.safetensors", "weights", required=True),
             found_file(path, OPTIMIZER, ADAM_STATE, required=True),
             found_file(path, "trainer_state.json", "training log", required=False),
             found_file(path, "tokenizer_config.json", "tokenizer", required=False),
@@ -53,10 +59,16 @@ class TrainerFolder:
         return path if (path / CONFIG).is_file() else None
 
     def weights(self, path: Path) -> StoredWeights | None:
-        """model.safetensors or its shards; None beside an adapter, and where no file is safetensors."""
+        """model.safetensors or its shards, also in bitsandbytes' 4 bits; None beside an adapter, and without safetensors."""
         if (path / ADAPTER_CONFIG).is_file() or not any(path.glob("*.safetensors")):
             return None
-        return StoredWeights(tensors_of_model(path), pretrained=path)
+        tensors = tensors_of_model(path)
+        # transformers would need bitsandbytes for these, and would not give them back as numbers.
+        return (
+            StoredWeights(dequantised(path, tensors))
+            if in_four_bits(tensors)
+            else StoredWeights(tensors, pretrained=path)
+        )
 
     def adapter(self, path: Path) -> StoredAdapter | None:
         """adapter_model.safetensors with its configuration.
@@ -72,8 +84,13 @@ class TrainerFolder:
             return None
         if (path / ADAPTER).is_file():
             raise InputError(adapter_without_config(path, ADAPTER))
-        _refuse_named_adapter(path)
-        return None
+        inside = named_adapter(path)
+        if inside is None:
+            return None
+        if not (inside / ADAPTER).is_file():
+            raise InputError(f"{inside} has no {ADAPTER}; pickled adapters are not loaded")
+        tensors = tensors_of_file(inside / ADAPTER)
+        return StoredAdapter(read_json(inside / ADAPTER_CONFIG), tensors, pretrained=inside, name=inside.name)
 
     def optimizer(self, path: Path) -> StoredOptimizer | None:
         """optimizer.pt."""
@@ -92,11 +109,19 @@ def adapter_without_config(path: Path, found: str) -> str:
     )
 
 
-def _refuse_named_adapter(path: Path) -> None:
-    """Refuse an adapter in a folder of its name, as PEFT keeps those that are not called "default"."""
-    inside = sorted(file.parent.name for file in path.glob(f"*/{ADAPTER_CONFIG}"))
-    if inside and (path / OPTIMIZER).is_file():
+def named_adapter(path: Path) -> Path | None:
+    """The folder of the adapter that was trained, which PEFT names after it unless it is called "default"; None without one.
+
+    Raises:
+        InputError: there are several, and their names do not say which is the reference.
+    """
+    if not (path / OPTIMIZER).is_file() or (path / ADAPTER_CONFIG).is_file():
+        return None
+    inside = sorted(file.parent for file in path.glob(f"*/{ADAPTER_CONFIG}"))
+    trained = [folder for folder in inside if folder.name not in REFERENCES] or inside
+    if len(trained) > 1:
         raise InputError(
-            f"{path} keeps its adapter in {some_of(inside)}/, as PEFT does with adapters that have a name; copy "
-            f"{ADAPTER_CONFIG} and {ADAPTER} from {inside[0]}/ beside {OPTIMIZER}"
+            f"{path} holds the adapters {some_of([folder.name for folder in trained])}, and {OPTIMIZER} does not say which one "
+            f"it trains; copy {ADAPTER_CONFIG} and {ADAPTER} of that one beside {OPTIMIZER}"
         )
+    return trained[0] if trained else None

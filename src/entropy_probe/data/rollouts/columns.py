@@ -155,7 +155,7 @@ OF_THE_LOSS = (
         "importance_sampling_clip_min",
         "importance_sampling_clip_max",
     ),
-    *("top_entropy_quantile", "off_policy_mask_threshold", "loss_scale"),
+    *("top_entropy_quantile", "off_policy_mask_threshold", "loss_scale", "kl_agg", "kl_tau"),
 )
 """Columns with one value for all rows that say what the trainer's loss is, and that the probe computes."""
 SAMPLED_ALIASES = ("response_mask", "tool_mask", "env_mask")

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from entropy_probe.common.choices import path_of
 from entropy_probe.common.files import replacing
+from entropy_probe.data.rollouts.containers.parquet import write_parquet
 from entropy_probe.data.rollouts.grouping import group_rollouts
-from entropy_probe.data.rollouts.parquet import read_parquet, write_parquet
+from entropy_probe.data.rollouts.reading import read_files
 from entropy_probe.data.rollouts.records import Rollout, RolloutBatch
-from entropy_probe.data.rollouts.rows import as_rollouts, rollout_from_row, row_from_rollout
+from entropy_probe.data.rollouts.rows import as_rollouts, row_from_rollout
 from entropy_probe.errors import InputError, one_line
 
 
-def read_batch(path: str | Path, temperature: float | None = None, *, least_responses: int = 2) -> RolloutBatch:
+def read_batch(
+    path: str | Path | Sequence[str | Path], temperature: float | None = None, *, least_responses: int = 2
+) -> RolloutBatch:
     """Read, check and group a rollouts file: :func:`read_rollouts`, then :func:`group_rollouts`.
 
     Args:
-        path: a ``.jsonl`` or ``.parquet`` file.
+        path: a ``.jsonl`` or ``.parquet`` file, a trainer's dump with exact token ids, or several as one batch.
         temperature: sampling temperature of rows that declare none; 1 if neither says.
         least_responses: that a prompt must have; 1 will do for an evaluation batch under Rao-Blackwell.
 
@@ -43,11 +46,17 @@ def read_batch(path: str | Path, temperature: float | None = None, *, least_resp
     return group_rollouts(read_rollouts(path), temperature, least_responses=least_responses)
 
 
-def read_rollouts(path: str | Path) -> list[Rollout]:
-    """Read rows from ``.jsonl``/``.json``/``.ndjson`` (JSON Lines) or ``.parquet``.
+def read_rollouts(path: str | Path | Sequence[str | Path]) -> list[Rollout]:
+    """Read rows from ``.jsonl``/``.json``/``.ndjson`` (JSON Lines) or ``.parquet``, or a trainer's dump with exact token ids.
+
+    Several files, by their paths or by a pattern such as ``step-00051-rank*.jsonl``, are read one after the other.
+
+    Args:
+        path: the file, or several.
 
     Raises:
-        InputError: the file is missing, empty, not of a known kind, or a row breaks the schema (its number is named).
+        InputError: a file is missing, empty, not of a known kind, a dump of text, or a row breaks the schema (its number is
+            named).
 
     Example:
         >>> import tempfile
@@ -60,50 +69,7 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
         >>> rows[0].prompt_id, rows[0].response_ids, rows[0].reward
         ('a', (7, 1), 1.0)
     """
-    rollouts = [rollout_from_row(row, where) for where, row in read_rows(path)]
-    if not rollouts:
-        raise InputError(f"{path} holds no rollouts; expected one row a response")
-    return rollouts
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ``(where, row)`` for each row of a JSON Lines or Parquet file; ``where`` names the place for messages.
-
-    Raises:
-        InputError: the file is missing or not what its name says.
-    """
-    path = path_of("the rollouts file", path)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist or is not a file; expected a .jsonl or .parquet file")
-    if path.suffix == ".parquet":
-        for number, row in enumerate(read_parquet(path)):
-            yield f"{path} row {number}", row
-    elif path.suffix in {".jsonl", ".json", ".ndjson"}:
-        yield from _read_json_lines(path)
-    else:
-        raise InputError(f"{path} ends in {path.suffix!r}; expected .jsonl (JSON Lines) or .parquet")
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path} line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{where} is not JSON ({error.msg}); expected one JSON object a line") from error
-                except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
-                    raise InputError(
-                        f"{where} cannot be read ({one_line(error)}); expected one JSON object a line"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{where} is a JSON {type(row).__name__}; expected one JSON object a line")
-                yield where, row
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; expected JSON Lines") from error
+    return read_files(path).rollouts
 
 
 def write_rollouts(rollouts: RolloutBatch | Iterable[Rollout | Mapping[str, Any]], path: str | Path) -> None:

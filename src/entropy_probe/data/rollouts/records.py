@@ -296,11 +296,6 @@ class RolloutBatch:
         means = [sum(self.lengths[start:stop]) / (stop - start) for start, stop in parts]
         return sum(means) / len(means)
 
-    @property
-    def weighed_by_prefix(self) -> bool:
-        """Whether responses count token by token."""
-        return self.importance is not None and self.importance.by_prefix
-
     @cached_property
     def tokens(self) -> int:
         """Number of response tokens."""

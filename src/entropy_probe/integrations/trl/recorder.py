@@ -288,6 +288,11 @@ class RolloutRecorder(TrainerCallback):  # type: ignore[misc]  # transformers is
         }
         if not self._own_loss:
             facts |= loss_columns(trainer, ratios, self._entropy_coefficient)
+        share = args.gradient_accumulation_steps / args.steps_per_generation
+        if share < 1.0:
+            facts["window_share"] = (
+                share  # of a generation batch, so that a prompt's responses may lie in several files
+            )
         if trl_is_newer_than_known():
             facts["trl_is_unknown"] = True
         if self._own_loss:

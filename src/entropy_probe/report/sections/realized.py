@@ -37,7 +37,9 @@ NOTES = {
 class RealizedRow(Entry):
     """One realised step beside its own linear prediction; see :mod:`entropy_probe.realized.changes`.
 
-    ``rounded`` is "nearest" or "stochastic" where the step is rounded as the weights are stored, else null.
+    ``rounded`` is "nearest" or "stochastic" where the step is rounded as the weights are stored, else null. ``weights``:
+    "per-decision" where every token's entropy is weighted by the tokens before it, "whole-response" elsewhere; ESS, k̂ and
+    ``delta_h_psis`` are of whole responses' weights in both.
     """
 
     step: str
@@ -46,6 +48,7 @@ class RealizedRow(Entry):
     estimator: str
     entropy: str
     importance_weights: str
+    weights: str
     delta_h: float
     se: float
     predicted: float
@@ -86,6 +89,7 @@ class RealizedRow(Entry):
             estimator=realized.measure.target.estimator.value,
             entropy=realized.measure.target.unit.value,
             importance_weights=realized.measure.weighting.value,
+            weights="per-decision" if realized.by_decision else "whole-response",
             delta_h=change.delta_h,
             se=change.se,
             predicted=realized.predicted,
@@ -215,7 +219,7 @@ def rounding_warnings(rows: Sequence[RealizedChange], how: Rounding) -> list[Evi
     plain, row, kept = pairs[0]
     unit = row.measure.target.unit.replace("-", " ")
     seen = (
-        f"Adam's moments are stored in {kept.types} and the weights hold no more, so no float32 copy is kept: {kept.said}. "
+        f"the optimizer holds the weights in {kept.types} and keeps no float32 copy of them: {kept.said}. "
         f"Rounded {kept.how.adverb}, as it is stored, the adamw step changes entropy by {row.change.delta_h:+.3g} nats {unit}, "
         f"unrounded by {plain.change.delta_h:+.3g}; δH₁ and the optimizer's own step to first order are of the unrounded one"
     )

@@ -1,0 +1,1 @@
+"""Files of rows, whatever the rows mean: JSON Lines, Parquet, and what ``torch.save`` wrote."""
