@@ -1,7 +1,7 @@
 """accelerate's whole folders: FSDP's FULL_STATE_DICT by names, and ``save_state``'s state by index.
 
-``tests/data/checkpoints/trainer_fsdp2_full`` is a Trainer's folder under FSDP2 on two ranks (transformers 5.23, accelerate 1.15);
-``truth.json`` has the SHA-256 of every weight and moment.
+``tests/data/checkpoints/trainer_fsdp2_full`` is a Trainer's folder under FSDP2 on two ranks (transformers 5.23, accelerate
+1.15); ``truth.json`` has the SHA-256 of every weight and moment.
 """
 
 from __future__ import annotations

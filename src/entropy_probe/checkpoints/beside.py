@@ -24,7 +24,7 @@ class Beside:
         base_quantization: how the base under an adapter was quantised as it was loaded for training; None where it was not.
 
     Raises:
-        InputError: an unknown quantisation.
+        InputError: no path, or an unknown quantisation.
 
     Example:
         >>> from entropy_probe import Beside
@@ -37,7 +37,10 @@ class Beside:
     base_quantization: BaseQuantization | str | None = None
 
     def __post_init__(self) -> None:
-        """Put the name of a quantisation into the member, and refuse an unknown one."""
+        """Put paths and the name of a quantisation into their own types, and refuse others."""
+        for field in ("base", "names"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, path_of(field, getattr(self, field)))
         if self.base_quantization is not None:
             found = member("base_quantization", self.base_quantization, BaseQuantization)
             object.__setattr__(self, "base_quantization", found)

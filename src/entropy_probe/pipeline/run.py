@@ -33,7 +33,7 @@ from entropy_probe.compat.checkpoint_wrappers import named_parameters
 from entropy_probe.compat.torch_modules import unwrap
 from entropy_probe.data.rollouts import Rollout, RolloutBatch, as_batch, group_rollouts, refuse_unsampled
 from entropy_probe.data.rollouts.digest import digest_of_batch
-from entropy_probe.data.rollouts.reading import read_files
+from entropy_probe.data.rollouts.reading import files_of, read_files
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import Preparation, marked, trained_before
 from entropy_probe.losses.length_weights import LengthWeight
@@ -142,13 +142,15 @@ def probe_checkpoint(
         >>> print(f"the next step changes entropy by {report.adamw.total:.2f} nats per response; it falls: {high < 0}")
         the next step changes entropy by -0.02 nats per response; it falls: True
     """
-    checkpoint = path_of("checkpoint", checkpoint)
+    checkpoint, files, base = path_of("checkpoint", checkpoint), files_of("rollouts", rollouts), Beside.of(base)
+    if evaluation_rollouts is not None:
+        evaluation_rollouts = files_of("evaluation_rollouts", evaluation_rollouts)
     settings = settings_of(settings, DEFAULTS)
     clock = Clock()
     sent_before = len(ranks.sent)
     device = choose_device(device, ranks.device if ranks.count > 1 else None)
     with clock.stage("load"):
-        read = read_files(rollouts)
+        read = read_files(files)
         batch = group_rollouts(read.rollouts, temperature)
         evaluated = None if evaluation_rollouts is None else read_evaluation(evaluation_rollouts, temperature)
         evaluation = None if evaluated is None else evaluated[1]

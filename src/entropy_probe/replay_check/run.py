@@ -28,7 +28,7 @@ from entropy_probe.common.choices import path_of, settings_of
 from entropy_probe.common.devices import AUTO, choose_device
 from entropy_probe.common.progress import Clock, Progress, Silent
 from entropy_probe.data.rollouts import group_rollouts, refuse_unsampled
-from entropy_probe.data.rollouts.reading import read_files
+from entropy_probe.data.rollouts.reading import files_of, read_files
 from entropy_probe.errors import InputError
 from entropy_probe.gradients import prepare, refuse_cut, unexplained, watched
 from entropy_probe.model.input_limits import check_fits, special_ids
@@ -97,12 +97,13 @@ def replay(
         True
     """
     before, after = path_of("before", before), path_of("after", after)
+    files, base = files_of("rollouts", rollouts), Beside.of(base)
     settings = settings_of(settings, DEFAULTS)
     clock, progress, device = Clock(), progress or Silent(), choose_device(device)
     with clock.stage("load"):
         states = trainer_state_of(before), trainer_state_of(after)
         pairs.check_consecutive(before, after, *states)
-        read = read_files(rollouts)
+        read = read_files(files)
         batch = group_rollouts(read.rollouts, temperature, least_responses=1)
         pairs.check_step(batch, read.told, states[1].global_step)
         check_recorded(batch)

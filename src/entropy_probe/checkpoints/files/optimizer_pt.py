@@ -1,7 +1,8 @@
 """``torch.save`` of an optimizer's state_dict, such as the Trainer's ``optimizer.pt``.
 
-It holds ``{"state": {index: {...}}, "param_groups": [...]}``, or names in the place of indices. It is read with ``weights_only=True``: nothing pickled is ever
-executed. Moments that bitsandbytes or torchao stored in codes are dequantised as they are read.
+It holds ``{"state": {index: {...}}, "param_groups": [...]}``, or names in the place of indices. It is read with
+``weights_only=True``: nothing pickled is ever executed. Moments that bitsandbytes or torchao stored in codes are dequantised as
+they are read.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def quantised_note(library: str, entries: Iterable[Mapping[str, Any]], second: s
         "quantised_moments",
         f"{library} stores Adam's moments of {len(coded)} of {len(moments)} tensors ({100 * share:.3g} % of the elements) in "
         f"{bits} bits, with a scale for every {first.block} elements; here they are the numbers that it dequantises. Its step "
-        "is computed from these in float32, and m and v are quantised again after it, so that this changes the adamw step by 0. "
+        "is computed from these in float32, and m and v are quantised again after it, so this changes the adamw step by 0. "
         f"A v below {limit:.2g} of its block's largest is {small}. {more}",
-        "Elements with v = 0 count as elements without a gradient so far, unless zero_v says otherwise; 32-bit moments have none "
-        "that were rounded to 0",
+        "Elements with v = 0 count as elements without a gradient so far, unless zero_v says otherwise; 32-bit moments have "
+        "none that were rounded to 0",
     )

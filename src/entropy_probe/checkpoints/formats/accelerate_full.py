@@ -1,4 +1,4 @@
-"""accelerate's whole folders: what FSDP's FULL_STATE_DICT leaves, by the Trainer too, and what ``save_state`` leaves without it.
+"""accelerate's whole folders: what FSDP's FULL_STATE_DICT leaves, by the Trainer too, and what ``save_state`` leaves alone.
 
 ``optimizer.bin`` is ``torch.save`` of a state_dict: by parameters' names under FSDP, else by index. Weights are in
 ``pytorch_model_fsdp.bin`` by the live model's names, in safetensors, or, where these were switched off, in
