@@ -49,9 +49,13 @@ class _Tried:
     cause: Cause
     error_net: float
 
+    def leaves_nothing(self, case: Replayed) -> bool:
+        """The step with it is the trainer's. (The one without it may be within the tolerance, and its gradient not.)"""
+        return self.error_net <= min(case.tolerance, LEFT_OVER * case.update.error_net)
+
     def is_whole(self, case: Replayed) -> bool:
         """Nothing is left, and no factor was chosen for that."""
-        return not self.cause.fitted and self.error_net <= case.tolerance
+        return not self.cause.fitted and self.leaves_nothing(case)
 
 
 def find_suspicions(case: Replayed, progress: Progress) -> Findings:
@@ -79,7 +83,7 @@ def find_suspicions(case: Replayed, progress: Progress) -> Findings:
             return Findings([counted], len(tried))
         if not found and not _explaining(tried, case):
             found = look(one_row(case, progress)) or look(passes.causes(two_things_else(case)))
-        if not found and all(t.error_net > case.tolerance for t in tried):
+        if not found and not any(t.leaves_nothing(case) for t in tried):
             # The longest search comes last.
             look(number_causes(case, passes), first=True)
         if not _explaining(tried, case):
